@@ -1,0 +1,131 @@
+"""A trained model as evaluators and users see it: images and texts in, NumPy rows out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float
+
+from imgtune_jax import data, models
+from imgtune_jax.partition import Partitioner
+from imgtune_jax.types import Params
+
+BATCH_SIZE = 128
+Rows = Float[np.ndarray, "n d"]
+
+
+@dataclass(frozen=True)
+class ModelEncoders:
+    """Encodes in fixed-size, sharded batches; the padding of the last one never comes out.
+
+    With a wholly locked image tower its features are computed once a source and kept, so judging
+    again during training costs the head alone.
+    """
+
+    model: models.Model
+    params: Params
+    preprocess: Callable[..., np.ndarray]
+    tokenizer: data.Tokenizer
+    partitioner: Partitioner
+    image_is_locked: bool
+    programs: dict[str, Callable[..., Any]]
+    kept: dict[str, tuple[Rows, Bool[np.ndarray, "n"]]]
+
+    @classmethod
+    def build(
+        cls,
+        model: models.Model,
+        params: Params,
+        *,
+        preprocess: Callable[..., np.ndarray],
+        tokenizer: data.Tokenizer,
+        partitioner: Partitioner,
+        image_is_locked: bool,
+    ) -> ModelEncoders:
+        """Compile lazily, once for all parameters that come later through `with_params`."""
+        whole = {"out_shardings": partitioner.replicated}
+        programs = {
+            "image": jax.jit(model.encode_image, **whole),
+            "head": jax.jit(model.encode_image_features, **whole),
+            "features": jax.jit(model.features_image, **whole),
+            "text": jax.jit(model.encode_text, **whole),
+        }
+        return cls(
+            model, params, preprocess, tokenizer, partitioner, image_is_locked, programs, kept={}
+        )
+
+    def with_params(self, params: Params) -> ModelEncoders:
+        """The same programs with other parameters; kept features stay, the locked tower being the
+        same."""
+        return dataclasses.replace(self, params=params)
+
+    @property
+    def logit_scale(self) -> float:
+        """The multiplier of cosine similarities, after exp."""
+        return float(self.model.logit_scale(self.params))
+
+    @property
+    def logit_bias(self) -> float | None:
+        """What is added to the scaled similarities; None for a model that has none."""
+        return float(self.params["logit_bias"]) if "logit_bias" in self.params else None
+
+    def images(self, source: data.Source, /) -> tuple[Rows, Bool[np.ndarray, "n"]]:
+        """Unit-norm image embeddings in source order; False marks images that could not be read."""
+        if not self.image_is_locked:
+            return self._pass(source, "image")
+        features, valid = self.features(source)
+        return self._rows("head", (features,)), valid
+
+    def features(self, source: data.Source, /) -> tuple[Rows, Bool[np.ndarray, "n"]]:
+        """The image tower's pooled output, before the head, in source order."""
+        if not self.image_is_locked:
+            return self._pass(source, "features")
+        if source.fingerprint not in self.kept:
+            self.kept[source.fingerprint] = self._pass(source, "features")
+        return self.kept[source.fingerprint]
+
+    def texts(self, texts: Sequence[str], /) -> Rows:
+        """Unit-norm text embeddings, in order."""
+        return self._rows("text", self.tokenizer(list(texts)))
+
+    @property
+    def _batch_size(self) -> int:
+        n = self.partitioner.batch_devices
+        return -(-BATCH_SIZE // n) * n
+
+    def _pass(self, source: data.Source, program: str) -> tuple[Rows, Bool[np.ndarray, "n"]]:
+        pipeline = data.Pipeline(
+            source=source,
+            transform=self.preprocess,
+            batch_size=self._batch_size,
+            host_index=jax.process_index(),
+            host_count=jax.process_count(),
+            max_bad_fraction=1.0,  # an evaluator reports what it could not read; it does not stop
+        )
+        rows, valid = [], []
+        for batch in pipeline.one_pass():
+            placed = self.partitioner.put(batch)
+            rows.append(np.asarray(self.programs[program](self.params, placed.image)))
+            valid.append(
+                np.asarray(jax.device_put(placed.example_mask, self.partitioner.replicated))
+            )
+        n = len(source)
+        return np.concatenate(rows)[:n], np.concatenate(valid)[:n]
+
+    def _rows(self, program: str, arrays: tuple[np.ndarray, ...]) -> Rows:
+        """Run a program over rows that every host holds, padded to whole batches."""
+        n, size = len(arrays[0]), self._batch_size
+        out = []
+        for start in range(0, n, size):
+            part = [a[start : start + size] for a in arrays]
+            padded = [np.pad(a, [(0, size - len(a))] + [(0, 0)] * (a.ndim - 1)) for a in part]
+            placed = [self.partitioner.put_global(a) for a in padded]
+            out.append(np.asarray(self.programs[program](self.params, *placed))[: len(part[0])])
+        if not out:
+            raise ValueError("nothing to encode: got an empty list")
+        return np.concatenate(out)

@@ -1,0 +1,60 @@
+"""Objectives: `objective(outputs, batch) -> (loss, metrics)`, one loss a file.
+
+A new loss is one file and one line in `OBJECTIVES`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Array, Float
+
+from imgtune_jax.objectives.sigmoid import Sigmoid
+from imgtune_jax.objectives.softmax import Softmax
+from imgtune_jax.types import Batch, Metrics, Outputs
+
+Objective = Callable[[Outputs, Batch], tuple[Float[Array, ""], Metrics]]
+
+OBJECTIVES: dict[str, type] = {"softmax": Softmax, "sigmoid": Sigmoid}
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """total = Σ weight · loss. Each raw term is reported under its own name."""
+
+    terms: tuple[tuple[float, Objective], ...]
+
+    def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
+        """The weighted sum, and all terms' metrics."""
+        total, metrics = 0.0, {}
+        for weight, objective in self.terms:
+            loss, term_metrics = objective(outputs, batch)
+            total += weight * loss
+            metrics |= term_metrics
+        return total, metrics
+
+
+def build(cfg: Mapping[str, Mapping[str, Any]]) -> Weighted:
+    """{"softmax": {"weight": 1.0, **fields}} -> the weighted sum.
+
+    Raises ValueError for an unknown objective or field.
+    """
+    terms = []
+    for name, fields in cfg.items():
+        if name not in OBJECTIVES:
+            raise ValueError(f"objective {name!r} is unknown; known: {', '.join(OBJECTIVES)}")
+        fields = dict(fields)
+        weight = float(fields.pop("weight", 1.0))
+        known = [f.name for f in dataclasses.fields(OBJECTIVES[name])]
+        if unknown := sorted(set(fields) - set(known)):
+            raise ValueError(
+                f"objective {name!r} has no {unknown}; known: weight, {', '.join(known)}"
+            )
+        if weight:
+            terms.append((weight, OBJECTIVES[name](**fields)))
+    if not terms:
+        raise ValueError(f"no objective has a weight other than 0: {dict(cfg)}")
+    return Weighted(tuple(terms))

@@ -1,0 +1,151 @@
+"""Checkpoints: one Orbax item set a step, atomic, asynchronous, keep-best and keep-last-n.
+
+A checkpoint holds the TrainState (trainable parameters, optimizer, step) and a small JSON record.
+The data position is the step itself (a batch is a function of seed and step), so nothing else is
+needed to resume. Frozen parameters are saved once a run, beside the checkpoints, under their digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import traverse_util
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+
+from imgtune_jax import config as config_lib
+from imgtune_jax.types import Params, PyTree, TrainState
+
+log = logging.getLogger("imgtune_jax.train")
+
+
+class Checkpoints:
+    """The folder `checkpoints/` of a run."""
+
+    def __init__(self, workdir: Path, cfg: config_lib.Checkpoint) -> None:
+        policies: list[Any] = [keep.LatestN(max(cfg.keep_last, 1))]
+        if cfg.best_metric is not None and cfg.keep_best:
+            best = cfg.best_metric
+            policies.append(
+                keep.BestN(
+                    get_metric_fn=lambda m: m.get(best, -math.inf),
+                    n=cfg.keep_best,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+        )
+        self._manager = ocp.CheckpointManager(workdir / "checkpoints", options=options)
+        self._best_metric = cfg.best_metric
+
+    def latest_step(self) -> int | None:
+        """Step of the newest complete checkpoint, None when there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, record: Mapping[str, Any]) -> None:
+        """Start saving; the arrays are copied before this returns. A step already saved stays."""
+        if step in self._manager.all_steps():
+            return
+        metrics = record.get("metrics") or None
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(dict(record))
+        )
+        self._manager.save(step, args=args, metrics=metrics)
+
+    def restore(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The state, laid out as `target` says, and the record of a step."""
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(target), record=ocp.args.JsonRestore()
+        )
+        found = self._manager.restore(step, args=args)
+        return found["state"], found["record"]
+
+    def close(self) -> None:
+        """Wait until all that was started is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def read_params(workdir: Path, step: int | None, target: PyTree) -> tuple[TrainState, int]:
+    """For use rather than training: the TrainState at `step` (None: the newest).
+
+    Raises FileNotFoundError when the run has no such checkpoint, naming those it has.
+    """
+    folder = workdir / "checkpoints"
+    steps = saved_steps(workdir)
+    if not steps or (step is not None and step not in steps):
+        wanted = "any checkpoint" if step is None else f"step {step}"
+        raise FileNotFoundError(f"{folder} holds no {wanted}; saved steps: {steps or 'none'}")
+    chosen = steps[-1] if step is None else step
+    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as m:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+        return m.restore(chosen, args=args)["state"], chosen
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    """Steps of the complete checkpoints, ascending."""
+    folder = workdir / "checkpoints"
+    if not folder.is_dir():
+        return []
+    return sorted(int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdigit())
+
+
+def digest(params: Params) -> str:
+    """sha256 over paths, shapes, dtypes and bytes: equal trees, equal digests, on any mesh."""
+    h = hashlib.sha256()
+    for path, x in sorted(traverse_util.flatten_dict(params, sep="/").items()):
+        host = np.asarray(jax.device_get(x))
+        h.update(f"{path} {host.shape} {host.dtype}\n".encode())
+        h.update(np.ascontiguousarray(host).tobytes())
+    return h.hexdigest()
+
+
+def save_frozen(workdir: Path, frozen: Params) -> str:
+    """Save the locked parameters once under `frozen/<digest>`; returns the digest."""
+    name = digest(frozen)[:16]
+    folder = workdir / "frozen" / name
+    if frozen and not folder.exists():
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(folder, frozen)
+    return name
+
+
+def read_frozen(workdir: Path, name: str, target: PyTree) -> Params:
+    """The locked parameters of a run, laid out as `target` says. Raises ValueError if altered."""
+    if not jax.tree.leaves(target):
+        return {}
+    with ocp.StandardCheckpointer() as checkpointer:
+        frozen = checkpointer.restore(workdir / "frozen" / name, target)
+    if (found := digest(frozen)[:16]) != name:
+        raise ValueError(
+            f"{workdir}/frozen/{name} has digest {found}: the locked weights were altered since "
+            f"training; restore the folder from a copy"
+        )
+    return frozen
+
+
+def truncate_jsonl(path: Path, last_step: int) -> None:
+    """Drop lines after `last_step` and a torn last line, so that a resumed run writes them anew."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            log.warning("%s: dropped a torn line: %.60s", path.name, line)
+            break
+        if record.get("step", 0) <= last_step:
+            kept.append(line)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept))
+    temporary.replace(path)

@@ -1,0 +1,94 @@
+"""What a config determines before the first batch: model, locking, tokenizer, preprocessing.
+
+Training, evaluation and use all start here, so a run is judged and used by exactly what trained it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from imgtune_jax import data, interop, models
+from imgtune_jax.config import Config
+from imgtune_jax.evals.encoders import ModelEncoders
+from imgtune_jax.partition import Partitioner, make_mesh
+from imgtune_jax.train import lock, state
+from imgtune_jax.types import Params
+
+TOWERS = ("image", "text")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The static side of a run; parameters come beside it."""
+
+    config: Config
+    partitioner: Partitioner
+    model: models.Model  # locked layers run in eval mode
+    is_frozen: dict[str, bool]  # by parameter path
+    preprocess: Callable[..., np.ndarray]  # PIL image or array -> u8[h w 3], deterministic
+    tokenizer: data.Tokenizer
+
+    @functools.cached_property
+    def key(self) -> jax.Array:
+        """The run's PRNG key; parameters and steps fold their own constants into it."""
+        return jax.random.key(self.config.seed)
+
+    @functools.cached_property
+    def abstract_params(self) -> Params:
+        """ShapeDtypeStructs of all parameters."""
+        return jax.eval_shape(self.model.init, self.key)
+
+    def image_is_locked(self) -> bool:
+        """Is the whole image tower locked, so that its output depends on its input alone?"""
+        return all(frozen for path, frozen in self.is_frozen.items() if path.startswith("image/"))
+
+    def init_params(self) -> Params:
+        """All parameters, pretrained where the config says so, laid out on the mesh."""
+        pretrained = {}
+        for tower in TOWERS:
+            init: Mapping[str, Any] = getattr(self.config.weights, tower)
+            if init:
+                pretrained[tower] = interop.load_tower(init, self.config.model[tower])
+        key = jax.random.fold_in(self.key, 0x1417)  # apart from every step's key
+        return state.init_params(self.model.init, key, self.partitioner, pretrained)
+
+    def encoders(self, params: Params) -> ModelEncoders:
+        """The model as evaluators and users see it."""
+        return ModelEncoders.build(
+            self.model,
+            params,
+            preprocess=self.preprocess,
+            tokenizer=self.tokenizer,
+            partitioner=self.partitioner,
+            image_is_locked=self.image_is_locked(),
+        )
+
+
+def build(config: Config, *, tokenizer_dir: Path | None = None) -> Experiment:
+    """Build everything static. `tokenizer_dir` (a run's own copy) replaces the config's path.
+
+    Raises ValueError where the config's parts do not fit each other.
+    """
+    partitioner = Partitioner(make_mesh(config.mesh))
+    tokenizer_cfg = dict(config.tokenizer)
+    if tokenizer_dir is not None:
+        tokenizer_cfg = {k: v for k, v in tokenizer_cfg.items() if k != "package"}
+        tokenizer_cfg["path"] = str(tokenizer_dir)
+    model = models.build(config.model, partitioner)
+    paths = state.param_paths(jax.eval_shape(model.init, jax.random.key(0)))
+    is_frozen = lock.frozen_paths(config.lock, paths)
+    return Experiment(
+        config=config,
+        partitioner=partitioner,
+        model=model.freeze(is_frozen.__getitem__),
+        is_frozen=is_frozen,
+        preprocess=data.build_transform(config.preprocess),
+        tokenizer=data.build_tokenizer(tokenizer_cfg),
+    )

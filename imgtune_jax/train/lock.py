@@ -1,0 +1,129 @@
+"""Locking and per-path multipliers: one idiom, regular expressions on parameter paths.
+
+A parameter's path is 'image/blocks_3/attn/q/kernel'. Rules are (regex matched in full, value);
+the first match wins and every parameter must match one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+from flax import traverse_util
+
+from imgtune_jax import config as config_lib
+from imgtune_jax.types import Params
+
+V = TypeVar("V")
+Rules = Sequence[tuple[str, V]]
+
+
+def match(rules: Sequence[tuple[str, V]], paths: Iterable[str], what: str) -> dict[str, V]:
+    """The value of the first rule that matches each path.
+
+    Raises ValueError listing the paths that no rule matches and the rules that match no path.
+    """
+    compiled = [(re.compile(pattern), value) for pattern, value in rules]
+    out: dict[str, V] = {}
+    unmatched, used = [], set()
+    for path in paths:
+        hits = [i for i, (pattern, _) in enumerate(compiled) if pattern.fullmatch(path)]
+        used.update(hits)
+        if hits:
+            out[path] = compiled[hits[0]][1]
+        else:
+            unmatched.append(path)
+    idle = [rules[i][0] for i in range(len(rules)) if i not in used and rules[i][0] != ".*"]
+    if unmatched or idle:
+        lines = [f"{what}: rules do not fit the parameters"]
+        if unmatched:
+            lines.append(
+                f"no rule matches {unmatched[:5]} ({len(unmatched)} in all); add ('.*', …)"
+            )
+        if idle:
+            lines.append(
+                f"these match no parameter: {idle}; a path looks like {next(iter(out), '')!r}"
+            )
+        raise ValueError("\n  ".join(lines))
+    return out
+
+
+def frozen_paths(
+    cfg: config_lib.Lock, paths: Sequence[str], after_layers: dict[str, str]
+) -> dict[str, bool]:
+    """{path: is it locked} for all parameters.
+
+    `after_layers[tower]` is a regex of what follows the tower's layers (final norm, pooling), which
+    is freed together with its last layers.
+    """
+    locked: set[str] = set()
+    for tower in ("image", "text"):
+        if getattr(cfg, f"{tower}_head"):
+            locked |= {p for p in paths if p.startswith(f"{tower}_head/")}
+        if not getattr(cfg, tower):
+            if getattr(cfg, f"{tower}_unlocked_layers"):
+                raise ValueError(
+                    f"config.lock.{tower}_unlocked_layers needs config.lock.{tower}=True"
+                )
+            continue
+        mine = [p for p in paths if p.startswith(f"{tower}/")]
+        free = _last_layers(mine, getattr(cfg, f"{tower}_unlocked_layers"), tower, after_layers)
+        locked |= set(mine) - free
+    if cfg.logit_scale:
+        locked |= {p for p in paths if p in ("logit_scale", "logit_bias")}
+    for pattern in cfg.patterns:
+        hits = {p for p in paths if re.fullmatch(pattern, p)}
+        if not hits:
+            raise ValueError(
+                f"config.lock.patterns: {pattern!r} matches no parameter; a path looks like {paths[0]!r}"
+            )
+        locked |= hits
+    return {p: p in locked for p in paths}
+
+
+def _last_layers(
+    paths: Sequence[str], n: int, tower: str, after_layers: dict[str, str]
+) -> set[str]:
+    if n == 0:
+        return set()
+    depth = 1 + max((layer_index(p) or 0 for p in paths), default=-1)
+    if not 0 < n <= depth:
+        raise ValueError(f"config.lock.{tower}_unlocked_layers = {n}; the tower has {depth} layers")
+    after = re.compile(after_layers[tower])
+    free = set()
+    for path in paths:
+        layer = layer_index(path)
+        if (layer is not None and layer >= depth - n) or after.search(path):
+            free.add(path)
+    return free
+
+
+def layer_index(path: str) -> int | None:
+    """The number in 'image/blocks_3/…'; None for a parameter outside the layers."""
+    found = re.match(r"(?:image|text)/blocks_(\d+)/", path)
+    return int(found.group(1)) if found else None
+
+
+def split(params: Params, is_frozen: dict[str, bool]) -> tuple[Params, Params]:
+    """One tree -> (trainable, frozen), each with its own paths only."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    parts: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    for path, value in flat.items():
+        parts[is_frozen[path]][path] = value
+    trainable, frozen = (traverse_util.unflatten_dict(p, sep="/") for p in parts)
+    return trainable, frozen
+
+
+def merge(trainable: Params, frozen: Params) -> Params:
+    """The inverse of `split`."""
+    flat = traverse_util.flatten_dict(frozen, sep="/") | traverse_util.flatten_dict(
+        trainable, sep="/"
+    )
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def map_paths(f: Callable[[str], Any], params: Params) -> Params:
+    """A tree of f(path), shaped as `params`."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    return traverse_util.unflatten_dict({p: f(p) for p in flat}, sep="/")

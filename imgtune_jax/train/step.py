@@ -1,0 +1,121 @@
+"""The one training step: pure, jitted once, for every objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from imgtune_jax.objectives import Objective
+from imgtune_jax.train.lock import merge
+from imgtune_jax.train.optim import Optimizer
+from imgtune_jax.types import Batch, Metrics, Outputs, Params, TrainState
+
+Forward = Callable[[Params, Batch, jax.Array], Outputs]
+Scalars = dict[str, Float[Array, ""]]
+Step = Callable[[TrainState, Params, Batch], tuple[TrainState, Scalars]]
+
+
+def make_train_step(
+    forward: Forward,
+    objective: Objective,
+    optimizer: Optimizer,
+    *,
+    key: jax.Array,
+    accumulation: int = 1,
+    ema_decay: float | None = None,
+) -> Step:
+    """step(state, frozen, batch) -> (state, metrics), a pure function.
+
+    `forward(params, batch, rng)` sees the merged parameters; only `state.params` is differentiated.
+    Randomness is fold_in(key, step), so resuming needs no RNG state. Metrics are scalars of the
+    global batch: the loss, each raw term, the gradient norm, the learning rate, scale and bias.
+    """
+
+    def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Scalars]:
+        rng = jax.random.fold_in(key, state.step)
+
+        def trainable_forward(params: Params, batch: Batch, rng: jax.Array) -> Outputs:
+            return forward(merge(params, frozen), batch, rng)
+
+        grads, loss, metrics, outputs = loss_and_grads(
+            trainable_forward, objective, state.params, batch, rng, accumulation=accumulation
+        )
+        updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
+        params: Any = optax.apply_updates(state.params, updates)
+        ema = state.ema_params
+        if ema_decay is not None:
+            ema = optax.incremental_update(params, ema, 1 - ema_decay)
+        scalars = {"loss": loss, "lr": optimizer.schedule(state.step)}
+        scalars |= {name: total / jnp.maximum(count, 1) for name, (total, count) in metrics.items()}
+        scalars |= {"grad_norm": optax.global_norm(grads), "logit_scale": outputs.logit_scale}
+        if outputs.logit_bias is not None:
+            scalars["logit_bias"] = outputs.logit_bias
+        return TrainState(state.step + 1, params, opt_state, ema), scalars
+
+    return step
+
+
+def loss_and_grads(
+    forward: Forward,
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    rng: jax.Array,
+    *,
+    accumulation: int = 1,
+) -> tuple[Params, Float[Array, ""], Metrics, Outputs]:
+    """(gradients, loss, metrics, outputs) of the whole batch, in `accumulation` microbatches.
+
+    Accumulation is exact for every objective, contrastive ones included (GradCache, 2101.06983):
+    the outputs of all microbatches are computed first, the loss is differentiated once with respect
+    to *them*, and each microbatch is run again to pull its share back to the parameters, under the
+    same randomness. So negatives, scale and bias see the whole batch.
+    """
+    if accumulation == 1:
+
+        def whole(params: Params) -> tuple[Any, Any]:
+            outputs = forward(params, batch, rng)
+            loss, metrics = objective(outputs, batch)
+            return loss, (metrics, outputs)
+
+        (loss, (metrics, outputs)), grads = jax.value_and_grad(whole, has_aux=True)(params)
+        return grads, loss, metrics, outputs
+
+    micro = jax.tree.map(lambda x: _cut(x, accumulation), batch)
+    rngs = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(accumulation))
+
+    def forward_one(carry: None, part: tuple[Batch, jax.Array]) -> tuple[None, Outputs]:
+        return carry, forward(params, *part)
+
+    _, stacked = jax.lax.scan(forward_one, None, (micro, rngs))
+
+    def joined_loss(stacked: Outputs) -> tuple[Any, Any]:
+        outputs = jax.tree.map(_join, stacked)
+        loss, metrics = objective(outputs, batch)
+        return loss, (metrics, outputs)
+
+    (loss, (metrics, outputs)), cotangents = jax.value_and_grad(joined_loss, has_aux=True)(stacked)
+
+    def backward_one(grads: Params, part: tuple[Batch, jax.Array, Outputs]) -> tuple[Params, None]:
+        one, one_rng, cotangent = part
+        _, pull_back = jax.vjp(lambda p: forward(p, one, one_rng), params)
+        return jax.tree.map(jnp.add, grads, pull_back(cotangent)[0]), None
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    grads, _ = jax.lax.scan(backward_one, zeros, (micro, rngs, cotangents))
+    return grads, loss, metrics, outputs
+
+
+def _cut(x: jax.Array, k: int) -> jax.Array:
+    """[b …] -> [k b/k …]. Strided, so that every device cuts the rows it already holds."""
+    return x.reshape(x.shape[0] // k, k, *x.shape[1:]).swapaxes(0, 1)
+
+
+def _join(x: jax.Array) -> jax.Array:
+    """The inverse of `_cut` for per-example outputs; a scalar, equal in all parts, is averaged."""
+    return x.mean(0) if x.ndim == 1 else x.swapaxes(0, 1).reshape(-1, *x.shape[2:])

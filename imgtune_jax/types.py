@@ -1,0 +1,61 @@
+"""The values that travel between rooms.
+
+Axis letters, everywhere in the house: b batch, l length, h height, w width, c channels,
+d width of features, k heads, v vocabulary, n examples of a whole data set.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+PyTree = Any
+Params = dict[str, Any]
+
+
+@struct.dataclass
+class Batch:
+    """One global batch, on device. A field that a run does not use is None.
+
+    `image` is uint8 RGB: normalisation happens on the device, inside the model, because mean and
+    std belong to the weights. With a cached locked tower, `image_features` (the tower's pooled
+    output, before the head) comes in its place. Rows with `example_mask == False` are padding or
+    broken records: no loss, metric or gradient may depend on them.
+    """
+
+    example_mask: Bool[Array, b]
+    image: UInt8[Array, "b h w c"] | None = None
+    image_features: Float[Array, "b d"] | None = None
+    text: Int[Array, "b l"] | None = None
+    text_mask: Bool[Array, "b l"] | None = None
+    group: Int[Array, b] | None = None  # same value: any of the group's captions is right
+
+
+@struct.dataclass
+class Outputs:
+    """What a model says of one batch. Embeddings have unit L2 norm, in float32."""
+
+    image_emb: Float[Array, "b d"] | None
+    text_emb: Float[Array, "b d"] | None
+    logit_scale: Float[Array, ""]  # the multiplier itself, after exp
+    logit_bias: Float[Array, ""] | None = None
+
+
+@struct.dataclass
+class TrainState:
+    """All that a step changes, arrays only: it shards, donates and saves as one tree.
+
+    `params` holds the trainable parameters alone; the frozen ones are an argument of the step.
+    """
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: PyTree
+    ema_params: Params | None = None
+
+
+# A metric is (sum, count): summed over microbatches, hosts and log intervals, divided last.
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
