@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ml_collections import ConfigDict
+
 T = TypeVar("T")
 Component = dict[str, Any]  # {"name": which, **fields}
 
@@ -51,7 +53,7 @@ class Mesh:
 
 @dataclass(frozen=True)
 class Weights:
-    """Where a tower's pretrained weights come from: {} = random, else {"format", "package"|"path"}."""
+    """A tower's pretrained weights: {} = random, else {"format", and "package" or "path"}."""
 
     image: dict[str, Any]
     text: dict[str, Any]
@@ -89,7 +91,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Cache:
-    """The locked image tower's features, computed once: `views` seeded augmentations of each image."""
+    """The locked image tower's features of `views` seeded augmentations an image, computed once."""
 
     enabled: bool
     views: int
@@ -160,9 +162,8 @@ def parse(config: Any) -> Config:
     Raises ValueError naming every wrong key at once: unknown (with the nearest known one),
     missing, or of another type than wanted.
     """
-    raw = config.to_dict() if hasattr(config, "to_dict") else config
     errors: list[str] = []
-    parsed = _parse(Config, raw, "config", errors)
+    parsed = _parse(Config, config, "config", errors)
     if not errors:
         errors = list(_contradictions(parsed))
     if errors:
@@ -171,6 +172,8 @@ def parse(config: Any) -> Config:
 
 
 def _parse(kind: Any, value: Any, path: str, errors: list[str]) -> Any:
+    if isinstance(value, ConfigDict):  # one inside a tuple stays one in ConfigDict.to_dict
+        value = value.to_dict()
     if dataclasses.is_dataclass(kind):
         return _parse_fields(kind, value, path, errors)
     origin, args = typing.get_origin(kind), typing.get_args(kind)
@@ -209,9 +212,9 @@ def _parse_fields(kind: Any, value: Any, path: str, errors: list[str]) -> Any:
             errors.append(f"{path}.{key} is unknown; {hint}")
     missing = [name for name in hints if name not in value]
     errors.extend(f"{path}.{name} is missing" for name in missing)
-    if missing:
-        return None
-    return kind(**{n: _parse(h, value[n], f"{path}.{n}", errors) for n, h in hints.items()})
+    present = {n: h for n, h in hints.items() if n in value}
+    fields = {n: _parse(h, value[n], f"{path}.{n}", errors) for n, h in present.items()}
+    return None if missing else kind(**fields)
 
 
 def _names(kind: Any) -> str:
@@ -220,6 +223,8 @@ def _names(kind: Any) -> str:
 
 def _plain(value: Any) -> Any:
     """Nested mappings to dicts and lists to tuples, so that equal configs compare equal."""
+    if isinstance(value, ConfigDict):
+        value = value.to_dict()
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

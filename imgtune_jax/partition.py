@@ -91,12 +91,12 @@ class Partitioner:
             raise ValueError(f"{what} {batch_size} does not divide over {n} devices; {would} would")
 
     def constrain(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-        """Pin an activation's layout by its logical axes; dimensions that do not divide stay whole."""
+        """Pin an activation's layout by logical axes; dimensions that do not divide stay whole."""
         wanted = [ACTIVATION_AXES[a] if a is not None else None for a in axes]
         return jax.lax.with_sharding_constraint(x, self._sharding(wanted, x.shape))
 
     def shardings(self, abstract: PyTree) -> PyTree:
-        """NamedSharding of every leaf of a tree of arrays or ShapeDtypeStructs, by path and shape."""
+        """NamedSharding of every leaf of a tree of arrays or abstract arrays, by path and shape."""
         return jax.tree_util.tree_map_with_path(
             lambda path, x: self._param_sharding(path_name(path), x.shape), abstract
         )

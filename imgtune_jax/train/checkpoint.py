@@ -2,7 +2,7 @@
 
 A checkpoint holds the TrainState (trainable parameters, optimizer, step) and a small JSON record.
 The data position is the step itself (a batch is a function of seed and step), so nothing else is
-needed to resume. Frozen parameters are saved once a run, beside the checkpoints, under their digest.
+needed to resume. Frozen parameters are saved once a run, beside the checkpoints, under a digest.
 """
 
 from __future__ import annotations

@@ -76,7 +76,8 @@ def frozen_paths(
         hits = {p for p in paths if re.fullmatch(pattern, p)}
         if not hits:
             raise ValueError(
-                f"config.lock.patterns: {pattern!r} matches no parameter; a path looks like {paths[0]!r}"
+                f"config.lock.patterns: {pattern!r} matches no parameter; "
+                f"a path looks like {paths[0]!r}"
             )
         locked |= hits
     return {p: p in locked for p in paths}

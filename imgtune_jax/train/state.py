@@ -95,7 +95,7 @@ class StateFactory:
 
 
 def eval_params(state: TrainState, frozen: Params) -> Params:
-    """The parameters to judge and use: the moving average where there is one, and the frozen ones."""
+    """The parameters to judge and use: the moving average where there is one, and the frozen."""
     return merge(state.params if state.ema_params is None else state.ema_params, frozen)
 
 

@@ -27,7 +27,7 @@ except ImportError:
 class Watch:
     """Writes the metrics of one run; on all hosts but the first it does nothing.
 
-    W&B is used where it is installed and `WANDB_MODE` or `WANDB_API_KEY` says so.
+    W&B is used where it is installed; WANDB_MODE=disabled turns it off.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Watch:
         total: int,
         batch_size: int,
         active: bool = True,
-        wandb_config: Mapping[str, Any] | None = None,
+        config: Mapping[str, Any],
     ) -> None:
         self._active = active
         self._batch_size = batch_size
@@ -55,9 +55,9 @@ class Watch:
             total=total, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05
         )
         self._wandb = None
-        if wandb is not None and wandb_config is not None:
+        if wandb is not None:
             self._wandb = wandb.init(
-                project="imgtune_jax", dir=str(workdir), config=dict(wandb_config), resume="allow"
+                project="imgtune_jax", dir=str(workdir), config=dict(config), resume="allow"
             )
 
     def waited(self, seconds: float) -> None:

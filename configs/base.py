@@ -1,0 +1,97 @@
+"""Every key and its default: a SigLIP-style ViT-B/16 from scratch. A variant states its difference.
+
+Values are explained where they are checked: the dataclasses in `imgtune_jax/config.py`, and the
+components' own fields (towers in `imgtune_jax/models/`, sources in `imgtune_jax/data/`, …).
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def duration(steps=None, epochs=None, examples=None):
+    """A length in one of three units; all three None means never."""
+    d = ConfigDict()
+    d.steps = placeholder(int) if steps is None else steps
+    d.epochs = placeholder(float) if epochs is None else float(epochs)
+    d.examples = placeholder(int) if examples is None else examples
+    return d
+
+
+def get_config():
+    """The base config."""
+    c = ConfigDict()
+    c.name = "base"
+    c.seed = 0
+    c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+
+    c.model = ConfigDict()
+    c.model.image = ConfigDict(dict(name="vit", variant="B/16", pool="map"))
+    c.model.text = ConfigDict(dict(name="text_transformer", variant="B", pool="last"))
+    c.model.image_head = ConfigDict(dict(name="linear"))
+    c.model.text_head = ConfigDict(dict(name="linear"))
+    c.model.embed_dim = 768
+    c.model.logit_scale_init = 10.0
+    c.model.logit_scale_max = 100.0
+    c.model.logit_bias_init = placeholder(float)
+    c.model.dtype = "float32"
+    c.model.image_size = 224
+    c.model.image_mean = (127.5, 127.5, 127.5)  # in 0..255
+    c.model.image_std = (127.5, 127.5, 127.5)
+    c.weights = ConfigDict(dict(image={}, text={}))  # {} = random
+
+    # By item: `c.lock` is ConfigDict's own method. On the command line it is --config.lock.image.
+    c["lock"] = ConfigDict(
+        dict(
+            image=False,
+            image_head=False,
+            image_unlocked_layers=0,
+            text=False,
+            text_head=False,
+            text_unlocked_layers=0,
+            logit_scale=False,
+            patterns=(),
+        )
+    )
+
+    c.objectives = ConfigDict(dict(softmax=dict(weight=1.0)))
+
+    c.tokenizer = ConfigDict(dict(path="", length=64))
+    c.preprocess = (ConfigDict(dict(name="resize", size=224, mode="squash")),)
+    c.data = ConfigDict()
+    c.data.source = ConfigDict(dict(name="webdataset", path=""))
+    c.data.captions = ConfigDict(dict(caption=1.0))
+    c.data.transforms = ()  # () = preprocess alone
+    c.data.num_threads = 4
+    c.data.num_workers = 0
+    c.data.prefetch = 4
+    c.data.max_bad_fraction = 0.1
+    c.data.min_records = 1000
+    c.cache = ConfigDict(dict(enabled=False, views=1, dir="runs/cache"))
+
+    c.batch_size = 256
+    c.accumulation = 1
+    c.total = duration(epochs=1)
+
+    c.optim = ConfigDict()
+    c.optim.name = "adamw"
+    c.optim.args = ConfigDict(dict(b1=0.9, b2=0.95))
+    c.optim.lr = 1e-3
+    c.optim.schedule = "cosine"
+    c.optim.warmup = duration(steps=0)
+    c.optim.cooldown = duration(steps=0)
+    c.optim.weight_decay = 1e-4
+    c.optim.clip_norm = 1.0
+    c.optim.layer_decay = 1.0
+    c.optim.lr_multipliers = ((".*", 1.0),)
+    c.optim.weight_decay_multipliers = ((".*/kernel", 1.0), (".*", 0.0))
+    c.optim.ema_decay = placeholder(float)
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = duration(steps=1000)
+    c.checkpoint.keep_last = 2
+    c.checkpoint.keep_best = 1
+    c.checkpoint.best_metric = placeholder(str)
+    c.eval_every = duration()
+    c.evals = ConfigDict()
+    c.log_every = 50
+    return c

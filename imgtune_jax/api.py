@@ -1,0 +1,204 @@
+"""Using a trained model: `model = imgtune_jax.load("runs/demo")`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from imgtune_jax import config as config_lib
+from imgtune_jax import data, interop
+from imgtune_jax.evals import zeroshot
+from imgtune_jax.evals.encoders import ModelEncoders
+from imgtune_jax.train import checkpoint, experiment, loop, optim, state
+
+Image = Any  # a path, a PIL image, or an array u8[h w] / u8[h w 3] / u8[h w 4]
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+class Hit(NamedTuple):
+    """One search result: position in the gallery and cosine similarity."""
+
+    index: int
+    score: float
+
+
+class Label(NamedTuple):
+    """One classification: the label and its probability among the labels given."""
+
+    name: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class TunedModel:
+    """Both towers, ready to use. `step` is the training step the weights come from."""
+
+    encoders: ModelEncoders
+    experiment: experiment.Experiment
+    step: int
+
+    def encode_image(self, images: Image | Sequence[Image]) -> Float[np.ndarray, "n d"]:
+        """Unit-norm embeddings of images: paths, PIL images or uint8 arrays, one or many.
+
+        Raises ValueError naming every image that could not be read, with the cause.
+        """
+        records = tuple(_record(i, image) for i, image in enumerate(_listed(images)))
+        if not records:
+            raise ValueError("no images given; wanted at least one path, PIL image or array")
+        rows, valid = self.encoders.images(_Images(records))
+        if not valid.all():
+            broken = [records[i].key for i in np.flatnonzero(~valid)]
+            causes = [_why(records[i], self.experiment.preprocess) for i in np.flatnonzero(~valid)]
+            lines = [f"{key}: {cause}" for key, cause in zip(broken, causes, strict=True)]
+            raise ValueError("could not read these images:\n  " + "\n  ".join(lines))
+        return rows
+
+    def encode_text(self, texts: str | Sequence[str]) -> Float[np.ndarray, "n d"]:
+        """Unit-norm embeddings of texts."""
+        return self.encoders.texts([texts] if isinstance(texts, str) else texts)
+
+    def classify(
+        self,
+        images: Image | Sequence[Image],
+        labels: Sequence[str],
+        templates: Sequence[str] = ("{}",),
+        *,
+        top: int = 5,
+    ) -> list[list[Label]]:
+        """Zero-shot: for each image the `top` labels, best first.
+
+        Each label's embedding is the mean over `templates` ("a photo of a {}."), as in CLIP.
+        """
+        weights = zeroshot.class_embeddings(self.encoders, labels, templates)
+        logits = self.encoders.logit_scale * self.encode_image(images) @ weights.T
+        p = np.exp(logits - logits.max(1, keepdims=True))
+        p /= p.sum(1, keepdims=True)
+        order = np.argsort(-p, axis=1)[:, :top]
+        return [
+            [Label(labels[j], float(row[j])) for j in best]
+            for row, best in zip(p, order, strict=True)
+        ]
+
+    def search(
+        self,
+        query: str | Image,
+        gallery: Sequence[Image] | Sequence[str] | Float[np.ndarray, "n d"],
+        *,
+        k: int = 5,
+    ) -> list[Hit]:
+        """The k nearest of `gallery`, best first.
+
+        `query` is an image, or a text (a string that is no image file's path). `gallery` is
+        embeddings from `encode_image` or `encode_text` (reuse them between queries), or images, or
+        texts.
+        """
+        rows = gallery if _is_embeddings(gallery) else self._encode_any(gallery)
+        scores = np.asarray(rows) @ self._encode_any([query])[0]
+        best = np.argsort(-scores, kind="stable")[:k]
+        return [Hit(int(i), float(scores[i])) for i in best]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write a self-contained folder (config, tokenizer, params.safetensors) that `load` reads.
+
+        Raises FileExistsError rather than write over anything.
+        """
+        folder = Path(folder)
+        if folder.exists() and any(folder.iterdir()):
+            raise FileExistsError(f"{folder} is not empty; choose a new folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        config_lib.save(self.experiment.config, folder / "config.json")
+        self.experiment.tokenizer.save(folder / "tokenizer")
+        interop.save_params(self.encoders.params, folder / "params.safetensors")
+        return folder
+
+    def _encode_any(self, items: Sequence[Any]) -> Float[np.ndarray, "n d"]:
+        if all(isinstance(i, str) and not _is_image_path(i) for i in items):
+            return self.encode_text(list(items))
+        return self.encode_image(items)
+
+
+def load(folder: str | Path, *, step: int | None = None) -> TunedModel:
+    """A run's model (its newest checkpoint, or `step`), or a folder that `TunedModel.save` wrote.
+
+    Raises FileNotFoundError when there is no such folder or checkpoint.
+    """
+    folder = Path(folder)
+    config = config_lib.read(folder / "config.json")
+    exp = experiment.build(config, tokenizer_dir=folder / "tokenizer")
+    if (exported := folder / "params.safetensors").is_file():
+        params = interop.load_params(exported)
+        return TunedModel(exp.encoders(params), exp, step=-1)
+    trainable, frozen_target = loop.abstract_split(exp)
+    factory = state.StateFactory(
+        optim.build(config.optim, list(exp.is_frozen), total=1, warmup=0, cooldown=0),
+        exp.partitioner,
+        with_ema=config.optim.ema_decay is not None,
+    )
+    restored, found = checkpoint.read_params(folder, step, factory.abstract(trainable))
+    digest = checkpoint.frozen_digest(folder, found)
+    frozen = checkpoint.read_frozen(folder, digest, frozen_target)
+    return TunedModel(exp.encoders(state.eval_params(restored, frozen)), exp, step=found)
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Records in memory, as a source."""
+
+    records: tuple[data.Record, ...]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> data.Record:
+        return self.records[index]
+
+    @property
+    def fingerprint(self) -> str:
+        h = hashlib.sha256()
+        for record in self.records:
+            h.update(record.image if isinstance(record.image, bytes) else _bytes(record.image))
+        return h.hexdigest()
+
+
+def _bytes(image: Any) -> bytes:
+    array = np.asarray(image)
+    return f"{array.shape}{array.dtype}".encode() + array.tobytes()
+
+
+def _listed(images: Any) -> list[Any]:
+    if isinstance(images, list | tuple):
+        return list(images)
+    if isinstance(images, np.ndarray) and images.ndim == 4:
+        return list(images)
+    return [images]
+
+
+def _record(index: int, image: Any) -> data.Record:
+    if isinstance(image, str | Path):
+        path = Path(image)
+        if not path.is_file():
+            raise FileNotFoundError(f"no image at {path}")
+        return data.Record(key=str(path), image=path.read_bytes(), captions={})
+    return data.Record(key=f"image {index}", image=image, captions={})
+
+
+def _why(record: data.Record, preprocess: Any) -> str:
+    try:
+        data.decode(record.image)
+    except data.BadRecord as error:
+        return str(error)
+    return "could not be preprocessed"
+
+
+def _is_image_path(text: str) -> bool:
+    return text.lower().endswith(IMAGE_SUFFIXES) and Path(text).is_file()
+
+
+def _is_embeddings(gallery: Any) -> bool:
+    return isinstance(gallery, np.ndarray) and gallery.ndim == 2 and gallery.dtype.kind == "f"

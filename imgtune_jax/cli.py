@@ -1,0 +1,220 @@
+"""`imgtune train | eval | embed | search | classify | info`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+IMAGE_HELP = "image files, or folders of images (searched recursively)"
+MODEL_HELP = "a run's folder (as --workdir), or one that TunedModel.save wrote"
+
+
+def train(argv: Sequence[str] | None = None) -> None:
+    """Entry of `train.py` and `imgtune train`: flags → config → train.loop.run → report."""
+    from absl import app, flags
+    from ml_collections import config_flags
+
+    config_flags.DEFINE_config_file("config", None, "the experiment, e.g. configs/lit_emoji.py")
+    flags.DEFINE_string("workdir", None, "folder of this run; an existing run in it is resumed")
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(_train, argv=list(argv) if argv is not None else None)
+
+
+def _train(argv: Sequence[str]) -> None:
+    from absl import flags
+
+    from imgtune_jax import cache, config, report
+    from imgtune_jax.train import loop
+
+    if len(argv) > 1:
+        raise SystemExit(f"unknown arguments {argv[1:]}; settings look like --config.batch_size=64")
+    _set_up()
+    workdir = Path(flags.FLAGS.workdir)
+    with _clear_errors():
+        settings = config.parse(flags.FLAGS.config)
+        encoders = loop.run(settings, workdir, features=cache.features)
+        if _is_first_host():
+            report.report_run(workdir, encoders)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry of the console script."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] == "train":  # absl parses --config.key=value
+        train(["imgtune train", *arguments[1:]])
+        return
+    options = _parser().parse_args(arguments)
+    _set_up()
+    with _clear_errors():
+        options.run(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="imgtune", description="Tune an image tower and a text tower together, and use them."
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+    commands.add_parser(
+        "train", help="train, or resume: imgtune train --config=configs/lit_emoji.py --workdir=DIR"
+    )
+
+    p = _command(commands, "eval", _eval, "run a trained model's evaluators and rewrite its report")
+    p.add_argument("--workdir", required=True, help="the run's folder")
+    p.add_argument("--step", type=int, help="a saved step; default: the newest")
+    p.add_argument("--only", nargs="+", metavar="NAME", help="these of the config's evaluators")
+
+    p = _command(commands, "embed", _embed, "write embeddings of images and texts as .npz")
+    p.add_argument("--model", required=True, help=MODEL_HELP)
+    p.add_argument("--texts", type=Path, help="a file with one text a line")
+    p.add_argument("--output", type=Path, required=True, help=".npz to write")
+    p.add_argument("images", nargs="*", help=IMAGE_HELP)
+
+    p = _command(commands, "search", _search, "find the images that fit a text or another image")
+    p.add_argument("--model", required=True, help=MODEL_HELP)
+    p.add_argument("--query", required=True, help="a text, or an image's path")
+    p.add_argument("-k", type=int, default=5, help="how many results (default 5)")
+    p.add_argument("images", nargs="+", help=f"{IMAGE_HELP}, or one .npz written by `embed`")
+
+    p = _command(commands, "classify", _classify, "name what is in images, among labels you give")
+    p.add_argument("--model", required=True, help=MODEL_HELP)
+    p.add_argument("--labels", required=True, nargs="+", help="the labels to choose from")
+    p.add_argument("--templates", nargs="+", default=["{}"], help='e.g. "a photo of a {}."')
+    p.add_argument("--images", required=True, nargs="+", help=IMAGE_HELP)
+
+    p = _command(
+        commands, "info", _info, "what a run is: parameters, locking, checkpoints, results"
+    )
+    p.add_argument("workdir", help="the run's folder")
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], what: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from imgtune_jax import api, evals, report
+
+    workdir = Path(options.workdir)
+    model = api.load(workdir, step=options.step)
+    config = model.experiment.config
+    chosen = options.only or list(config.evals)
+    if unknown := sorted(set(chosen) - set(config.evals)):
+        raise ValueError(f"no evaluator {unknown}; the run has: {', '.join(config.evals)}")
+    for name, evaluator in evals.build_evaluators({n: config.evals[n] for n in chosen}).items():
+        values = evaluator(model.encoders)
+        record = evals.result_record(name, evaluator, values, model=config.name, step=model.step)
+        evals.append_result(workdir / "results.jsonl", record)
+    report.report_run(workdir, model.encoders)
+
+
+def _embed(options: argparse.Namespace) -> None:
+    import numpy as np
+
+    from imgtune_jax import api
+
+    if not options.images and options.texts is None:
+        raise ValueError("nothing to embed; give images, or --texts FILE")
+    model = api.load(options.model)
+    arrays: dict[str, Any] = {}
+    if options.images:
+        paths = _image_paths(options.images)
+        arrays["image_features"] = model.encode_image(paths)
+        arrays["image_paths"] = np.array([str(p) for p in paths])
+    if options.texts is not None:
+        texts = options.texts.read_text(encoding="utf8").splitlines()
+        arrays["text_features"] = model.encode_text(texts)
+        arrays["texts"] = np.array(texts)
+    np.savez(options.output, **arrays)
+    print(f"{options.output}: " + ", ".join(f"{k} {v.shape}" for k, v in arrays.items()))
+
+
+def _search(options: argparse.Namespace) -> None:
+    import numpy as np
+
+    from imgtune_jax import api
+
+    model = api.load(options.model)
+    if len(options.images) == 1 and options.images[0].endswith(".npz"):
+        with np.load(options.images[0]) as stored:
+            if "image_features" not in stored:
+                raise ValueError(f"{options.images[0]} holds no image_features; see imgtune embed")
+            names, gallery = list(stored["image_paths"]), stored["image_features"]
+    else:
+        names = _image_paths(options.images)
+        gallery = model.encode_image(names)
+    for hit in model.search(options.query, gallery, k=options.k):
+        print(f"{hit.score:.3f}  {names[hit.index]}")
+
+
+def _classify(options: argparse.Namespace) -> None:
+    from imgtune_jax import api
+
+    paths = _image_paths(options.images)
+    found = api.load(options.model).classify(paths, options.labels, options.templates)
+    for path, labels in zip(paths, found, strict=True):
+        print(f"{path}: " + ", ".join(f"{x.name} {x.probability:.1%}" for x in labels))
+
+
+def _info(options: argparse.Namespace) -> None:
+    from imgtune_jax import info
+
+    print(info.describe(Path(options.workdir)))
+
+
+def _image_paths(given: Sequence[str]) -> list[Path]:
+    from imgtune_jax.api import IMAGE_SUFFIXES
+
+    paths: list[Path] = []
+    for path in map(Path, given):
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not inside:
+                raise ValueError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+            paths += inside
+        elif path.is_file():
+            paths.append(path)
+        else:
+            raise FileNotFoundError(f"no image or folder at {path}")
+    return paths
+
+
+def _set_up() -> None:
+    import jax
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("imgtune_jax").setLevel(logging.INFO)
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "imgtune_jax" / "xla"
+    jax.config.update(
+        "jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(default))
+    )
+
+
+def _is_first_host() -> bool:
+    import jax
+
+    return jax.process_index() == 0
+
+
+class _clear_errors:
+    """A user's mistake ends in one message, not in a traceback; anything else stays loud."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        from imgtune_jax.data import TooManyBadRecords
+        from imgtune_jax.train.loop import NotFiniteError
+
+        users = (ValueError, FileNotFoundError, FileExistsError, TooManyBadRecords, NotFiniteError)
+        if isinstance(error, users) and not os.environ.get("IMGTUNE_TRACEBACK"):
+            raise SystemExit(f"imgtune: {error}\n(IMGTUNE_TRACEBACK=1 shows where)") from None
