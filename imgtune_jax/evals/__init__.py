@@ -1,0 +1,1 @@
+"""Evaluators: frozen dataclasses that score a trained model, one a file."""

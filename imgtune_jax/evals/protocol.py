@@ -1,0 +1,73 @@
+"""What an evaluator needs from the world: a source of records, and encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+
+class Record(Protocol):
+    """One example. `captions` maps a caption set (a language, say) to its alternatives."""
+
+    @property
+    def captions(self) -> Mapping[str, Sequence[str]]: ...
+    @property
+    def label(self) -> int | None: ...
+    @property
+    def group(self) -> int | None: ...
+    @property
+    def image(self) -> Any: ...
+
+
+class Source(Protocol):
+    """Random access to records, in an order that does not change."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Record: ...
+
+
+class Encoders(Protocol):
+    """A trained model, as evaluators see it: images and texts in, NumPy rows out.
+
+    Rows come in the order of what was asked. Every host gets all rows. A broken image keeps its
+    row, and its entry of the mask is False.
+    """
+
+    @property
+    def logit_scale(self) -> float:
+        """The multiplier of the cosine similarities, after exp."""
+        ...
+
+    @property
+    def logit_bias(self) -> float | None:
+        """What is added to the scaled similarities; None for a model that has no bias."""
+        ...
+
+    def images(self, source: Source, /) -> tuple[Float[np.ndarray, "n d"], Bool[np.ndarray, n]]:
+        """Unit-norm image embeddings, and which of them are of images that could be read."""
+        ...
+
+    def texts(self, texts: Sequence[str], /) -> Float[np.ndarray, "n d"]:
+        """Unit-norm text embeddings."""
+        ...
+
+    def features(self, source: Source, /) -> tuple[Float[np.ndarray, "n d"], Bool[np.ndarray, n]]:
+        """The image tower's pooled output, before the head, for probes; and the same mask."""
+        ...
+
+
+@runtime_checkable
+class Evaluator(Protocol):
+    """A frozen dataclass: its fields say on what and how; a call says how well."""
+
+    @property
+    def task(self) -> str:
+        """The task's name in `results.jsonl` (CLIP_benchmark's, where it has one)."""
+        ...
+
+    def __call__(self, encoders: Encoders, /) -> dict[str, float]:
+        """Finite numbers by name; a number that is not defined is left out."""
+        ...

@@ -1,0 +1,139 @@
+"""Image-text retrieval: recall at k and ranks, both ways, any number of captions an image."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Bool, Float, Int
+
+from imgtune_jax.evals.protocol import Encoders, Source
+from imgtune_jax.evals.ranks import retrieval_ranks
+
+
+def retrieval_metrics(
+    image_emb: Float[np.ndarray, "n d"],
+    text_emb: Float[np.ndarray, "m d"],
+    image_of_text: Int[np.ndarray, "m"],
+    *,
+    ks: Sequence[int] = (1, 5, 10),
+    image_group: Int[np.ndarray, "n"] | None = None,
+    chunk: int = 1024,
+    mesh: Mesh | None = None,
+) -> dict[str, float]:
+    """Recall at k in [0, 1], median and mean rank (1 is best), under CLIP_benchmark's names.
+
+    `image_retrieval_*` is text to image; `text_retrieval_*` is image to text, where any caption of
+    the image is a hit. A k above the number of candidates is left out. See `retrieval_ranks` for
+    the arguments and for ties.
+    """
+    ranks = retrieval_ranks(
+        image_emb, text_emb, image_of_text, image_group=image_group, chunk=chunk, mesh=mesh
+    )
+    queries = ranks.image_to_text[ranks.image_to_text >= 0]
+    return {
+        **_summary("image_retrieval", ranks.text_to_image, ks, candidates=len(image_emb)),
+        **_summary("text_retrieval", queries, ks, candidates=len(text_emb)),
+    }
+
+
+def in_loop_names(metrics: Mapping[str, float], *, prefix: str = "val/") -> dict[str, float]:
+    """Rename retrieval metrics to what training curves call them; other names only get the prefix.
+
+    `text_retrieval_recall@1` becomes `val/image_to_text_R@1`, and `image_retrieval_median_rank`
+    becomes `val/text_to_image_median_rank`.
+    """
+    words = {
+        "text_retrieval_": "image_to_text_",
+        "image_retrieval_": "text_to_image_",
+        "recall@": "R@",
+    }
+
+    def rename(name: str) -> str:
+        return prefix + functools.reduce(lambda s, w: s.replace(w, words[w]), words, name)
+
+    return {rename(name): value for name, value in metrics.items()}
+
+
+def _summary(
+    name: str, ranks: Int[np.ndarray, "n"], ks: Sequence[int], *, candidates: int
+) -> dict[str, float]:
+    recalls = {f"{name}_recall@{k}": float((ranks < k).mean()) for k in ks if k <= candidates}
+    return recalls | {
+        f"{name}_median_rank": float(np.median(ranks)) + 1,
+        f"{name}_mean_rank": float(ranks.mean()) + 1,
+    }
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Zero-shot retrieval over a source, both ways.
+
+    Every caption of `caption_set` counts (the first `max_captions` of each image, if given). A
+    broken image leaves with its captions, and `num_broken` says how many did; an image without a
+    caption stays as a candidate for the texts. With `use_groups`, images of one `group` share
+    their captions.
+    """
+
+    task: ClassVar[str] = "zeroshot_retrieval"
+
+    source: Source
+    caption_set: str = "caption"
+    ks: tuple[int, ...] = (1, 5, 10)
+    max_captions: int | None = None
+    use_groups: bool = False
+    chunk: int = 1024
+    mesh: Mesh | None = None
+
+    def __call__(self, encoders: Encoders) -> dict[str, float]:
+        image_emb, valid = encoders.images(self.source)
+        captions, image_of_text, image_group = self._captions(valid)
+        metrics = retrieval_metrics(
+            image_emb[valid],
+            encoders.texts(captions),
+            image_of_text,
+            ks=self.ks,
+            image_group=image_group,
+            chunk=self.chunk,
+            mesh=self.mesh,
+        )
+        sizes = {
+            "num_images": valid.sum(),
+            "num_texts": len(captions),
+            "num_broken": (~valid).sum(),
+        }
+        return metrics | {name: float(size) for name, size in sizes.items()}
+
+    def _captions(
+        self, valid: Bool[np.ndarray, "n"]
+    ) -> tuple[list[str], Int[np.ndarray, "m"], Int[np.ndarray, "n"] | None]:
+        captions: list[str] = []
+        image_of_text: list[int] = []
+        groups: list[int | None] = []
+        for image, i in enumerate(np.flatnonzero(valid)):
+            record = self.source[int(i)]
+            own = record.captions.get(self.caption_set, ())[: self.max_captions]
+            captions += own
+            image_of_text += [image] * len(own)
+            groups.append(record.group)
+        if not captions:
+            raise ValueError(
+                f"no record of the {len(groups)} readable ones has a caption in the set "
+                f"{self.caption_set!r}; the first has {sorted(self.source[0].captions)}"
+            )
+        return captions, np.asarray(image_of_text), _group_numbers(groups, self.use_groups)
+
+
+def _group_numbers(groups: list[int | None], use_groups: bool) -> Int[np.ndarray, "n"] | None:
+    if not use_groups:
+        return None
+    if None in groups:
+        raise ValueError(
+            f"use_groups is set, but {groups.count(None)} of {len(groups)} records have no group; "
+            "give every record one, or leave use_groups off"
+        )
+    return np.asarray(groups)

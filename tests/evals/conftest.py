@@ -1,0 +1,66 @@
+"""Fakes for evaluators: records in a list, and encoders that look embeddings up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def unit(x):
+    """Rows of norm 1."""
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+@dataclass(frozen=True)
+class FakeEncoders:
+    """A record's `image` is its embedding (None: broken); texts are looked up by their string."""
+
+    text_emb: Mapping[str, np.ndarray] = field(default_factory=dict)
+    logit_scale: float = 10.0
+    logit_bias: float | None = None
+    asked: list = field(default_factory=list)
+
+    def images(self, source):
+        emb, valid = self.features(source)
+        return np.where(valid[:, None], unit(np.where(valid[:, None], emb, 1)), 0), valid
+
+    def texts(self, texts: Sequence[str]):
+        self.asked.append(list(texts))
+        return unit(np.stack([self.text_emb[t] for t in texts])).astype(np.float32)
+
+    def features(self, source):
+        images = [source[i].image for i in range(len(source))]
+        valid = np.array([x is not None for x in images])
+        width = next(len(x) for x in images if x is not None)
+        rows = [np.zeros(width) if x is None else x for x in images]
+        return np.stack(rows).astype(np.float32), valid
+
+
+def record(image, *captions, label=None, group=None, **sets):
+    """One record; `captions` go into the set called `caption`."""
+    named = {"caption": captions} if captions else {}
+    return SimpleNamespace(image=image, captions=named | sets, label=label, group=group)
+
+
+@pytest.fixture
+def golden():
+    """Arrays of a stored case: `golden("evals_clip_benchmark", "retrieval")`."""
+
+    def load(name: str, case: str) -> dict[str, np.ndarray]:
+        with np.load(GOLDEN / f"{name}.npz") as file:
+            return {k.split("/", 1)[1]: file[k] for k in file.files if k.startswith(case + "/")}
+
+    return load
+
+
+@pytest.fixture
+def fakes():
+    """The fakes above, by name."""
+    return SimpleNamespace(Encoders=FakeEncoders, record=record, unit=unit)

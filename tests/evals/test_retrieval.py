@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from imgtune_jax.evals.ranks import retrieval_ranks
+from imgtune_jax.evals.retrieval import Retrieval, in_loop_names, retrieval_metrics
+
+
+def sort_ranks(image_emb, text_emb, image_of_text, image_group=None):
+    """Ranks by what the definition says: a stable descending sort of the whole matrix."""
+    group = np.arange(len(image_emb)) if image_group is None else np.asarray(image_group)
+    scores = np.asarray(text_emb, np.float32) @ np.asarray(image_emb, np.float32).T
+    right = group[image_of_text][:, None] == group[None]
+
+    def ranks(scores, right):
+        order = np.argsort(-scores, axis=1, kind="stable")
+        hits = np.take_along_axis(right, order, 1)
+        return np.where(hits.any(1), hits.argmax(1), -1)
+
+    return ranks(scores.T, right.T), ranks(scores, right)
+
+
+def integers(rng, n, m, d=3):
+    """Small integers as embeddings: products are exact, and ties are everywhere."""
+    return rng.integers(-2, 3, (n, d)).astype(np.float32), rng.integers(-2, 3, (m, d)).astype(
+        np.float32
+    )
+
+
+@pytest.mark.parametrize("case", ["retrieval_small", "retrieval"])
+def test_recalls_equal_clip_benchmark_with_several_captions(golden, fakes, case):
+    g = golden("evals_clip_benchmark", case)
+    got = retrieval_metrics(
+        fakes.unit(g["image_emb"]), fakes.unit(g["text_emb"]), g["image_of_text"]
+    )
+    names = [name for name in g if "recall" in name]
+    assert len(names) == 6
+    for name in names:
+        # CLIP_benchmark averages in float32; the hits themselves are the same.
+        np.testing.assert_allclose(got[name], g[name], rtol=2e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 64])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_ranks_equal_a_stable_sort_for_any_block_size_ties_included(chunk, grouped):
+    rng = np.random.default_rng(chunk)
+    image, text = integers(rng, 17, 41)
+    owner = rng.integers(0, 17, 41)
+    group = rng.integers(0, 9, 17) if grouped else None
+    want = sort_ranks(image, text, owner, group)
+    got = retrieval_ranks(image, text, owner, image_group=group, chunk=chunk)
+    np.testing.assert_array_equal(got.image_to_text, want[0])
+    np.testing.assert_array_equal(got.text_to_image, want[1])
+
+
+def test_ranks_do_not_depend_on_the_number_of_devices():
+    devices = jax.devices()
+    if len(devices) < 2:
+        pytest.skip("one device; run with --xla_force_host_platform_device_count=8")
+    rng = np.random.default_rng(0)
+    image, text = integers(rng, 13, 29)  # neither divides over the devices
+    owner = rng.integers(0, 13, 29)
+    mesh = jax.make_mesh((2, len(devices) // 2), ("data", "fsdp"))
+    want = retrieval_ranks(image, text, owner)
+    got = retrieval_ranks(image, text, owner, mesh=mesh, chunk=10)
+    np.testing.assert_array_equal(got.image_to_text, want.image_to_text)
+    np.testing.assert_array_equal(got.text_to_image, want.text_to_image)
+
+
+def test_order_of_images_and_captions_does_not_matter_without_ties():
+    rng = np.random.default_rng(3)
+    image, text = rng.normal(size=(20, 5)), rng.normal(size=(50, 5))
+    owner = np.r_[np.arange(20), rng.integers(0, 20, 30)]
+    base = retrieval_ranks(image, text, owner, chunk=8)
+    p, q = rng.permutation(20), rng.permutation(50)
+    got = retrieval_ranks(image[p], text[q], np.argsort(p)[owner[q]], chunk=8)
+    np.testing.assert_array_equal(got.image_to_text, base.image_to_text[p])
+    np.testing.assert_array_equal(got.text_to_image, base.text_to_image[q])
+
+
+def test_collapsed_embeddings_score_chance():
+    n = 50
+    ones = np.ones((n, 4), np.float32) / 2
+    got = retrieval_metrics(ones, ones, np.arange(n))
+    assert got["image_retrieval_recall@1"] == got["text_retrieval_recall@1"] == 1 / n
+    assert got["image_retrieval_recall@10"] == 10 / n
+
+
+def test_duplicates_tie_exactly_whatever_block_they_fall_in():
+    rng = np.random.default_rng(5)
+    image = np.repeat(rng.normal(size=(1, 300)), 33, 0)
+    got = retrieval_ranks(image, image, np.arange(33), chunk=10)
+    np.testing.assert_array_equal(got.text_to_image, np.arange(33))
+    np.testing.assert_array_equal(got.image_to_text, np.arange(33))
+
+
+def test_any_caption_of_the_image_is_a_hit():
+    image = np.eye(2, dtype=np.float32)
+    text = np.array([[0.2, 0.9], [1, 0], [0.8, 0.1]], np.float32)
+    got = retrieval_metrics(image, text, np.array([0, 0, 1]), ks=(1,))
+    assert got["text_retrieval_recall@1"] == 0.5  # image 0 by its second caption
+    assert got["image_retrieval_recall@1"] == 1 / 3
+
+
+def test_image_without_a_caption_is_a_candidate_but_no_query():
+    image = np.eye(3, dtype=np.float32)
+    got = retrieval_ranks(image, np.array([[0.0, 0.5, 1.0]], np.float32), np.array([1]))
+    assert got.image_to_text.tolist() == [-1, 0, -1]
+    assert got.text_to_image.tolist() == [1]
+
+
+def test_not_finite_embeddings_are_refused_rather_than_ranked_first():
+    image, text = np.eye(3), np.eye(3)
+    text[1, 1] = np.nan
+    with pytest.raises(ValueError, match=r"1 of 3 text embeddings are not finite .* row 1"):
+        retrieval_metrics(image, text, np.arange(3))
+
+
+@pytest.mark.parametrize("owner", [[0, 1], [0, 1, 3], [0, 1, -1]])
+def test_captions_of_no_image_are_refused(owner):
+    with pytest.raises(ValueError, match="index of one of the 3 images"):
+        retrieval_metrics(np.eye(3), np.eye(3), np.array(owner))
+
+
+def test_k_above_the_number_of_candidates_is_left_out():
+    got = retrieval_metrics(np.eye(7), np.eye(7)[:3], np.arange(3))
+    assert "image_retrieval_recall@5" in got and "image_retrieval_recall@10" not in got
+    assert "text_retrieval_recall@5" not in got
+
+
+def test_in_loop_names_are_those_of_training_curves():
+    got = in_loop_names({"text_retrieval_recall@1": 0.25, "image_retrieval_mean_rank": 3.0})
+    assert got == {"val/image_to_text_R@1": 0.25, "val/text_to_image_mean_rank": 3.0}
+
+
+def test_evaluator_drops_broken_images_with_their_captions(fakes):
+    rng = np.random.default_rng(0)
+    vectors = fakes.unit(rng.normal(size=(6, 8)))
+    source = [fakes.record(v, f"a{i}", f"b{i}") for i, v in enumerate(vectors)]
+    texts = {f"{x}{i}": v + 0.01 for i, v in enumerate(vectors) for x in "ab"}
+    source[2] = fakes.record(None, "a2", "b2")
+    got = Retrieval(source)(fakes.Encoders(texts))
+    assert (got["num_images"], got["num_texts"], got["num_broken"]) == (5, 10, 1)
+    assert got["image_retrieval_recall@1"] == got["text_retrieval_recall@1"] == 1
+
+
+def test_evaluator_counts_groups_only_when_told(fakes):
+    v = np.eye(4)
+    source = [fakes.record(v[i], f"c{i}", group=i // 2) for i in range(4)]
+    swapped = {f"c{i}": v[i ^ 1] for i in range(4)}  # each caption fits the group's other image
+    assert Retrieval(source)(fakes.Encoders(swapped))["image_retrieval_recall@1"] == 0
+    grouped = Retrieval(source, use_groups=True)(fakes.Encoders(swapped))
+    assert grouped["image_retrieval_recall@1"] == grouped["text_retrieval_recall@1"] == 1
+
+
+def test_evaluator_without_captions_says_which_sets_there_are(fakes):
+    source = [fakes.record(np.ones(2), en=("one",))]
+    with pytest.raises(ValueError, match=r"set 'caption'; the first has \['en'\]"):
+        Retrieval(source)(fakes.Encoders())
