@@ -1,1 +1,96 @@
-"""Evaluators: frozen dataclasses that score a trained model, one a file."""
+"""Evaluators: frozen dataclasses that score a model, `evaluator(encoders) -> {name: number}`.
+
+A new evaluator is one file and one line in `EVALUATORS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import Mesh
+
+from imgtune_jax import data, objectives
+from imgtune_jax.evals.encoders import ModelEncoders
+from imgtune_jax.evals.fewshot import FewShot
+from imgtune_jax.evals.loss import Loss
+from imgtune_jax.evals.probe import LinearProbe
+from imgtune_jax.evals.protocol import Encoders, Evaluator
+from imgtune_jax.evals.results import append_result, read_results, result, result_record
+from imgtune_jax.evals.retrieval import Retrieval, in_loop_names
+from imgtune_jax.evals.ridge import ridge_baseline
+from imgtune_jax.evals.zeroshot import ZeroShot
+
+__all__ = [
+    "EVALUATORS",
+    "Encoders",
+    "Evaluator",
+    "ModelEncoders",
+    "append_result",
+    "build_evaluators",
+    "in_loop_names",
+    "read_results",
+    "result",
+    "result_record",
+    "ridge_baseline",
+]
+
+EVALUATORS: dict[str, type] = {
+    "retrieval": Retrieval,
+    "zeroshot": ZeroShot,
+    "linear_probe": LinearProbe,
+    "fewshot": FewShot,
+    "loss": Loss,
+}
+
+
+def build_evaluators(
+    cfg: Mapping[str, Mapping[str, Any]], *, mesh: Mesh | None = None
+) -> dict[str, Evaluator]:
+    """{"coco": {"name": "retrieval", "source": {...}, **fields}} -> {"coco": Retrieval(...)}.
+
+    Every field whose name ends in `source` is built by `data.build_source`; the loss evaluator's
+    `objective` is what `config.objectives` holds, built by `objectives.build`. `mesh` spreads the
+    evaluators that can use one. Raises ValueError for unknown names and fields, all at once.
+    """
+    errors = [error for key, fields in cfg.items() for error in _errors(key, fields)]
+    if errors:
+        raise ValueError("config.evals is not valid:\n  " + "\n  ".join(errors))
+    return {key: _build(fields, mesh) for key, fields in cfg.items()}
+
+
+def _build(fields: Mapping[str, Any], mesh: Mesh | None) -> Evaluator:
+    kind = EVALUATORS[fields["name"]]
+    built = {name: _value(name, value) for name, value in fields.items() if name != "name"}
+    if "mesh" in _fields(kind):
+        built["mesh"] = mesh
+    return kind(**built)
+
+
+def _value(name: str, value: Any) -> Any:
+    if name.endswith("source") and isinstance(value, Mapping):
+        return data.build_source(value)
+    if name == "objective" and isinstance(value, Mapping):
+        return objectives.build(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _fields(kind: type) -> dict[str, dataclasses.Field]:
+    return {f.name: f for f in dataclasses.fields(kind)}
+
+
+def _errors(key: str, fields: Mapping[str, Any]) -> list[str]:
+    name = fields.get("name")
+    if name not in EVALUATORS:
+        return [f"{key}.name = {name!r} is unknown; known: {', '.join(EVALUATORS)}"]
+    known = _fields(EVALUATORS[name])
+    given = set(fields) - {"name"}
+    wanted = {
+        f.name
+        for f in known.values()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    settable = sorted(set(known) - {"mesh"})
+    unknown = [f"{key}.{f} is unknown; known: {', '.join(settable)}" for f in given - set(settable)]
+    return sorted(unknown) + [f"{key}.{f} is missing" for f in sorted(wanted - given)]

@@ -68,6 +68,11 @@ class Evaluator(Protocol):
         """The task's name in `results.jsonl` (CLIP_benchmark's, where it has one)."""
         ...
 
+    @property
+    def language(self) -> str:
+        """The language of the texts, for `results.jsonl`."""
+        ...
+
     def __call__(self, encoders: Encoders, /) -> dict[str, float]:
         """Finite numbers by name; a number that is not defined is left out."""
         ...

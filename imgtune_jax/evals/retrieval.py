@@ -86,6 +86,7 @@ class Retrieval:
     ks: tuple[int, ...] = (1, 5, 10)
     max_captions: int | None = None
     use_groups: bool = False
+    language: str = "en"
     chunk: int = 1024
     mesh: Mesh | None = None
 

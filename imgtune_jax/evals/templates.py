@@ -6,6 +6,7 @@ OpenAI), and so are the class names, both as open_clip 3.3.0 has them (MIT); see
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import resources
 
 OPENAI_IMAGENET = (
@@ -116,3 +117,6 @@ def imagenet_classnames() -> tuple[str, ...]:
         resources.files("imgtune_jax.evals").joinpath("imagenet_classnames.txt").read_text("utf-8")
     )
     return tuple(text.splitlines())
+
+
+CLASSNAMES: dict[str, Callable[[], tuple[str, ...]]] = {"imagenet": imagenet_classnames}

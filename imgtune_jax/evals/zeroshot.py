@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -11,26 +11,25 @@ from jaxtyping import Float, Int
 
 from imgtune_jax.evals.checks import check_finite, checked_labels
 from imgtune_jax.evals.protocol import Encoders, Source
-from imgtune_jax.evals.templates import TEMPLATES
+from imgtune_jax.evals.templates import CLASSNAMES, TEMPLATES
 
 Templates = Sequence[str] | Mapping[str, Sequence[str]]
 
 
 def class_embeddings(
-    encode: Callable[[Sequence[str]], Float[np.ndarray, "n d"]],
+    encoders: Encoders,
     classnames: Sequence[str],
     templates: Templates,
 ) -> Float[np.ndarray, "c d"]:
     """One unit vector per class: the mean of its prompts' unit vectors, normalised again (CLIP).
 
-    `encode` gives unit vectors. `templates` are strings in which `{}` (or `{c}`) stands for the
-    class's name, or, per class name, finished prompts (CuPL, 2209.03320). Every distinct prompt is
-    encoded once.
+    `templates` are strings in which `{}` (or `{c}`) stands for the class's name, or, per class
+    name, finished prompts (CuPL, 2209.03320). Every distinct prompt is encoded once.
     """
     per_class = [_prompts(name, templates) for name in classnames]
     distinct = list(dict.fromkeys(prompt for prompts in per_class for prompt in prompts))
     row_of = {prompt: row for row, prompt in enumerate(distinct)}
-    emb = np.asarray(encode(distinct), np.float32)
+    emb = np.asarray(encoders.texts(distinct), np.float32)
     means = np.stack([emb[[row_of[p] for p in prompts]].mean(0) for prompts in per_class])
     return means / np.linalg.norm(means, axis=1, keepdims=True)
 
@@ -119,48 +118,60 @@ def classification_metrics(
 class ZeroShot:
     """Zero-shot classification of a labelled source.
 
-    `templates` is a name of `TEMPLATES`, or the prompts themselves (see `class_embeddings`). With
-    `per_class`, the F1, precision, recall and support of each class are reported too, as
-    `f1/<name>` and so on (classes that share a name get their label appended). Broken images leave;
-    `num_broken` counts them.
+    `classnames` are the names in the order of the labels, or a name of `CLASSNAMES`; `templates`
+    are the prompts (see `class_embeddings`), or a name of `TEMPLATES`. With `per_class`, the F1,
+    precision, recall and support of each class are reported too, as `f1/<name>` and so on (classes
+    that share a name get their label appended). Broken images leave; `num_broken` counts them.
     """
 
     task: ClassVar[str] = "zeroshot_classification"
 
     source: Source
-    classnames: tuple[str, ...]
+    classnames: str | tuple[str, ...]
     templates: str | Templates = "openai_imagenet"
     per_class: bool = False
+    language: str = "en"
 
     def __post_init__(self) -> None:
-        if len(self.classnames) < 2:
-            raise ValueError(f"class names are {self.classnames}; give two or more to choose from")
-        if isinstance(self.templates, str) and self.templates not in TEMPLATES:
-            raise ValueError(
-                f"no prompt templates are called {self.templates!r}; there are "
-                f"{sorted(TEMPLATES)}, or give the prompts themselves"
-            )
+        for what, chosen, table in (
+            ("class names", self.classnames, CLASSNAMES),
+            ("prompt templates", self.templates, TEMPLATES),
+        ):
+            if isinstance(chosen, str) and chosen not in table:
+                raise ValueError(
+                    f"no {what} are called {chosen!r}; there are {sorted(table)}, or give your own"
+                )
+        if len(self.names) < 2:
+            raise ValueError(f"class names are {self.names}; give two or more to choose from")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The class names themselves."""
+        by_name = isinstance(self.classnames, str)
+        return CLASSNAMES[self.classnames]() if by_name else tuple(self.classnames)
 
     def __call__(self, encoders: Encoders) -> dict[str, float]:
         """acc1, acc5, mean_per_class_recall and the rest, by name."""
+        names = self.names
         image_emb, valid = encoders.images(self.source)
-        num_classes = len(self.classnames)
-        labels = checked_labels(self.source, valid, num_classes=num_classes)
+        labels = checked_labels(self.source, valid, num_classes=len(names))
         named = TEMPLATES[self.templates] if isinstance(self.templates, str) else self.templates
-        class_emb = class_embeddings(encoders.texts, self.classnames, named)
+        class_emb = class_embeddings(encoders, names, named)
         predicted, ranks = true_class_ranks(image_emb[valid], class_emb, labels)
-        metrics = classification_metrics(predicted, ranks, labels, num_classes=num_classes)
+        metrics = classification_metrics(predicted, ranks, labels, num_classes=len(names))
         metrics |= {"num_images": float(len(labels)), "num_broken": float((~valid).sum())}
         if self.per_class:
-            scores = per_class_scores(predicted, labels, num_classes=num_classes)
-            names = [
-                c if self.classnames.count(c) == 1 else f"{c} ({i})"
-                for i, c in enumerate(self.classnames)
-            ]
-            for kind in ("precision", "recall", "f1", "support"):
-                values = getattr(scores, kind).tolist()
-                metrics |= {f"{kind}/{c}": float(v) for c, v in zip(names, values, strict=True)}
+            metrics |= _by_class(per_class_scores(predicted, labels, num_classes=len(names)), names)
         return metrics
+
+
+def _by_class(scores: PerClass, names: Sequence[str]) -> dict[str, float]:
+    unique = [c if names.count(c) == 1 else f"{c} ({i})" for i, c in enumerate(names)]
+    return {
+        f"{kind}/{name}": float(value)
+        for kind in ("precision", "recall", "f1", "support")
+        for name, value in zip(unique, getattr(scores, kind), strict=True)
+    }
 
 
 def _prompts(name: str, templates: Templates) -> list[str]:

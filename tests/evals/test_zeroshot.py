@@ -15,7 +15,7 @@ def test_metrics_equal_clip_benchmark_and_scikit_learn(golden, fakes, case):
     by_class = {c: [f"{c} {p}" for p in range(prompts)] for c in names}
     texts = {f"c{i} {p}": g["prompt_emb"][i, p] for i in range(num_classes) for p in range(prompts)}
     encoders = fakes.Encoders(texts)
-    class_emb = zeroshot.class_embeddings(encoders.texts, names, by_class)
+    class_emb = zeroshot.class_embeddings(encoders, names, by_class)
     np.testing.assert_allclose(class_emb, g["class_emb"], rtol=1e-5, atol=1e-7)
     source = [
         fakes.record(x, label=int(y)) for x, y in zip(g["image_emb"], g["labels"], strict=True)
@@ -40,13 +40,13 @@ def test_acc5_is_absent_below_five_classes(golden):
 
 def test_ensemble_is_the_normalised_mean_of_unit_vectors(fakes):
     texts = {"a cat": np.array([3.0, 0]), "the cat": np.array([0, 0.5])}
-    got = zeroshot.class_embeddings(fakes.Encoders(texts).texts, ["cat"], ["a {}", "the {c}"])
+    got = zeroshot.class_embeddings(fakes.Encoders(texts), ["cat"], ["a {}", "the {c}"])
     np.testing.assert_allclose(got, [[0.5**0.5, 0.5**0.5]], rtol=1e-6)
 
 
 def test_shared_prompts_are_encoded_once(fakes):
     encoders = fakes.Encoders({"x": np.ones(2), "y": np.ones(2)})
-    zeroshot.class_embeddings(encoders.texts, ["a", "b"], {"a": ["x", "y"], "b": ["y"]})
+    zeroshot.class_embeddings(encoders, ["a", "b"], {"a": ["x", "y"], "b": ["y"]})
     assert encoders.asked == [["x", "y"]]
 
 
@@ -68,9 +68,9 @@ def test_not_finite_embeddings_are_refused():
 
 
 @pytest.mark.parametrize("wrong", [["a photo"], ["{}", "{}"], []])
-def test_templates_that_do_not_name_the_class_are_refused(wrong):
+def test_templates_that_do_not_name_the_class_are_refused(fakes, wrong):
     with pytest.raises(ValueError, match=r"templates|no prompts"):
-        zeroshot.class_embeddings(lambda t: np.ones((len(t), 2)), ["cat", "dog"], wrong)
+        zeroshot.class_embeddings(fakes.Encoders(), ["cat", "dog"], wrong)
 
 
 def test_label_outside_the_class_names_is_refused(fakes):

@@ -1,0 +1,77 @@
+"""`results.jsonl`: one evaluation a line, in CLIP_benchmark's JSON schema."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from imgtune_jax.evals.protocol import Evaluator
+
+KEYS = ("dataset", "model", "pretrained", "task", "metrics", "language")
+
+
+def result(
+    *,
+    dataset: str,
+    model: str,
+    pretrained: str,
+    task: str,
+    metrics: Mapping[str, float],
+    language: str = "en",
+    **extra: Any,
+) -> dict[str, Any]:
+    """One line of `results.jsonl`; `extra` keys follow CLIP_benchmark's six.
+
+    Raises ValueError for a number that strict JSON cannot hold.
+    """
+    broken = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+    if broken:
+        raise ValueError(
+            f"metrics of {dataset} are not finite: {broken}; leave out what is not defined"
+        )
+    plain = {name: float(value) for name, value in metrics.items()}
+    values = (dataset, model, pretrained, task, plain, language)
+    return dict(zip(KEYS, values, strict=True)) | extra
+
+
+def result_record(
+    name: str,
+    evaluator: Evaluator,
+    metrics: Mapping[str, float],
+    *,
+    model: str,
+    step: int,
+    **extra: Any,
+) -> dict[str, Any]:
+    """The result of one evaluator, called `name` in the config, at one training step."""
+    return result(
+        dataset=name,
+        model=model,
+        pretrained=f"step {step}",
+        task=evaluator.task,
+        metrics=metrics,
+        language=evaluator.language,
+        step=step,
+        **extra,
+    )
+
+
+def append_result(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Append one line. Raises ValueError if a CLIP_benchmark key is missing or JSON has no word."""
+    missing = [key for key in KEYS if key not in record]
+    if missing:
+        raise ValueError(f"a result needs {missing} beside {sorted(record)}; see `result`")
+    line = json.dumps(record, allow_nan=False)
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def read_results(path: str | Path) -> list[dict[str, Any]]:
+    """All lines, oldest first; none if there is no file yet."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]

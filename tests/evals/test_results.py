@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from imgtune_jax.evals.results import append_result, read_results, result, result_record
+from imgtune_jax.evals.retrieval import Retrieval
+
+
+def test_a_line_has_clip_benchmarks_keys_in_its_order(tmp_path):
+    record = result_record(
+        "emoji", Retrieval([], language="de"), {"text_retrieval_recall@1": 1}, model="lit", step=7
+    )
+    path = tmp_path / "results.jsonl"
+    append_result(path, record)
+    append_result(path, record)
+    lines = path.read_text().splitlines()
+    assert len(lines) == 2
+    got = json.loads(lines[0])
+    assert list(got)[:6] == ["dataset", "model", "pretrained", "task", "metrics", "language"]
+    assert got["task"] == "zeroshot_retrieval" and got["language"] == "de" and got["step"] == 7
+    assert read_results(path) == [record, record]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_number_that_strict_json_lacks_is_refused(bad):
+    with pytest.raises(ValueError, match=r"not finite: {'acc5'"):
+        result(dataset="d", model="m", pretrained="p", task="t", metrics={"acc5": bad, "acc1": 1.0})
+
+
+def test_a_missing_key_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"needs \['language'\]"):
+        append_result(
+            tmp_path / "r.jsonl",
+            {"dataset": "d", "model": "m", "pretrained": "p", "task": "t", "metrics": {}},
+        )
+
+
+def test_no_file_means_no_results(tmp_path):
+    assert read_results(tmp_path / "results.jsonl") == []

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from imgtune_jax.evals.retrieval import retrieval_metrics
+from imgtune_jax.evals.ridge import ridge_baseline, ridge_solutions
+
+
+@pytest.mark.parametrize("n", [7, 40])  # dual, primal
+def test_solutions_are_those_of_the_normal_equations_for_every_lambda(n):
+    rng = np.random.default_rng(n)
+    x, y = rng.normal(size=(n, 12)), rng.normal(size=(n, 3))
+    lambdas = [1e-3, 1.0, 50.0]
+    for value, got in zip(lambdas, ridge_solutions(x, y, lambdas), strict=True):
+        want = np.linalg.solve(x.T @ x + value * np.eye(12), x.T @ y)
+        np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-10)
+
+
+def test_lambda_must_be_positive():
+    with pytest.raises(ValueError, match="needs a positive one"):
+        list(ridge_solutions(np.eye(2), np.eye(2), [0.0]))
+
+
+def test_baseline_recovers_a_linear_map_and_reports_the_best_lambda():
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(10, 6))
+    x, x_test = rng.normal(2, 1, (200, 10)), rng.normal(2, 1, (30, 10))
+    y, y_test = x @ w + 5, x_test @ w + 5  # an offset that only centring can follow
+    got = ridge_baseline(x, y, x_test, y_test, (1e-6, 1e6))
+    assert got.best_lambda == 1e-6 and set(got.by_lambda) == {1e-6, 1e6}
+    assert got.metrics == got.by_lambda[1e-6]
+    assert got.metrics["text_retrieval_recall@1"] == got.metrics["image_retrieval_recall@1"] == 1
+
+
+def test_baseline_is_retrieval_on_predicted_text_embeddings(fakes):
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(50, 5)), rng.normal(size=(50, 4))
+    x_test, y_test = rng.normal(size=(8, 5)), rng.normal(size=(16, 4))
+    owner = np.repeat(np.arange(8), 2)
+    got = ridge_baseline(x, y, x_test, y_test, [3.0], image_of_text=owner)
+    xc, yc = x - x.mean(0), y - y.mean(0)
+    w = np.linalg.solve(xc.T @ xc + 3.0 * np.eye(5), xc.T @ yc)
+    predicted = (x_test - x.mean(0)) @ w + y.mean(0)
+    assert got.metrics == retrieval_metrics(fakes.unit(predicted), fakes.unit(y_test), owner)
