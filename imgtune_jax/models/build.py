@@ -1,0 +1,151 @@
+"""From a plain mapping of fields to modules. Every wrong name is an error that names the right."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from imgtune_jax.models import heads, layers
+from imgtune_jax.models.bert import Bert
+from imgtune_jax.models.efficientnet import EfficientNetLite
+from imgtune_jax.models.resnet import ResNet
+from imgtune_jax.models.text import TextTransformer
+from imgtune_jax.models.two_tower import TwoTower
+from imgtune_jax.models.vit import ViT
+
+TOWERS: dict[str, Callable[..., nn.Module]] = {
+    "vit": ViT,
+    "efficientnet_lite": EfficientNetLite,
+    "resnet": ResNet,
+    "text_transformer": TextTransformer,
+    "bert": Bert,
+}
+HEADS: dict[str, Callable[..., nn.Module]] = {
+    "identity": heads.Identity,
+    "linear": heads.Linear,
+    "mlp": heads.Mlp,
+}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+INTERNAL = ("parent", "name", "constrain")
+
+LN_100 = math.log(100.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFields:
+    """The keys of a model's mapping and their defaults.
+
+    `image` and `text` are {"name": of TOWERS, "variant": …, field: value …}, heads the same with
+    HEADS. `dtype` ("float32" or "bfloat16") is of matrix-product operands, and may stand in a
+    component's mapping instead. `image_mean`, `image_std`: units of 0..255. `logit_scale_init`,
+    `logit_scale_max`: logs; no clamp if None. `logit_bias_init`: no bias if None; -10 in SigLIP.
+    """
+
+    image: Mapping[str, Any]
+    text: Mapping[str, Any]
+    embed_dim: int
+    image_head: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "linear"})
+    text_head: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "linear"})
+    image_size: int = 224
+    image_mean: tuple[float, ...] = (127.5, 127.5, 127.5)
+    image_std: tuple[float, ...] = (127.5, 127.5, 127.5)
+    dtype: str = "float32"
+    logit_scale_init: float = math.log(1 / 0.07)
+    logit_scale_max: float | None = LN_100
+    logit_bias_init: float | None = None
+
+
+def build(cfg: Mapping[str, Any], partitioner: Any = None) -> TwoTower:
+    """The model that a mapping of ModelFields describes.
+
+    `partitioner.constrain`, if a partitioner is given, is applied to every residual stream.
+    Raises ValueError that names the component, the bad field and the valid ones.
+    """
+    given = _plain(cfg)
+    _check_fields("model", given, [f.name for f in dataclasses.fields(ModelFields)])
+    missing = {"image", "text", "embed_dim"} - given.keys()
+    if missing:
+        raise ValueError(f"model: no {', '.join(sorted(missing))}; these have no default")
+    fields = ModelFields(**given)
+    constrain = layers.no_constraint if partitioner is None else partitioner.constrain
+    common = dict(dtype=fields.dtype, constrain=constrain)
+    head = dict(dtype=fields.dtype, embed_dim=fields.embed_dim)
+    return TwoTower(
+        image=build_tower(fields.image, image_size=fields.image_size, **common),
+        text=build_tower(fields.text, **common),
+        image_head=_component("image_head", HEADS, fields.image_head, head),
+        text_head=_component("text_head", HEADS, fields.text_head, head),
+        embed_dim=fields.embed_dim,
+        image_size=fields.image_size,
+        image_mean=tuple(fields.image_mean),
+        image_std=tuple(fields.image_std),
+        logit_scale_init=fields.logit_scale_init,
+        logit_scale_max=fields.logit_scale_max,
+        logit_bias_init=fields.logit_bias_init,
+    )
+
+
+def build_tower(cfg: Mapping[str, Any], **defaults: Any) -> nn.Module:
+    """One tower from {"name": …, "variant": …, field: value …}.
+
+    `defaults` fill fields that the tower has and the mapping leaves out, and are ignored if the
+    tower lacks them. Raises ValueError like `build`.
+    """
+    return _component("tower", TOWERS, cfg, defaults)
+
+
+def _component(
+    role: str, table: Mapping[str, Any], cfg: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> nn.Module:
+    given = _plain(cfg)
+    name = given.pop("name", None)
+    if name not in table:
+        raise ValueError(f"{role}: name={name!r}; want one of {', '.join(table)}")
+    cls = table[name]
+    fields = [f.name for f in dataclasses.fields(cls) if f.name not in INTERNAL]
+    variants = ["variant"] if hasattr(cls, "variant_fields") else []
+    _check_fields(f"{role} {name!r}", given, [*variants, *fields])
+    variant = given.pop("variant", None)
+    sizes = {} if variant is None else cls.variant_fields(str(variant))
+    known = {k: v for k, v in defaults.items() if k in fields or k == "constrain"}
+    if (
+        "image_size" in known
+        and given.get("image_size", known["image_size"]) != (known["image_size"])
+    ):
+        raise ValueError(
+            f"{role} {name!r}: image_size={given['image_size']}, but the model's is "
+            f"{known['image_size']}; leave it out of the tower"
+        )
+    if not any(f.name == "constrain" for f in dataclasses.fields(cls)):
+        known.pop("constrain", None)
+    merged = {**known, **sizes, **given}
+    if "dtype" in merged:
+        merged["dtype"] = _dtype(role, merged["dtype"])
+    return cls(**merged)
+
+
+def _dtype(role: str, name: Any) -> Any:
+    if name not in DTYPES:
+        raise ValueError(f"{role}: dtype={name!r}; want one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _check_fields(component: str, given: Iterable[str], valid: list[str]) -> None:
+    for field in given:
+        if field not in valid:
+            close = difflib.get_close_matches(field, valid, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(
+                f"{component} has no field {field!r}; {hint}valid fields: {', '.join(valid)}"
+            )
+
+
+def _plain(cfg: Any) -> dict[str, Any]:
+    """A dict with tuples for lists, so that modules stay hashable."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in dict(cfg).items()}

@@ -1,0 +1,66 @@
+"""From a tower's pooled vector to the shared embedding space."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from imgtune_jax.models import layers
+
+
+class Identity(nn.Module):
+    """The pooled vector itself: for a tower whose space is the shared one. No parameters.
+
+    Raises ValueError if the tower's width is not `embed_dim`.
+    """
+
+    embed_dim: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b i"], *, train: bool) -> Float[Array, "b d"]:
+        del train
+        if x.shape[-1] != self.embed_dim:
+            raise ValueError(
+                f"identity head: the tower gives {x.shape[-1]} features, embed_dim is "
+                f"{self.embed_dim}; set embed_dim={x.shape[-1]} or use a linear head"
+            )
+        return x.astype(jnp.float32)
+
+
+class Linear(nn.Module):
+    """One affine map, CLIP's and LiT's projection (`use_bias=False` for CLIP)."""
+
+    embed_dim: int
+    use_bias: bool = False
+    dtype: layers.Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b i"], *, train: bool) -> Float[Array, "b d"]:
+        del train
+        init = nn.initializers.lecun_normal()  # std 1/sqrt(i), as CLIP draws its projections
+        kernel = self.param("kernel", init, (x.shape[-1], self.embed_dim), jnp.float32)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), (self.embed_dim,), jnp.float32)
+        return layers.dense(x, kernel, bias, dtype=self.dtype)
+
+
+class Mlp(nn.Module):
+    """norm? → fc1 → activation → dropout → fc2. `input_norm` adds the LayerNorm in front."""
+
+    embed_dim: int
+    hidden_dim: int = 1024
+    act: str = "gelu"
+    input_norm: bool = False
+    use_bias: bool = True
+    dropout: float = 0.0
+    dtype: layers.Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b i"], *, train: bool) -> Float[Array, "b d"]:
+        if self.input_norm:
+            x = layers.LayerNorm(name="norm1")(x)
+        x = layers.Dense(self.hidden_dim, self.use_bias, dtype=self.dtype, name="fc1")(x)
+        x = nn.Dropout(self.dropout, deterministic=not train)(layers.activation(self.act)(x))
+        return layers.Dense(self.embed_dim, self.use_bias, dtype=self.dtype, name="fc2")(x)

@@ -1,0 +1,129 @@
+"""A stack of equal blocks: parameters kept per layer, run by a loop or by `lax.scan`.
+
+At rest the layers are `blocks_0`, `blocks_1`, … so that a regex on the path can lock or scale one
+of them. A scan stacks them inside apply: one copy of one tree, for a compile time that does not
+grow with depth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float
+
+from imgtune_jax.models import layers
+from imgtune_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """How `depth` copies of a block are run. None of these fields changes a value.
+
+    The exception is `num_frozen_layers`: the first n layers run in eval mode (no dropout), and all
+    of them when it is -1. `remat` recomputes a block's activations in the backward pass.
+    """
+
+    depth: int
+    scan: bool = False
+    remat: bool = False
+    num_frozen_layers: int = 0
+    constrain: layers.Constrain = layers.no_constraint
+
+    def __post_init__(self):
+        if not -1 <= self.num_frozen_layers <= self.depth:
+            raise ValueError(
+                f"num_frozen_layers={self.num_frozen_layers} for {self.depth} layers; "
+                f"want 0 to {self.depth}, or -1 for the whole tower"
+            )
+
+    def __call__(
+        self,
+        parent: nn.Module,
+        block: layers.Block,
+        x: Float[Array, "b l d"],
+        mask: Bool[Array, "b l"] | None = None,
+        *,
+        train: bool,
+    ) -> Float[Array, "b l d"]:
+        """Runs `block` (unbound: parent=None) with the parameters `blocks_i` of `parent`.
+
+        Raises KeyError if a layer's parameters are absent.
+        """
+        x = self.constrain(x, layers.RESIDUAL)
+        if parent.is_initializing():
+            return self._init(parent, block, x, mask)
+        tree = parent.variables["params"]
+        params = [tree[f"blocks_{i}"] for i in range(self.depth)]
+        key = parent.make_rng("dropout") if train and block.dropout else jax.random.key(0)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(self.depth))
+        # Two runs, not one: no gradient is computed through a run whose parameters are all frozen.
+        n = self.depth if self.num_frozen_layers == -1 else self.num_frozen_layers
+        x = self._run(block, x, mask, params[:n], keys[:n], train=False)
+        return self._run(block, x, mask, params[n:], keys[n:], train=train)
+
+    def _init(self, parent: nn.Module, block: layers.Block, x: Array, mask: Array | None) -> Array:
+        """Draws all layers at once: compiling one vectorised draw is `depth` times faster."""
+
+        def draw(key: jax.Array) -> Params:
+            return cast(Params, block.init(key, x, mask, train=False)["params"])
+
+        stacked = jax.vmap(draw)(jax.random.split(parent.make_rng("params"), self.depth))
+        for i in range(self.depth):
+            parent.param(f"blocks_{i}", lambda _, i=i: jax.tree.map(lambda a: a[i], stacked))
+        return x
+
+    def _run(
+        self,
+        block: layers.Block,
+        x: Array,
+        mask: Array | None,
+        params: list[Params],
+        keys: Array,
+        *,
+        train: bool,
+    ) -> Array:
+        def layer(x: Array, layer_params: Params, key: Array) -> Array:
+            rngs = {"dropout": key}
+            y = block.apply({"params": layer_params}, x, mask, train=train, rngs=rngs)
+            return self.constrain(cast(Array, y), layers.RESIDUAL)
+
+        if self.remat:
+            # Inside a scan nothing can be merged across iterations, so no barrier is needed.
+            layer = functools.partial(jax.checkpoint, prevent_cse=not self.scan)(layer)
+        if self.scan and len(params) > 1:
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+            return jax.lax.scan(lambda x, p: (layer(x, *p), None), x, (stacked, keys))[0]
+        for i, layer_params in enumerate(params):
+            x = layer(x, layer_params, keys[i])
+        return x
+
+
+# What stands behind the layers in any tower; everything else outside them is in front.
+TAIL = ("final_norm", "pool")
+
+
+def count_frozen_layers(is_frozen: Mapping[str, bool]) -> int:
+    """The `num_frozen_layers` that fits a tower's parameter paths, each frozen or not.
+
+    -1 if all are; else, if the embeddings are, the number of first layers that are frozen without
+    a gap; else 0.
+    """
+    if all(is_frozen.values()):
+        return -1
+    roots: dict[str, bool] = {}
+    for path, frozen in is_frozen.items():
+        root = path.partition("/")[0]
+        roots[root] = roots.get(root, True) and frozen
+    front = [r for r in roots if not r.startswith("blocks_") and r not in TAIL]
+    if not all(roots[r] for r in front):
+        return 0
+    n = 0
+    while roots.get(f"blocks_{n}", False):
+        n += 1
+    return n

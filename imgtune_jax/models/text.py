@@ -1,0 +1,117 @@
+"""A pre-norm text transformer: CLIP's (causal, pooled at EOT) and SigLIP's (bidirectional)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from imgtune_jax.models import layers, pooling, sizes
+from imgtune_jax.models.stack import Stack
+
+
+class TextTransformer(nn.Module):
+    """Token ids to a vector.
+
+    `pool` is one of
+      eot        the last position where `text_mask` holds. Not argmax(token id), which breaks as
+                 soon as a token is added.
+      last       position l-1 whatever the mask: SigLIP, whose texts are padded to exactly
+                 `max_length`; another length is an error, since it would change the scores.
+      mean       over the positions where `text_mask` holds.
+      attention  one learned query over those positions (see AttentionPool).
+
+    `mask_padding` hides padding keys from every query; SigLIP needs False. CLIP's causal mask
+    alone hides what comes after EOT, so there the pooled vector is the same either way.
+
+    From scratch: token and position embeddings normal(0.02) and normal(0.01) as in CLIP, matrices
+    xavier_uniform.
+    """
+
+    width: int = 512
+    depth: int = 12
+    mlp_dim: int = 2048
+    num_heads: int = 8
+    vocab_size: int = 49408
+    max_length: int = 77
+    causal: bool = True
+    mask_padding: bool = True
+    pool: Literal["eot", "last", "mean", "attention"] = "eot"
+    act: str = "gelu"
+    norm_epsilon: float = 1e-5
+    dropout: float = 0.0
+    dtype: layers.Dtype = jnp.float32
+    remat: bool = False
+    scan: bool = False
+    num_frozen_layers: int = 0
+    constrain: layers.Constrain = layers.no_constraint
+
+    @classmethod
+    def variant_fields(cls, variant: str) -> dict[str, Any]:
+        """The sizes behind "Ti", "S", "B", …"""
+        return sizes.lookup(sizes.SIZES, variant, "text_transformer")
+
+    @nn.compact
+    def __call__(
+        self, text: Int[Array, "b l"], text_mask: Bool[Array, "b l"], *, train: bool
+    ) -> pooling.TowerOutput:
+        self._check(text)
+        x = self._embed(text, train=train and self.num_frozen_layers == 0)
+        stack = Stack(self.depth, self.scan, self.remat, self.num_frozen_layers, self.constrain)
+        block = layers.Block(
+            self.num_heads,
+            self.mlp_dim,
+            causal=self.causal,
+            act=self.act,
+            norm_epsilon=self.norm_epsilon,
+            dropout=self.dropout,
+            dtype=self.dtype,
+            parent=None,
+        )
+        x = stack(self, block, x, text_mask if self.mask_padding else None, train=train)
+        x = layers.LayerNorm(self.norm_epsilon, name="final_norm")(x)
+        pooled = self._pool(x, text_mask, train=train and self.num_frozen_layers != -1)
+        return pooling.TowerOutput(pooled, x)
+
+    def _check(self, text: Int[Array, "b l"]) -> None:
+        length = text.shape[1]
+        if length > self.max_length:
+            raise ValueError(
+                f"text of {length} tokens, but text_transformer has max_length={self.max_length}; "
+                "truncate in the tokenizer (and keep EOT)"
+            )
+        if self.pool == "last" and length != self.max_length:
+            raise ValueError(
+                f"pool='last' reads the last position, so text must be padded to exactly "
+                f"max_length={self.max_length}; got {length}"
+            )
+
+    def _embed(self, text: Int[Array, "b l"], *, train: bool) -> Float[Array, "b l d"]:
+        token = layers.Embed(self.vocab_size, self.width, name="token_embed")
+        init, shape = nn.initializers.normal(0.01), (self.max_length, self.width)
+        position = self.param("pos_embed", init, shape, jnp.float32)
+        x = token(text) + position[: text.shape[1]]
+        return nn.Dropout(self.dropout, deterministic=not train)(x)
+
+    def _pool(self, x: Array, mask: Array, *, train: bool) -> Array:
+        if self.pool == "eot":
+            return jnp.take_along_axis(x, pooling.last_valid(mask)[:, None, None], axis=1)[:, 0]
+        if self.pool == "last":
+            return x[:, -1]
+        if self.pool == "mean":
+            return pooling.masked_mean(x, mask)
+        if self.pool == "attention":
+            return pooling.AttentionPool(
+                self.num_heads,
+                self.mlp_dim,
+                self.act,
+                self.norm_epsilon,
+                self.dropout,
+                self.dtype,
+                name="pool",
+            )(x, mask, train=train)
+        raise ValueError(
+            f"text_transformer pool={self.pool!r}; want 'eot', 'last', 'mean' or 'attention'"
+        )
