@@ -4,6 +4,8 @@ Values are explained where they are checked: the dataclasses in `imgtune_jax/con
 components' own fields (towers in `imgtune_jax/models/`, sources in `imgtune_jax/data/`, …).
 """
 
+import math
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -30,8 +32,8 @@ def get_config():
     c.model.image_head = ConfigDict(dict(name="linear"))
     c.model.text_head = ConfigDict(dict(name="linear"))
     c.model.embed_dim = 768
-    c.model.logit_scale_init = 10.0
-    c.model.logit_scale_max = 100.0
+    c.model.logit_scale_init = math.log(10.0)
+    c.model.logit_scale_max = math.log(100.0)
     c.model.logit_bias_init = placeholder(float)
     c.model.dtype = "float32"
     c.model.image_size = 224

@@ -16,7 +16,12 @@ from imgtune_jax import config as config_lib
 from imgtune_jax.types import Params
 
 V = TypeVar("V")
-Rules = Sequence[tuple[str, V]]
+
+# What feeds a tower's layers. All else outside `blocks_<n>` follows them: final norm, pooling.
+STEM = re.compile(
+    r"(?:image|text)/(?:patch_embed|pos_embed|class_token|registers|pre_norm|stem"
+    r"|token_embed|embed_norm)(?:/|$)"
+)
 
 
 def match(rules: Sequence[tuple[str, V]], paths: Iterable[str], what: str) -> dict[str, V]:
@@ -49,14 +54,8 @@ def match(rules: Sequence[tuple[str, V]], paths: Iterable[str], what: str) -> di
     return out
 
 
-def frozen_paths(
-    cfg: config_lib.Lock, paths: Sequence[str], after_layers: dict[str, str]
-) -> dict[str, bool]:
-    """{path: is it locked} for all parameters.
-
-    `after_layers[tower]` is a regex of what follows the tower's layers (final norm, pooling), which
-    is freed together with its last layers.
-    """
+def frozen_paths(cfg: config_lib.Lock, paths: Sequence[str]) -> dict[str, bool]:
+    """{path: is it locked} for all parameters. Raises ValueError for a rule that does not fit."""
     locked: set[str] = set()
     for tower in ("image", "text"):
         if getattr(cfg, f"{tower}_head"):
@@ -68,7 +67,7 @@ def frozen_paths(
                 )
             continue
         mine = [p for p in paths if p.startswith(f"{tower}/")]
-        free = _last_layers(mine, getattr(cfg, f"{tower}_unlocked_layers"), tower, after_layers)
+        free = _last_layers(mine, getattr(cfg, f"{tower}_unlocked_layers"), tower)
         locked |= set(mine) - free
     if cfg.logit_scale:
         locked |= {p for p in paths if p in ("logit_scale", "logit_bias")}
@@ -83,21 +82,24 @@ def frozen_paths(
     return {p: p in locked for p in paths}
 
 
-def _last_layers(
-    paths: Sequence[str], n: int, tower: str, after_layers: dict[str, str]
-) -> set[str]:
+def _last_layers(paths: Sequence[str], n: int, tower: str) -> set[str]:
     if n == 0:
         return set()
-    depth = 1 + max((layer_index(p) or 0 for p in paths), default=-1)
-    if not 0 < n <= depth:
-        raise ValueError(f"config.lock.{tower}_unlocked_layers = {n}; the tower has {depth} layers")
-    after = re.compile(after_layers[tower])
+    count = depth(paths)
+    if not 0 < n <= count:
+        raise ValueError(f"config.lock.{tower}_unlocked_layers = {n}; the tower has {count} layers")
     free = set()
     for path in paths:
         layer = layer_index(path)
-        if (layer is not None and layer >= depth - n) or after.search(path):
+        if not STEM.match(path) if layer is None else layer >= count - n:
             free.add(path)
     return free
+
+
+def depth(paths: Iterable[str]) -> int:
+    """How many layers a tower with these parameters has."""
+    layers = [layer for layer in map(layer_index, paths) if layer is not None]
+    return max(layers) + 1 if layers else 0
 
 
 def layer_index(path: str) -> int | None:

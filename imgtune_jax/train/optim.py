@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,25 +44,29 @@ def muon(
     beta: float = 0.95, ns_steps: int = 5, nesterov: bool = True, b1: float = 0.9, b2: float = 0.999
 ) -> optax.GradientTransformation:
     """Muon (2502.16982) for kernels, scaled to Adam's update size; Adam for all else."""
-    is_kernel = lambda params: lock.map_paths(  # noqa: E731
-        lambda p: "muon" if p.endswith("/kernel") else "adam", params
-    )
 
     def labels(params: Params) -> Params:
-        by_path = traverse_util.flatten_dict(is_kernel(params), sep="/")
         flat = traverse_util.flatten_dict(params, sep="/")
-        out = {p: by_path[p] if flat[p].ndim == 2 else "adam" for p in flat}
-        return traverse_util.unflatten_dict(out, sep="/")
+        kinds = {
+            p: "muon" if p.endswith("/kernel") and x.ndim == 2 else "adam" for p, x in flat.items()
+        }
+        return traverse_util.unflatten_dict(kinds, sep="/")
 
     return optax.partition(
         {
-            "muon": contrib.scale_by_muon(
-                beta=beta, ns_steps=ns_steps, nesterov=nesterov, consistent_rms=0.2
+            "muon": optax.chain(
+                contrib.scale_by_muon(beta=beta, ns_steps=ns_steps, nesterov=nesterov),
+                optax.stateless(_adam_sized),
             ),
             "adam": optax.scale_by_adam(b1=b1, b2=b2),
         },
         labels,
     )
+
+
+def _adam_sized(updates: PyTree, params: PyTree | None) -> PyTree:
+    """Orthogonal [m n] updates · 0.2 √max(m, n): the RMS of Adam's (2502.16982, equation 4)."""
+    return jax.tree.map(lambda u: u * 0.2 * math.sqrt(max(u.shape)), updates)
 
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
@@ -160,29 +165,17 @@ def build(
 def layer_decay(factor: float, paths: Sequence[str]) -> dict[str, float]:
     """Layer-wise rate decay (BEiT, 2106.08254): factor^(depth - layer) for layer `blocks_<layer>`,
     factor^(depth + 1) for what feeds the layers, 1 for heads and what follows the layers."""
-    out = {}
+    out = dict.fromkeys(paths, 1.0)
     for tower in ("image", "text"):
         mine = [p for p in paths if p.startswith(f"{tower}/")]
-        depth = 1 + max((lock.layer_index(p) or 0 for p in mine), default=-1)
+        depth = lock.depth(mine)
         for path in mine:
             layer = lock.layer_index(path)
-            before = any(f"{tower}/{stem}" in path for stem in STEMS)
-            power = depth - layer if layer is not None else depth + 1 if before else 0
-            out[path] = factor**power
-    return {p: out.get(p, 1.0) for p in paths}
-
-
-# First parts of a tower's path for what feeds its layers; all else outside layers follows them.
-STEMS = (
-    "patch_embed",
-    "pos_embed",
-    "cls_token",
-    "registers",
-    "pre_norm",
-    "stem",
-    "embed",
-    "token_embed",
-)
+            if layer is not None:
+                out[path] = factor ** (depth - layer)
+            elif lock.STEM.match(path):
+                out[path] = factor ** (depth + 1)
+    return out
 
 
 def _add_decay(decay_of: dict[str, float]) -> optax.GradientTransformation:

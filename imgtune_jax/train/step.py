@@ -52,7 +52,7 @@ def make_train_step(
             ema = optax.incremental_update(params, ema, 1 - ema_decay)
         scalars = {"loss": loss, "lr": optimizer.schedule(state.step)}
         scalars |= {name: total / jnp.maximum(count, 1) for name, (total, count) in metrics.items()}
-        scalars |= {"grad_norm": optax.global_norm(grads), "logit_scale": outputs.logit_scale}
+        scalars |= {"grad_norm": optax.tree.norm(grads), "logit_scale": outputs.logit_scale}
         if outputs.logit_bias is not None:
             scalars["logit_bias"] = outputs.logit_bias
         return TrainState(state.step + 1, params, opt_state, ema), scalars

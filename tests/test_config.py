@@ -1,0 +1,97 @@
+"""Configs are validated whole, and every default is pinned."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from imgtune_jax import config
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+GOLDEN = ROOT / "tests" / "golden" / "configs"
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def base():
+    return config.parse(load(ROOT / "configs" / "base.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_resolved_config_equals_its_golden_file(path):
+    """A changed default is a visible diff. Refresh: python tests/golden/make_configs.py"""
+    found = config.flatten(json.loads(json.dumps(config.parse(load(path)).to_dict())))
+    assert found == json.loads((GOLDEN / f"{path.stem}.json").read_text())
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_a_variant_states_only_its_difference(path):
+    source = path.read_text()
+    assert path.stem == "base" or "base.get_config" in source
+    assert path.stem == "base" or len(source.splitlines()) <= 80
+    assert '"""' in source[:3], "a config's docstring says command, time and expected result"
+
+
+def test_json_round_trip_is_the_identity(tmp_path):
+    config.save(base(), tmp_path / "config.json")
+    assert config.read(tmp_path / "config.json") == base()
+
+
+def test_all_wrong_keys_are_named_together():
+    raw = base().to_dict()
+    raw["lock"]["imag"] = True
+    raw["seed"] = "zero"
+    raw["optim"]["lr"] = None
+    del raw["mesh"]
+    with pytest.raises(ValueError) as error:
+        config.parse(raw)
+    text = str(error.value)
+    assert "config.lock.imag is unknown; did you mean 'image'" in text
+    assert "config.seed = 'zero' (str); wanted int" in text
+    assert "config.optim.lr = None" in text
+    assert "config.mesh is missing" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda c: c["total"].update(steps=5), "set one of steps, epochs, examples"),
+        (lambda c: c["total"].update(epochs=None), "config.total has no length"),
+        (lambda c: c.update(accumulation=7), "does not divide"),
+        (lambda c: c.update(objectives={}), "objectives is empty"),
+        (lambda c: c["cache"].update(enabled=True), "wholly locked"),
+        (lambda c: c["optim"]["warmup"].update(steps=-1), "not negative"),
+    ],
+)
+def test_contradictions_are_refused(change, says):
+    raw = base().to_dict()
+    change(raw)
+    with pytest.raises(ValueError, match=says):
+        config.parse(raw)
+
+
+@pytest.mark.parametrize(
+    ("duration", "steps"),
+    [
+        (config.Duration(7, None, None), 7),
+        (config.Duration(None, 2.0, None), 25),
+        (config.Duration(None, None, 800), 100),
+        (config.Duration(None, None, 1), 1),
+        (config.Duration(None, None, None), None),
+    ],
+)
+def test_durations_in_steps(duration, steps):
+    assert duration.in_steps(batch_size=8, num_examples=100) == steps
+
+
+def test_differences_names_dotted_keys():
+    raw = base().to_dict()
+    raw["optim"]["lr"] = 0.5
+    assert config.differences(base(), config.parse(raw)) == {"optim.lr": (0.001, 0.5)}

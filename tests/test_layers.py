@@ -1,0 +1,108 @@
+"""The import rules of the house, read from the source."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "imgtune_jax"
+
+# Rooms, lowest first; a room may import from lower floors and from itself only.
+FLOORS = (
+    {"types"},
+    {"config"},
+    {"partition"},
+    {"models", "objectives", "data"},
+    {"evals", "interop"},
+    {"train"},
+    {"cache"},
+    {"report", "info"},
+    {"api"},
+    {"cli"},
+)
+HEIGHT = {room: height for height, floor in enumerate(FLOORS) for room in floor}
+
+
+def modules():
+    return sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+
+
+def room_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path):
+    """Dotted names of all imports of a file, also those inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            if node.module == "imgtune_jax":
+                yield from (f"imgtune_jax.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path):
+    here = room_of(path)
+    assert here in HEIGHT, f"{here} is a new room: give it a floor here and in docs/architecture.md"
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] != "imgtune_jax" or len(parts) == 1 or parts[1] == here:
+            continue
+        below = HEIGHT.get(parts[1], -1) < HEIGHT[here]
+        assert below, f"{path.relative_to(ROOT)} ({here}) imports {name}: not on a lower floor"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_linen_stays_in_models_and_torch_and_tensorflow_outside(path):
+    tops = set(imported(path))
+    assert not any(t.split(".")[0] in ("torch", "tensorflow") for t in tops)
+    if room_of(path) != "models":
+        assert "flax.linen" not in tops
+
+
+def test_data_room_imports_neither_jax_nor_flax():
+    for path in (PACKAGE / "data").rglob("*.py"):
+        assert not {t.split(".")[0] for t in imported(path)} & {"jax", "flax"}, path
+
+
+def test_importing_the_package_imports_no_jax():
+    code = "import sys, imgtune_jax; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("room", ["objectives", "evals", "data", "models"])
+def test_every_component_is_in_its_rooms_table(room):
+    """A dataclass or module with `__call__` that a config could name must be reachable by name."""
+    import imgtune_jax.data
+    import imgtune_jax.evals
+    import imgtune_jax.models
+    import imgtune_jax.objectives
+
+    tables = {
+        "objectives": [imgtune_jax.objectives.OBJECTIVES],
+        "evals": [imgtune_jax.evals.EVALUATORS],
+        "data": [imgtune_jax.data.SOURCES, imgtune_jax.data.TRANSFORMS],
+        "models": [imgtune_jax.models.TOWERS, imgtune_jax.models.HEADS],
+    }
+    files = {
+        Path(sys.modules[v.__module__].__file__).name for t in tables[room] for v in t.values()
+    }
+    named = {p.name for p in (PACKAGE / room).glob("*.py")} - files
+    helpers = HELPERS[room]
+    assert named <= helpers, f"{sorted(named - helpers)}: in no table of {room}, nor a known helper"
+    assert helpers <= named, f"{sorted(helpers - named)}: listed as helpers, and are not"
+
+
+# Files that are no component: what components share.
+HELPERS: dict[str, set[str]] = {
+    "objectives": {"__init__.py", "contrastive.py"},
+    "evals": set(),
+    "data": set(),
+    "models": set(),
+}
