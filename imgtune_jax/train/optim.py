@@ -55,7 +55,14 @@ def muon(
     return optax.partition(
         {
             "muon": optax.chain(
-                contrib.scale_by_muon(beta=beta, ns_steps=ns_steps, nesterov=nesterov),
+                contrib.scale_by_muon(
+                    beta=beta,
+                    ns_steps=ns_steps,
+                    nesterov=nesterov,
+                    weight_dimension_numbers=lambda updates: jax.tree.map(
+                        lambda _: contrib.MuonDimensionNumbers(), updates
+                    ),
+                ),
                 optax.stateless(_adam_sized),
             ),
             "adam": optax.scale_by_adam(b1=b1, b2=b2),
