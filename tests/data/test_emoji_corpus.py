@@ -1,0 +1,100 @@
+"""The embedded corpus is what its README says, and can be built again from the packages."""
+
+import hashlib
+import json
+import os
+import runpy
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+CORPUS = Path(__file__).parents[2] / "corpora" / "emoji"
+VENDORS = {"google.webp", "twitter.webp", "fluent.webp"}
+LANGUAGES = {"en", "zh", "de", "es", "fr", "ar", "hi", "sw", "ja", "ru"}
+
+
+def read(name):
+    with tarfile.open(CORPUS / name) as tar:
+        return {info.name: tar.extractfile(info).read() for info in tar}
+
+
+@pytest.fixture(scope="module")
+def tars():
+    return {name: read(f"{name}.tar") for name in ("seen", "heldout")}
+
+
+def concepts(files):
+    return [json.loads(data) for name, data in files.items() if name.endswith(".json")]
+
+
+def test_counts(tars):
+    assert len(concepts(tars["seen"])) == 1573
+    assert len(concepts(tars["heldout"])) == 279
+    for files in tars.values():
+        kinds = Counter(name.split(".", 1)[1] for name in files)
+        assert set(kinds) == VENDORS | {"json"}
+        assert len(set(kinds.values())) == 1, kinds
+
+
+def test_split_is_by_subcategory(tars):
+    for name, files in tars.items():
+        for record in concepts(files):
+            sub = record["subcategory"]
+            law = int(hashlib.sha256(sub.encode()).hexdigest(), 16) % 5 == 0
+            held = law and sub != "country-flag"
+            assert held == (name == "heldout"), sub
+
+
+def test_every_concept_has_a_name_and_keywords_in_every_language(tars):
+    both = [r for files in tars.values() for r in concepts(files)]
+    assert len({r["concept"] for r in both}) == 1852
+    for record in both:
+        assert set(record["name"]) == set(record["keywords"]) == LANGUAGES
+        assert all(record["name"].values()) and all(record["keywords"].values())
+    for language in LANGUAGES:
+        assert len({r["name"][language] for r in both}) == 1852
+
+
+def test_corpus_is_under_15_megabytes():
+    assert sum(p.stat().st_size for p in CORPUS.rglob("*") if p.is_file()) < 15_000_000
+
+
+def test_checksums_match():
+    sums = dict(line.split()[::-1] for line in (CORPUS / "SHA256SUMS").read_text().splitlines())
+    assert set(sums) == {"seen.tar", "heldout.tar"}
+    for name, want in sums.items():
+        assert hashlib.sha256((CORPUS / name).read_bytes()).hexdigest() == want
+
+
+def test_each_licence_text_is_there():
+    begins = {
+        "Apache-2.0.txt": "Apache License",
+        "CC-BY-4.0.txt": "Creative Commons Attribution 4.0 International",
+        "MIT-emoji-data.txt": "Copyright (c) 2013 Cal Henderson",
+        "MIT-fluent-emoji.txt": "Copyright (c) Microsoft Corporation.",
+        "Unicode-3.0.txt": "UNICODE LICENSE V3",
+    }
+    assert {p.name for p in (CORPUS / "LICENSES").iterdir()} == set(begins)
+    for name, phrase in begins.items():
+        assert phrase in (CORPUS / "LICENSES" / name).read_text()
+
+
+def test_build_refuses_a_changed_package(tmp_path):
+    build = runpy.run_path(str(CORPUS / "build.py"))
+    for file, _ in build["PACKAGES"].values():
+        (tmp_path / file).write_bytes(b"changed")
+    with pytest.raises(ValueError, match="has sha256 .* wanted .*: download"):
+        build["verify"](tmp_path)
+
+
+@pytest.mark.skipif(
+    "EMOJI_PACKAGES" not in os.environ,
+    reason="EMOJI_PACKAGES names no folder of the five .tgz packages (two minutes)",
+)
+def test_rebuild_is_byte_for_byte(tmp_path):
+    build = runpy.run_path(str(CORPUS / "build.py"))
+    build["build"](Path(os.environ["EMOJI_PACKAGES"]), tmp_path)
+    for name in ("seen.tar", "heldout.tar", "SHA256SUMS"):
+        assert (tmp_path / name).read_bytes() == (CORPUS / name).read_bytes()
