@@ -37,7 +37,10 @@ STAGES = (
 
 
 class InvertedResidual(nn.Module):
-    """expand 1×1 → depthwise → project 1×1, with a residual where shapes allow one."""
+    """expand 1×1 → depthwise → project 1×1, with a residual where shapes allow one.
+
+    Gives the map, and the spatial mean of the expanded one (of the input, where nothing expands).
+    """
 
     features: int
     kernel_size: int
@@ -48,12 +51,15 @@ class InvertedResidual(nn.Module):
     dtype: layers.Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b oh ow o"]:
+    def __call__(
+        self, x: Float[Array, "b h w i"]
+    ) -> tuple[Float[Array, "b oh ow o"], Float[Array, "b e"]]:
         inner = x.shape[-1] * self.expand
         layer = functools.partial(conv.ConvNorm, norm=self.norm, dtype=self.dtype)
         y = x
         if self.expand != 1:
             y = layer(inner, act="relu6", name="expand")(y)
+        expanded = y.mean((1, 2))
         y = layer(
             inner,
             self.kernel_size,
@@ -63,15 +69,16 @@ class InvertedResidual(nn.Module):
             name="depthwise",
         )(y)
         y = layer(self.features, name="project")(y)
-        return x + y if self.stride == 1 and x.shape == y.shape else y
+        return (x + y if self.stride == 1 and x.shape == y.shape else y), expanded
 
 
 class EfficientNetLite(nn.Module):
     """Normalised NHWC images to a 1280-d mean-pooled vector; tokens are the last map.
 
-    `pool_stages` appends the mean of those stages' maps (0 to 6) to the vector: coarse classes
-    live at the end of the network, textures and shapes before it. `num_classes` adds the
-    `classifier` that `classify` needs. Padding is TensorFlow's SAME.
+    `pool_stages` appends to the vector, for each of those stages (0 to 6), the mean of the expanded
+    (6× wide) map of its first block: coarse classes live at the end of the network, textures and
+    shapes before it. `num_classes` adds the `classifier` that `classify` needs. Padding is
+    TensorFlow's SAME.
     """
 
     VARIANTS: ClassVar[dict[str, dict[str, float]]] = {
@@ -132,9 +139,11 @@ class EfficientNetLite(nn.Module):
         x = self.stem(image.astype(jnp.float32))
         blocks, means = iter(self.blocks), []
         for repeats in self.stage_repeats():
-            for block in itertools.islice(blocks, repeats):
-                x = self.constrain(block(x), ("batch", None, None, "embed"))
-            means.append(x.mean((1, 2)))
+            for i, block in enumerate(itertools.islice(blocks, repeats)):
+                x, expanded = block(x)
+                x = self.constrain(x, ("batch", None, None, "embed"))
+                if i == 0:
+                    means.append(expanded)
         x = self.head(x)
         pooled = jnp.concatenate([x.mean((1, 2)), *(means[s] for s in self.pool_stages)], axis=-1)
         if self.num_classes and self.is_initializing():

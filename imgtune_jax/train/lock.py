@@ -24,6 +24,10 @@ STEM = re.compile(
 )
 
 
+# Statistics of a standardising head are measured, never trained.
+STATISTICS = re.compile(r"(?:image|text)_head/(?:.*/)?input_(?:mean|std)")
+
+
 def match(rules: Sequence[tuple[str, V]], paths: Iterable[str], what: str) -> dict[str, V]:
     """The value of the first rule that matches each path.
 
@@ -56,7 +60,7 @@ def match(rules: Sequence[tuple[str, V]], paths: Iterable[str], what: str) -> di
 
 def frozen_paths(cfg: config_lib.Lock, paths: Sequence[str]) -> dict[str, bool]:
     """{path: is it locked} for all parameters. Raises ValueError for a rule that does not fit."""
-    locked: set[str] = set()
+    locked = {p for p in paths if STATISTICS.fullmatch(p)}
     for tower in ("image", "text"):
         if getattr(cfg, f"{tower}_head"):
             locked |= {p for p in paths if p.startswith(f"{tower}_head/")}

@@ -75,7 +75,7 @@ def test_every_optimizer_descends(name):
     s, before = optimizer.tx.init(p), loss(p)
     for _ in range(40):
         p, s = step(p, s)
-    assert loss(p) < 0.7 * before
+    assert loss(p) < 0.8 * before
 
 
 def test_adafactor_state_is_sublinear():

@@ -1,0 +1,69 @@
+"""`imgtune info`: what a run is, in a screenful."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from flax import traverse_util
+
+from imgtune_jax import config as config_lib
+from imgtune_jax.train import checkpoint, experiment
+
+PARTS = ("image", "image_head", "text", "text_head", "logit_scale", "logit_bias")
+
+
+def describe(workdir: Path) -> str:
+    """Text about a run: towers, parameters locked and trained, checkpoints, newest results.
+
+    Raises FileNotFoundError when `workdir` is no run's folder.
+    """
+    config = config_lib.read(workdir / "config.json")
+    exp = experiment.build(config, tokenizer_dir=workdir / "tokenizer")
+    lines = [f"{workdir}: {config.name}", "", *_parameters(exp), ""]
+    steps = checkpoint.saved_steps(workdir)
+    length = {k: v for k, v in vars(config.total).items() if v is not None}
+    lines.append(f"objectives   {', '.join(config.objectives)}; batch {config.batch_size}")
+    lines.append(f"length       {length}; saved steps: {', '.join(map(str, steps)) or 'none'}")
+    if config.cache.enabled:
+        lines.append(f"cache        {config.cache.views} views an image, in {config.cache.dir}")
+    results = _results(workdir / "results.jsonl")
+    if results:
+        lines += ["", *_table(results)]
+    return "\n".join(lines)
+
+
+def _parameters(exp: experiment.Experiment) -> Iterable[str]:
+    sizes = {
+        path: math.prod(leaf.shape)
+        for path, leaf in traverse_util.flatten_dict(exp.abstract_params, sep="/").items()
+    }
+    yield f"{'part':<12} {'component':<20} {'parameters':>12} {'locked':>12} {'trained':>12}"
+    for part in PARTS:
+        mine = {p: n for p, n in sizes.items() if p == part or p.startswith(f"{part}/")}
+        if not mine and part.startswith("logit"):
+            continue
+        component = exp.config.model.get(part) or {}
+        label = " ".join(str(component[k]) for k in ("name", "variant") if k in component)
+        locked = sum(n for p, n in mine.items() if exp.is_frozen[p])
+        total = sum(mine.values())
+        yield f"{part:<12} {label:<20} {total:>12,} {locked:>12,} {total - locked:>12,}"
+
+
+def _results(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    newest: dict[tuple[str, str], dict[str, Any]] = {}
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        newest[(record["dataset"], record["model"])] = record
+    return list(newest.values())
+
+
+def _table(results: list[dict[str, Any]]) -> Iterable[str]:
+    for record in results:
+        values = ", ".join(f"{k} {v:.4g}" for k, v in record["metrics"].items())
+        yield f"{record['dataset']} ({record['model']}): {values}"
