@@ -1,7 +1,7 @@
 """Build the emoji image-text corpus from registry packages, byte for byte.
 
-    python corpora/emoji/build.py                      # fetches with `npm pack`, writes beside itself
-    python corpora/emoji/build.py --packages DIR --out OUT     # from packages already downloaded
+    python corpora/emoji/build.py                            # fetches with `npm pack`, in place
+    python corpora/emoji/build.py --packages DIR --out OUT   # from packages already downloaded
 
 Two WebDataset tars: `seen.tar` and `heldout.tar`. One key is one concept (an emoji without skin
 tone); its members are three renderings and one JSON of names and keywords in ten languages:
@@ -60,7 +60,7 @@ PACKAGES = {
 
 
 def is_held_out(subcategory: str) -> bool:
-    """The split: whole subcategories, because clock faces or gender variants are near-duplicates."""
+    """The split: whole subcategories, as clock faces or gender variants are near-duplicates."""
     digest = int(hashlib.sha256(subcategory.encode()).hexdigest(), 16)
     return digest % 5 == 0 and subcategory != "country-flag"
 
@@ -171,7 +171,7 @@ def write_tar(path: Path, files: Mapping[str, bytes]) -> None:
 
 
 def build(packages: Path, out: Path) -> None:
-    """Write seen.tar, heldout.tar and SHA256SUMS. Raises ValueError on a wrong Pillow or package."""
+    """Write the tars and SHA256SUMS. Raises ValueError on a wrong Pillow or package."""
     if PIL.__version__ != PILLOW:
         raise ValueError(
             f"Pillow is {PIL.__version__}, wanted {PILLOW}: the encoder decides the bytes; "

@@ -85,7 +85,7 @@ def test_build_refuses_a_changed_package(tmp_path):
     build = runpy.run_path(str(CORPUS / "build.py"))
     for file, _ in build["PACKAGES"].values():
         (tmp_path / file).write_bytes(b"changed")
-    with pytest.raises(ValueError, match="has sha256 .* wanted .*: download"):
+    with pytest.raises(ValueError, match=r"has sha256 .* wanted .*: download"):
         build["verify"](tmp_path)
 
 
