@@ -95,5 +95,6 @@ def get_config():
     c.checkpoint.best_metric = placeholder(str)
     c.eval_every = duration()
     c.evals = ConfigDict()
+    c.baselines = ConfigDict()
     c.log_every = 50
     return c

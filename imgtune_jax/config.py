@@ -129,7 +129,11 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Config:
-    """One experiment."""
+    """One experiment.
+
+    `preprocess` is what every image goes through when the model is judged or used. `evals` are run
+    every `eval_every` and at the end; `baselines` once, on the model before its first step.
+    """
 
     name: str
     seed: int
@@ -149,6 +153,7 @@ class Config:
     checkpoint: Checkpoint
     eval_every: Duration
     evals: dict[str, Component]
+    baselines: dict[str, Component]
     log_every: int
 
     def to_dict(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from imgtune_jax.evals.protocol import Encoders, Evaluator
 from imgtune_jax.evals.results import append_result, read_results, result, result_record
 from imgtune_jax.evals.retrieval import Retrieval, in_loop_names
 from imgtune_jax.evals.ridge import ridge_baseline
+from imgtune_jax.evals.ridge_retrieval import RidgeRetrieval
 from imgtune_jax.evals.zeroshot import ZeroShot
 
 __all__ = [
@@ -42,6 +43,7 @@ EVALUATORS: dict[str, type] = {
     "linear_probe": LinearProbe,
     "fewshot": FewShot,
     "loss": Loss,
+    "ridge_retrieval": RidgeRetrieval,
 }
 
 

@@ -149,6 +149,16 @@ class TwoTower:
         """The image tower's pooled vector, before the head, in float32."""
         return self._image(params, image, None, False).astype(jnp.float32)
 
+    def features(self, params: Params, batch: Batch) -> dict[str, Float[Array, "b e"]]:
+        """Both towers' pooled vectors of a batch, before the heads, in float32, by tower."""
+        image, text, mask = batch.image_features, batch.text, batch.text_mask
+        if image is None and batch.image is not None:
+            image = self.features_image(params, batch.image)
+        out = {} if image is None else {"image": image.astype(jnp.float32)}
+        if text is not None and mask is not None:
+            out["text"] = self._text(params, text, mask, None, False).astype(jnp.float32)
+        return out
+
     def encode_image(self, params: Params, image: UInt8[Array, "b h w c"]) -> Float[Array, "b d"]:
         """Unit-norm embeddings of uint8 RGB images."""
         return self.encode_image_features(params, self.features_image(params, image))

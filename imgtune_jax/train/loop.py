@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from imgtune_jax import config as config_lib
 from imgtune_jax import data, evals, objectives
 from imgtune_jax.config import Config
-from imgtune_jax.train import checkpoint, experiment, lock, optim, state
+from imgtune_jax.train import calibrate, checkpoint, experiment, lock, optim, state
 from imgtune_jax.train.step import Step, make_train_step
 from imgtune_jax.train.watch import Watch
 from imgtune_jax.types import Params, TrainState
@@ -30,7 +30,7 @@ Features = Callable[
 ]  # -> (image features [views n d], valid [n])
 
 # A resumed run may change these: they do not change what is learnt.
-FREE_ON_RESUME = ("log_every", "eval_every.", "evals.", "checkpoint.", "mesh.", "cache.dir",
+FREE_ON_RESUME = ("log_every", "eval_every.", "evals", "baselines", "checkpoint.", "mesh.", "cache.dir",
                   "data.num_threads", "data.num_workers", "data.prefetch")  # fmt: skip
 
 
@@ -90,9 +90,15 @@ def run(config: Config, workdir: Path, *, features: Features | None = None) -> e
     factory = state.StateFactory(
         optimizer, exp.partitioner, with_ema=config.optim.ema_decay is not None
     )
-    train_state, frozen, digest = _start_or_resume(exp, factory, checkpoints, workdir)
+    step_saved = checkpoints.latest_step()
+    if step_saved is None:
+        params = exp.init_params()
+        pipeline = _pipeline(exp, source, params, features)
+        train_state, frozen, digest = _start(exp, factory, params, pipeline, workdir)
+    else:
+        train_state, frozen, digest = _resume(exp, factory, checkpoints, step_saved, workdir)
+        pipeline = _pipeline(exp, source, frozen, features)
     start = int(train_state.step)
-    pipeline = _pipeline(exp, source, frozen, features)
     objective = objectives.build(config.objectives)
     r = Run(
         workdir=workdir,
@@ -101,7 +107,7 @@ def run(config: Config, workdir: Path, *, features: Features | None = None) -> e
         frozen_digest=digest,
         state=train_state,
         total=total,
-        evaluators=evals.build_evaluators(config.evals),
+        evaluators=evals.build_evaluators(config.evals, mesh=exp.partitioner.mesh),
         encoders=exp.encoders(state.eval_params(train_state, frozen)),
         checkpoints=checkpoints,
         watch=Watch(
@@ -114,7 +120,9 @@ def run(config: Config, workdir: Path, *, features: Features | None = None) -> e
         ),
         objective=objective,
     )
-    checkpoint.truncate_jsonl(workdir / "results.jsonl", start)
+    checkpoint.truncate_jsonl(workdir / "results.jsonl", start if step_saved is not None else -1)
+    if step_saved is None:
+        _run_baselines(r)
     step = _compile_step(r, optimizer)
     try:
         _loop(r, step, pipeline, start, steps)
@@ -183,13 +191,26 @@ def _judge(r: Run, step: int) -> None:
     r.last_metrics = {}
     for name, evaluator in r.evaluators.items():
         values = evaluator(encoders)
-        r.last_metrics |= {f"val/{name}/{k}": v for k, v in values.items()}
+        r.last_metrics |= evals.in_loop_names(values, prefix=f"val/{name}/")
         if jax.process_index() == 0:
             evals.append_result(
                 r.workdir / "results.jsonl",
                 evals.result_record(name, evaluator, values, model=r.config.name, step=step),
             )
     r.watch.evaluated(step, r.last_metrics, time.perf_counter() - began)
+
+
+def _run_baselines(r: Run) -> None:
+    for name, evaluator in evals.build_evaluators(
+        r.config.baselines, mesh=r.experiment.partitioner.mesh
+    ).items():
+        began = time.perf_counter()
+        values = evaluator(r.encoders)
+        r.watch.evaluated(0, {}, time.perf_counter() - began)
+        if jax.process_index() == 0:
+            model = r.config.baselines[name]["name"]
+            record = evals.result_record(name, evaluator, values, model=model, step=0)
+            evals.append_result(r.workdir / "results.jsonl", record)
 
 
 def _save(r: Run, step: int, pipeline: data.Pipeline) -> None:
@@ -251,21 +272,32 @@ def _claim(config: Config, workdir: Path) -> None:
         )
 
 
-def _start_or_resume(
+def _start(
+    exp: experiment.Experiment,
+    factory: state.StateFactory,
+    params: Params,
+    pipeline: data.Pipeline,
+    workdir: Path,
+) -> tuple[TrainState, Params, str]:
+    """(state at step 0, frozen parameters, their digest); what a run keeps once is saved here."""
+    batches = map(exp.partitioner.put, pipeline.batches(0))
+    params = calibrate.calibrate(exp.model, params, batches, exp.partitioner)
+    trainable, frozen = lock.split(params, exp.is_frozen)
+    if not trainable:
+        raise ValueError("every parameter is locked (config.lock): there is nothing to train")
+    digest = checkpoint.save_frozen(workdir, frozen)
+    exp.tokenizer.save(workdir / "tokenizer")
+    return factory.create(trainable), frozen, digest
+
+
+def _resume(
     exp: experiment.Experiment,
     factory: state.StateFactory,
     checkpoints: checkpoint.Checkpoints,
+    step: int,
     workdir: Path,
 ) -> tuple[TrainState, Params, str]:
-    """(state, frozen parameters, their digest), restored from the newest checkpoint if any."""
-    step = checkpoints.latest_step()
-    if step is None:
-        trainable, frozen = lock.split(exp.init_params(), exp.is_frozen)
-        if not trainable:
-            raise ValueError("every parameter is locked (config.lock): there is nothing to train")
-        digest = checkpoint.save_frozen(workdir, frozen)
-        exp.tokenizer.save(workdir / "tokenizer")
-        return factory.create(trainable), frozen, digest
+    """(state, frozen parameters, their digest) of a saved step, laid out on today's mesh."""
     trainable, frozen_target = abstract_split(exp)
     restored, record = checkpoints.restore(step, factory.abstract(trainable))
     frozen = checkpoint.read_frozen(workdir, record["frozen"], frozen_target)
