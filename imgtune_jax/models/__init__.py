@@ -1,6 +1,6 @@
 """Towers, heads and the models made of them. The only room that imports flax.linen."""
 
-from imgtune_jax.models.build import HEADS, TOWERS, ModelFields, build, build_tower
+from imgtune_jax.models.build import HEADS, TOWERS, ModelFields, abstract_tower, build, build_tower
 from imgtune_jax.models.pooling import TowerOutput
 from imgtune_jax.models.two_tower import TwoTower, param_paths, unit_norm
 
@@ -13,6 +13,7 @@ __all__ = [
     "ModelFields",
     "TowerOutput",
     "TwoTower",
+    "abstract_tower",
     "build",
     "build_tower",
     "param_paths",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -18,6 +20,7 @@ from imgtune_jax.models.resnet import ResNet
 from imgtune_jax.models.text import TextTransformer
 from imgtune_jax.models.two_tower import TwoTower
 from imgtune_jax.models.vit import ViT
+from imgtune_jax.types import Params
 
 TOWERS: dict[str, Callable[..., nn.Module]] = {
     "vit": ViT,
@@ -149,3 +152,15 @@ def _check_fields(component: str, given: Iterable[str], valid: list[str]) -> Non
 def _plain(cfg: Any) -> dict[str, Any]:
     """A dict with tuples for lists, so that modules stay hashable."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in dict(cfg).items()}
+
+
+def abstract_tower(tower: nn.Module) -> Params:
+    """Shapes and types of a tower's parameters, without computing anything."""
+    if hasattr(tower, "max_length"):
+        shape = (1, tower.max_length)
+        inputs = (jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_))
+    else:
+        size = getattr(tower, "image_size", 32)  # a CNN's parameters fit any size
+        inputs = (jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32),)
+    init = functools.partial(tower.init, train=False)
+    return cast(Params, jax.eval_shape(init, jax.random.key(0), *inputs)["params"])

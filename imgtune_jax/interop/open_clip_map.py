@@ -1,0 +1,152 @@
+"""open_clip's names for a ViT and a text transformer, both ways."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from imgtune_jax.interop import rules
+from imgtune_jax.models import TwoTower, positions
+from imgtune_jax.models.heads import Identity, Linear
+from imgtune_jax.models.text import TextTransformer
+from imgtune_jax.models.vit import ViT
+from imgtune_jax.types import Params
+
+# What the state dicts of OpenAI's own models carry besides weights.
+CONSTANTS = r"input_resolution|context_length|vocab_size|attn_mask|text\.attn_mask"
+TEXT_ROOTS = ("token_embedding", "positional_embedding", "transformer", "ln_final")
+
+
+def image_map(tower: ViT) -> list[rules.Rule]:
+    """The rules of `visual.*`, but for the projection, which is a head here.
+
+    The class token's position is added to the token; on the way back it is zero. A grid of
+    positions of another size is resized to the tower's. Raises ValueError for a ViT that open_clip
+    has no names for.
+    """
+    if not tower.class_token or tower.num_registers or tower.pool == "attention":
+        raise ValueError(
+            "open_clip's own ViT has one class token, no registers and no attention pooling; got "
+            f"class_token={tower.class_token}, num_registers={tower.num_registers}, "
+            f"pool={tower.pool!r}"
+        )
+    grid = tower.image_size // tower.patch_size
+    fixed = tower.positions == "sincos"
+
+    def fold(token: np.ndarray, position: np.ndarray) -> rules.Arrays:
+        patches = np.asarray(positions.resize(position[1:], grid**2))
+        return token[None] + position[:1], patches
+
+    def unfold(token: np.ndarray, position: np.ndarray) -> rules.Arrays:
+        return token[0], np.concatenate([np.zeros_like(token), position])
+
+    if fixed:
+        raise ValueError("open_clip stores its positions: use positions='learned'")
+    embed = ("visual.class_embedding", "visual.positional_embedding")
+    found = [
+        rules.conv("visual.conv1.weight", "patch_embed/kernel"),
+        rules.Rule(embed, ("class_token", "pos_embed"), fold, unfold),
+    ]
+    if tower.patch_bias:
+        raise ValueError("open_clip's ViT has no bias in its patch embedding: use patch_bias=False")
+    if tower.pre_norm:
+        found += rules.norm("visual.ln_pre", "pre_norm")
+    found += block_map("visual.transformer.resblocks", tower.depth)
+    return [*found, *rules.norm("visual.ln_post", "final_norm")]
+
+
+def text_map(tower: TextTransformer) -> list[rules.Rule]:
+    """The rules of the text tower, but for the projection. Raises ValueError like `image_map`."""
+    if tower.pool not in ("eot", "last", "first"):
+        raise ValueError(f"open_clip has no text pooling {tower.pool!r}; want eot, last or first")
+    return [
+        rules.copy("token_embedding.weight", "token_embed/embedding"),
+        rules.copy("positional_embedding", "pos_embed"),
+        *block_map("transformer.resblocks", tower.depth),
+        *rules.norm("ln_final", "final_norm"),
+    ]
+
+
+def block_map(theirs: str, depth: int) -> list[rules.Rule]:
+    """The rules of `depth` residual attention blocks."""
+    found = []
+    for i in range(depth):
+        block, ours = f"{theirs}.{i}", f"blocks_{i}"
+        found += [
+            *rules.norm(f"{block}.ln_1", f"{ours}/norm1"),
+            *rules.packed_attention(f"{block}.attn", f"{ours}/attn"),
+            *rules.norm(f"{block}.ln_2", f"{ours}/norm2"),
+            *rules.linear(f"{block}.mlp.c_fc", f"{ours}/mlp/fc1"),
+            *rules.linear(f"{block}.mlp.c_proj", f"{ours}/mlp/fc2"),
+        ]
+    return found
+
+
+def weight_map(model: TwoTower) -> list[rules.Rule]:
+    """The rules of a whole model. Raises ValueError for parts that open_clip's CLIP lacks."""
+    if not isinstance(model.image, ViT) or not isinstance(model.text, TextTransformer):
+        raise ValueError(
+            f"open_clip: no weight map for {type(model.image).__name__} with "
+            f"{type(model.text).__name__}; want ViT with TextTransformer"
+        )
+    found = [_under("image", rule) for rule in image_map(model.image)]
+    found += [_under("text", rule) for rule in text_map(model.text)]
+    if not isinstance(model.image_head, Linear) or model.image_head.use_bias:
+        raise ValueError("open_clip projects images by a matrix: want a linear head without bias")
+    found.append(rules.copy("visual.proj", "image_head/kernel"))
+    if isinstance(model.text_head, Linear) and model.text_head.use_bias:
+        found += rules.linear("text_projection", "text_head")
+    elif isinstance(model.text_head, Linear):
+        found.append(rules.copy("text_projection", "text_head/kernel"))
+    elif not isinstance(model.text_head, Identity):
+        raise ValueError("open_clip projects texts by at most one linear map")
+    scalars = ["logit_scale"] if model.logit_bias_init is None else ["logit_scale", "logit_bias"]
+    return found + [rules.Rule((n,), (n,), _to_scalar, _to_scalar) for n in scalars]
+
+
+def load(state: Mapping[str, np.ndarray], model: TwoTower) -> Params:
+    """The model's parameters from a CLIP's or CustomTextCLIP's state dict."""
+    return rules.convert(
+        plain_names(state),
+        weight_map(model),
+        model.abstract_params(),
+        what="the open_clip model",
+        ignore=CONSTANTS,
+    )
+
+
+def save(params: Params, model: TwoTower, *, custom_text: bool = False) -> dict[str, np.ndarray]:
+    """open_clip's state dict; `custom_text` for a model whose text tower is a module `text`."""
+    state = rules.export(params, weight_map(model))
+    if not custom_text:
+        return state
+    roots = (*TEXT_ROOTS, "text_projection")
+    return {f"text.{n}" if n.partition(".")[0] in roots else n: x for n, x in state.items()}
+
+
+def load_tower(
+    state: Mapping[str, np.ndarray], tower: ViT | TextTransformer, expected: Params
+) -> Params:
+    """One tower's parameters out of a whole model's state dict; the rest is left aside."""
+    found = image_map(tower) if isinstance(tower, ViT) else text_map(tower)
+    names = plain_names(state)
+    text = "|".join(TEXT_ROOTS)
+    own = r"visual\.(?!proj$).*" if isinstance(tower, ViT) else rf"({text})(\..*)?"
+    part = {name: x for name, x in names.items() if re.fullmatch(own, name)}
+    return rules.convert(part, found, expected, what=f"the {type(tower).__name__} of open_clip")
+
+
+def plain_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """CustomTextCLIP's `text.*` under CLIP's names."""
+    return {name.removeprefix("text."): x for name, x in state.items()}
+
+
+def _to_scalar(x: np.ndarray) -> rules.Arrays:
+    return (x.reshape(()),)  # some open_clip models store the scale as [1]
+
+
+def _under(root: str, rule: rules.Rule) -> rules.Rule:
+    ours = tuple(f"{root}/{path}" for path in rule.ours)
+    return rules.Rule(rule.theirs, ours, rule.forward, rule.backward)

@@ -1,0 +1,152 @@
+"""Reads a PyTorch state dict (`.pth`, `.pt`) into NumPy without PyTorch and without running code.
+
+Both formats: zip (PyTorch ≥ 1.6) and the legacy stream of five pickles and raw storages.
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+STORAGES: dict[str, np.dtype] = {
+    "FloatStorage": np.dtype("<f4"),
+    "DoubleStorage": np.dtype("<f8"),
+    "HalfStorage": np.dtype("<f2"),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype("<i8"),
+    "IntStorage": np.dtype("<i4"),
+    "ShortStorage": np.dtype("<i2"),
+    "CharStorage": np.dtype("i1"),
+    "ByteStorage": np.dtype("u1"),
+    "BoolStorage": np.dtype("?"),
+}
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+
+
+class _Storage(NamedTuple):
+    key: str
+    dtype: np.dtype
+
+
+class _View(NamedTuple):
+    """A tensor before its storage is read; offset, size and stride in elements."""
+
+    storage: _Storage
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def _rebuild_tensor(storage: _Storage, offset: int, size: Any, stride: Any, *_: Any) -> _View:
+    return _View(storage, offset, tuple(size), tuple(stride))
+
+
+def _rebuild_parameter(data: _View, *_: Any) -> _View:
+    return data
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows tensors, parameters and OrderedDict; every other global is refused."""
+
+    ALLOWED: dict[tuple[str, str], Any] = {  # noqa: RUF012 - pickle.Unpickler is no dataclass
+        ("collections", "OrderedDict"): collections.OrderedDict,
+        ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
+        ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+        ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    }
+
+    def __init__(self, stream: io.BytesIO):
+        super().__init__(stream)
+        self.storages: dict[str, _Storage] = {}
+
+    def find_class(self, module: str, name: str, /) -> Any:
+        if (module, name) in self.ALLOWED:
+            return self.ALLOWED[module, name]
+        if module in ("torch", "torch.storage") and name in STORAGES:
+            return STORAGES[name]
+        raise pickle.UnpicklingError(
+            f"refused to load {module}.{name}: a state dict holds tensors only; save the model's "
+            "state_dict(), or convert the file to safetensors"
+        )
+
+    def persistent_load(self, pid: Any, /) -> _Storage:
+        # ("storage", type, key, location, number of elements[, view])
+        if not isinstance(pid, tuple) or pid[0] != "storage" or not isinstance(pid[1], np.dtype):
+            raise pickle.UnpicklingError(f"refused the persistent id {pid!r}; want a storage")
+        return self.storages.setdefault(str(pid[2]), _Storage(str(pid[2]), pid[1]))
+
+
+def load_state_dict(path: str | Path) -> dict[str, np.ndarray]:
+    """Tensors of the file by name; a "state_dict" or "model" entry is taken out of a checkpoint.
+
+    Raises pickle.UnpicklingError if the file asks for anything but tensors, ValueError if it holds
+    no state dict.
+    """
+    raw = Path(path).read_bytes()
+    content = _read_zip(raw) if raw[:2] == b"PK" else _read_legacy(raw)
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; want a state dict")
+    arrays = {str(k): v for k, v in content.items() if isinstance(v, np.ndarray)}
+    if not arrays:
+        raise ValueError(f"{path} holds a dict without tensors; want a state dict")
+    return arrays
+
+
+def _read_zip(raw: bytes) -> Any:
+    with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+        indexes = [n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl"]
+        if len(indexes) != 1:
+            raise ValueError("not a PyTorch file: a zip without one data.pkl")
+        root = indexes[0].removesuffix("data.pkl")
+        unpickler = _Unpickler(io.BytesIO(archive.read(indexes[0])))
+        content = unpickler.load()
+        arrays = {
+            key: np.frombuffer(archive.read(f"{root}data/{key}"), storage.dtype)
+            for key, storage in unpickler.storages.items()
+        }
+    return _materialise(content, arrays)
+
+
+def _read_legacy(raw: bytes) -> Any:
+    stream = io.BytesIO(raw)
+    if _Unpickler(stream).load() != LEGACY_MAGIC:
+        raise ValueError("not a PyTorch file: neither a zip nor the legacy magic number")
+    _Unpickler(stream).load()  # protocol version
+    _Unpickler(stream).load()  # sizes of C types on the writer's machine
+    unpickler = _Unpickler(stream)
+    content = unpickler.load()
+    arrays = {}
+    for key in _Unpickler(stream).load():
+        count = int(np.frombuffer(stream.read(8), "<i8")[0])
+        dtype = unpickler.storages[str(key)].dtype
+        arrays[str(key)] = np.frombuffer(stream.read(count * dtype.itemsize), dtype)
+    return _materialise(content, arrays)
+
+
+def _materialise(content: Any, arrays: dict[str, np.ndarray]) -> Any:
+    if isinstance(content, _View):
+        return _tensor(content, arrays[content.storage.key])
+    if isinstance(content, dict):
+        return {key: _materialise(value, arrays) for key, value in content.items()}
+    return content
+
+
+def _tensor(view: _View, storage: np.ndarray) -> np.ndarray:
+    """A copy of the view. Bounds are checked: the file's strides must not reach other memory."""
+    last = view.offset + sum((n - 1) * s for n, s in zip(view.size, view.stride, strict=True))
+    if 0 in view.size:
+        return np.zeros(view.size, storage.dtype)
+    if view.offset < 0 or min(view.stride, default=0) < 0 or last >= len(storage):
+        raise ValueError(f"a tensor of shape {view.size} reaches beyond its storage")
+    strides = [step * storage.itemsize for step in view.stride]
+    return np.lib.stride_tricks.as_strided(storage[view.offset :], view.size, strides).copy()
