@@ -81,6 +81,6 @@ class Bert(nn.Module):
     def _embed(self, text: Int[Array, "b l"], *, train: bool) -> Float[Array, "b l d"]:
         token = layers.Embed(self.vocab_size, self.width, INIT, name="token_embed")
         position = self.param("pos_embed", INIT, (self.max_length, self.width), jnp.float32)
-        x = token(text) + position[: text.shape[1]]
+        x = token(text) + position[None, : text.shape[1]]
         x = layers.LayerNorm(self.norm_epsilon, name="embed_norm")(x)
         return nn.Dropout(self.dropout, deterministic=not train)(x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Literal
 
 import jax
@@ -39,8 +41,12 @@ def depthwise_shifted(
     x = jnp.pad(x, ((0, 0), same_padding(h, k, stride), same_padding(w, k, stride), (0, 0)))
     rows = [slice(i, i + (oh - 1) * stride + 1, stride) for i in range(k)]
     columns = [slice(j, j + (ow - 1) * stride + 1, stride) for j in range(k)]
-    terms = (x[:, rows[i], columns[j]] * kernel[i, j, 0] for i in range(k) for j in range(k))
-    return sum(terms, start=jnp.zeros((), x.dtype))
+    terms = (
+        x[:, rows[i], columns[j]] * kernel[i : i + 1, j : j + 1].reshape(1, 1, 1, -1)
+        for i in range(k)
+        for j in range(k)
+    )
+    return functools.reduce(operator.add, terms)
 
 
 def depthwise_grouped(
@@ -86,7 +92,8 @@ class GroupNorm(nn.Module):
         y = x.reshape(b, h, w, c // self.group_size, self.group_size)
         y = y - y.mean((1, 2, 4), keepdims=True)
         y = y * lax.rsqrt(jnp.square(y).mean((1, 2, 4), keepdims=True) + self.epsilon)
-        return y.reshape(x.shape) * scale + bias
+        y = y.reshape(x.shape)
+        return y * layers.over_last(scale, y) + layers.over_last(bias, y)
 
 
 class ConvNorm(nn.Module):
@@ -116,7 +123,8 @@ class ConvNorm(nn.Module):
         kernel = self.param("kernel", KERNEL_INIT, shape, jnp.float32)
         y = self._convolve(x, kernel)
         if self.norm == "folded":
-            y = y + self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
+            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
+            y = y + layers.over_last(bias, y)
         else:
             y = GroupNorm(self.group_size, name="norm")(y)
         return y if self.act is None else layers.activation(self.act)(y)

@@ -45,6 +45,11 @@ def activation(name: str) -> Callable[[Array], Array]:
     return ACTIVATIONS[name]
 
 
+def over_last(vector: Float[Array, " d"], like: Array) -> Array:
+    """The vector as [1 … 1 d] of `like`'s rank: no rank is promoted silently in this house."""
+    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _matmul(x: Array, kernel: Array, dtype: Dtype) -> Array:
     return _matmul_forward(x, kernel, dtype)[0]
@@ -84,7 +89,7 @@ def dense(
         y = x.astype(jnp.float32) @ kernel.astype(jnp.float32)
     else:
         y = cast(Array, _matmul(x, kernel, jnp.dtype(dtype)))
-    return y if bias is None else y + bias
+    return y if bias is None else y + over_last(bias, y)
 
 
 def attention(
@@ -149,7 +154,8 @@ class LayerNorm(nn.Module):
         # E[(x-m)^2], not E[x^2]-m^2: the latter cancels when the mean is large.
         centred = x - x.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
-        return centred * lax.rsqrt(variance + self.epsilon) * scale + bias
+        y = centred * lax.rsqrt(variance + self.epsilon)
+        return y * over_last(scale, y) + over_last(bias, y)
 
 
 class Attention(nn.Module):

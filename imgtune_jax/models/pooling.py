@@ -26,7 +26,7 @@ def masked_mean(x: Float[Array, "b l d"], mask: Bool[Array, "b l"]) -> Float[Arr
 
 def last_valid(mask: Bool[Array, "b l"]) -> Int[Array, " b"]:
     """Index of each row's last True (EOT when the text ends with it); 0 for a row without one."""
-    return jnp.max(jnp.where(mask, jnp.arange(mask.shape[1]), 0), axis=1)
+    return jnp.max(jnp.where(mask, jnp.arange(mask.shape[1])[None], 0), axis=1)
 
 
 class AttentionPool(nn.Module):

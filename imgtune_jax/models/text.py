@@ -93,7 +93,7 @@ class TextTransformer(nn.Module):
         token = layers.Embed(self.vocab_size, self.width, name="token_embed")
         init, shape = nn.initializers.normal(0.01), (self.max_length, self.width)
         position = self.param("pos_embed", init, shape, jnp.float32)
-        x = token(text) + position[: text.shape[1]]
+        x = token(text) + position[None, : text.shape[1]]
         return nn.Dropout(self.dropout, deterministic=not train)(x)
 
     def _pool(self, x: Array, mask: Array, *, train: bool) -> Array:

@@ -210,8 +210,8 @@ class TwoTower:
         return module.apply({"params": params.get(name, {})}, *inputs, train=train, rngs=rngs)
 
     def _image(self, params: Params, image: Array, rng: jax.Array | None, train: bool) -> Array:
-        mean = jnp.asarray(self.image_mean, jnp.float32)
-        std = jnp.asarray(self.image_std, jnp.float32)
+        mean = jnp.asarray(self.image_mean, jnp.float32).reshape(1, 1, 1, -1)
+        std = jnp.asarray(self.image_std, jnp.float32).reshape(1, 1, 1, -1)
         x = (image.astype(jnp.float32) - mean) / std
         return self._apply(params, "image", x, rng=rng, train=train).pooled
 

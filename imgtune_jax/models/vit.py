@@ -101,9 +101,9 @@ class ViT(nn.Module):
         x = self._patches(image)
         if self.positions == "learned":
             init = nn.initializers.normal(self.width**-0.5)
-            x = x + self.param("pos_embed", init, x.shape[1:], jnp.float32)
+            x = x + self.param("pos_embed", init, x.shape[1:], jnp.float32)[None]
         elif self.positions == "sincos":
-            x = x + positions.sincos_2d(self.image_size // self.patch_size, self.width)
+            x = x + positions.sincos_2d(self.image_size // self.patch_size, self.width)[None]
         else:
             raise ValueError(f"vit positions={self.positions!r}; want 'learned' or 'sincos'")
         if train and self.patch_dropout:
