@@ -15,7 +15,7 @@ from imgtune_jax import config as config_lib
 from imgtune_jax import data, interop
 from imgtune_jax.evals import zeroshot
 from imgtune_jax.evals.encoders import ModelEncoders
-from imgtune_jax.train import checkpoint, experiment, loop, optim, state
+from imgtune_jax.train import checkpoint, experiment, lock, loop
 
 Image = Any  # a path, a PIL image, or an array u8[h w] / u8[h w 3] / u8[h w 4]
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -134,16 +134,10 @@ def load(folder: str | Path, *, step: int | None = None) -> TunedModel:
     if (exported := folder / "params.safetensors").is_file():
         params = interop.load_params(exported)
         return TunedModel(exp.encoders(params), exp, step=-1)
-    trainable, frozen_target = loop.abstract_split(exp)
-    factory = state.StateFactory(
-        optim.build(config.optim, list(exp.is_frozen), total=1, warmup=0, cooldown=0),
-        exp.partitioner,
-        with_ema=config.optim.ema_decay is not None,
-    )
-    restored, found = checkpoint.read_params(folder, step, factory.abstract(trainable))
-    digest = checkpoint.frozen_digest(folder, found)
+    target, frozen_target = loop.abstract_split(exp)
+    trainable, digest, found = checkpoint.read_params(folder, step, target)
     frozen = checkpoint.read_frozen(folder, digest, frozen_target)
-    return TunedModel(exp.encoders(state.eval_params(restored, frozen)), exp, step=found)
+    return TunedModel(exp.encoders(lock.merge(trainable, frozen)), exp, step=found)
 
 
 @dataclass(frozen=True)

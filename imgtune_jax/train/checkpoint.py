@@ -57,15 +57,13 @@ class Checkpoints:
             return
         metrics = record.get("metrics") or None
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(dict(record))
+            state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(dict(record))
         )
         self._manager.save(step, args=args, metrics=metrics)
 
     def restore(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The state, laid out as `target` says, and the record of a step."""
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(target), record=ocp.args.JsonRestore()
-        )
+        args = ocp.args.Composite(state=_restore_args(target), record=ocp.args.JsonRestore())
         found = self._manager.restore(step, args=args)
         return found["state"], found["record"]
 
@@ -75,10 +73,11 @@ class Checkpoints:
         self._manager.close()
 
 
-def read_params(workdir: Path, step: int | None, target: PyTree) -> tuple[TrainState, int]:
-    """For use rather than training: the TrainState at `step` (None: the newest).
+def read_params(workdir: Path, step: int | None, target: Params) -> tuple[Params, str, int]:
+    """For use rather than training: (trainable parameters, digest of the frozen ones, step).
 
-    Raises FileNotFoundError when the run has no such checkpoint, naming those it has.
+    The moving average is read where the run kept one; the optimizer's state is not read. `step`
+    None means the newest. Raises FileNotFoundError naming the steps that there are.
     """
     folder = workdir / "checkpoints"
     steps = saved_steps(workdir)
@@ -87,8 +86,15 @@ def read_params(workdir: Path, step: int | None, target: PyTree) -> tuple[TrainS
         raise FileNotFoundError(f"{folder} holds no {wanted}; saved steps: {steps or 'none'}")
     chosen = steps[-1] if step is None else step
     with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as m:
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-        return m.restore(chosen, args=args)["state"], chosen
+        record = m.restore(chosen, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+        name = "ema_params" if record["has_ema"] else "params"
+        args = ocp.args.Composite(state=_restore_args({name: target}, partial_restore=True))
+        return m.restore(chosen, args=args)["state"][name], record["frozen"], chosen
+
+
+def _restore_args(target: PyTree, **options: Any) -> Any:
+    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+    return ocp.args.PyTreeRestore(target, restore_args=restore_args, **options)
 
 
 def saved_steps(workdir: Path) -> list[int]:

@@ -30,8 +30,18 @@ Features = Callable[
 ]  # -> (image features [views n d], valid [n])
 
 # A resumed run may change these: they do not change what is learnt.
-FREE_ON_RESUME = ("log_every", "eval_every.", "evals", "baselines", "checkpoint.", "mesh.", "cache.dir",
-                  "data.num_threads", "data.num_workers", "data.prefetch")  # fmt: skip
+FREE_ON_RESUME = (
+    "baselines",
+    "cache.dir",
+    "checkpoint.",
+    "data.num_threads",
+    "data.num_workers",
+    "data.prefetch",
+    "eval_every.",
+    "evals",
+    "log_every",
+    "mesh.",
+)
 
 
 class NotFiniteError(RuntimeError):
@@ -224,6 +234,7 @@ def _save(r: Run, step: int, pipeline: data.Pipeline) -> None:
         "step": step,
         "frozen": r.frozen_digest,
         "metrics": r.last_metrics,
+        "has_ema": r.state.ema_params is not None,
         "bad_records": pipeline.bad_records(),
     }
     r.checkpoints.save(step, r.state, record)
