@@ -54,7 +54,7 @@ def read_state(path: str | Path) -> dict[str, np.ndarray]:
 
 def save_params(params: Params, path: str | Path, *, metadata: Mapping[str, str] | None = None):
     """Writes a parameter tree as safetensors; names are paths, 'image/blocks_0/attn/q/kernel'."""
-    flat = {name: np.ascontiguousarray(x) for name, x in flatten(params).items()}
+    flat = {name: np.asarray(x, order="C") for name, x in flatten(params).items()}
     save_file(flat, Path(path), metadata=dict(metadata or {}))
 
 

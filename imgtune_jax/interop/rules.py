@@ -150,7 +150,7 @@ def convert(
                 problems.append(
                     f"misshaped: {shapes} gives {path} {array.shape}; want {wanted.get(path)}"
                 )
-            flat[path] = np.ascontiguousarray(array, np.float32)
+            flat[path] = np.asarray(array, np.float32, order="C")
     filled = {path for rule in rules for path in rule.ours}
     problems += [f"missing: nothing fills {path}" for path in sorted(wanted.keys() - filled)]
     if problems:
@@ -170,7 +170,7 @@ def export(params: Params, rules: Iterable[Rule]) -> dict[str, np.ndarray]:
             raise ValueError(f"the parameters lack {', '.join(missing)}")
         arrays = rule.backward(*(np.asarray(flat[path]) for path in rule.ours))
         for name, array in zip(rule.theirs, arrays, strict=True):
-            state[name] = np.ascontiguousarray(array)
+            state[name] = np.asarray(array, order="C")
     return state
 
 

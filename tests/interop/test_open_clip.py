@@ -1,0 +1,132 @@
+"""open_clip models, replayed from goldens that tests/golden/interop_open_clip.py makes."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imgtune_jax import interop, models
+from imgtune_jax.types import Batch
+
+GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "interop_open_clip.npz")
+CASES = sorted({name.partition("/")[0] for name in GOLDEN.files if "/" in name})
+# Other summation orders than torch's, over a few layers, in float32.
+TOLERANCE = dict(rtol=1e-4, atol=1e-5)
+
+
+def case(name):
+    cfg = json.loads(str(GOLDEN[f"{name}/cfg"]))
+    custom = cfg.pop("custom")
+    prefix = f"{name}/state/"
+    names = [n for n in GOLDEN.files if n.startswith(prefix)]
+    return cfg, custom, {n.removeprefix(prefix): GOLDEN[n] for n in names}
+
+
+def towers(model, params):
+    """Unnormalised embeddings of the goldens' inputs."""
+    image = jnp.asarray(GOLDEN["image"].transpose(0, 2, 3, 1))
+    text, mask = jnp.asarray(GOLDEN["text"], jnp.int32), jnp.asarray(GOLDEN["text_mask"])
+    pooled = model.image.apply({"params": params["image"]}, image, train=False).pooled
+    image_features = model.image_head.apply({"params": params["image_head"]}, pooled, train=False)
+    pooled = model.text.apply({"params": params["text"]}, text, mask, train=False).pooled
+    head = {"params": params.get("text_head", {})}
+    return image_features, model.text_head.apply(head, pooled, train=False)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_equal_open_clips(name):
+    cfg, _, state = case(name)
+    model = models.build(interop.from_open_clip(cfg))
+    params = interop.load_open_clip(state, model)
+    image, text = towers(model, params)
+    np.testing.assert_allclose(image, GOLDEN[f"{name}/image_features"], **TOLERANCE)
+    np.testing.assert_allclose(text, GOLDEN[f"{name}/text_features"], **TOLERANCE)
+    image, text = models.unit_norm(image), models.unit_norm(text)
+    logits = model.logit_scale(params) * image @ text.T
+    if (bias := model.logit_bias(params)) is not None:
+        logits = logits + bias
+    np.testing.assert_allclose(logits, GOLDEN[f"{name}/logits"], **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_round_trip_gives_the_same_weights(name):
+    cfg, custom, state = case(name)
+    model = models.build(interop.from_open_clip(cfg))
+    back = interop.save_open_clip(interop.load_open_clip(state, model), model, custom_text=custom)
+    assert back.keys() == state.keys()
+    split = ("visual.class_embedding", "visual.positional_embedding")
+    for key in state.keys() - set(split):
+        np.testing.assert_array_equal(back[key], state[key], err_msg=key)
+    # The class token's position moved into the token: only the sum is kept.
+    total = [s[split[0]] + s[split[1]][0] for s in (state, back)]
+    np.testing.assert_array_equal(*total)
+    np.testing.assert_array_equal(back[split[1]][1:], state[split[1]][1:])
+
+
+def test_exported_folder_loads_as_the_same_model(tmp_path):
+    cfg, _, state = case("quick_gelu")
+    model = models.build(interop.from_open_clip(cfg))
+    params = interop.load_open_clip(state, model)
+    interop.save_folder(tmp_path, model, params)
+    again_cfg, again = interop.load_folder(tmp_path)
+    loaded = models.build(again_cfg)
+    assert (loaded.image, loaded.text) == (model.image, model.text)
+    np.testing.assert_allclose(loaded.image_mean, model.image_mean, rtol=1e-7)
+    for ours, theirs in zip(towers(model, params), towers(loaded, again), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("part", ["image", "text"])
+def test_one_tower_is_taken_out_of_a_whole_model(part, tmp_path):
+    cfg, _, state = case("clip")
+    full = interop.from_open_clip(cfg)
+    np.savez(tmp_path / "model.npz", **state)
+    init = dict(format="open_clip", path=str(tmp_path / "model.npz"))
+    tower = interop.load_tower(init, full[part], image_size=8)
+    whole = interop.load_open_clip(state, models.build(full))[part]
+    assert models.param_paths(tower) == models.param_paths(whole)
+    for path, x in interop.rules.flatten(whole).items():
+        np.testing.assert_array_equal(interop.rules.flatten(tower)[path], x)
+
+
+def test_all_bad_keys_are_reported_together():
+    cfg, _, state = case("clip")
+    model = models.build(interop.from_open_clip(cfg))
+    del state["ln_final.weight"]
+    state["visual.novelty"] = np.zeros(3)
+    state["token_embedding.weight"] = np.zeros((41, 16))
+    state["visual.transformer.resblocks.0.attn.in_proj_weight"] = np.zeros((47, 16))
+    with pytest.raises(ValueError) as error:
+        interop.load_open_clip(state, model)
+    for word in ("missing: ln_final.weight", "unexpected: visual.novelty", "(41, 16)", "(47, 16)"):
+        assert word in str(error.value)
+
+
+def test_quick_gelu_weights_under_gelu_differ():
+    """Why the activation travels with the weights: the wrong one is plausible and wrong."""
+    cfg, _, state = case("quick_gelu")
+    right = models.build(interop.from_open_clip(cfg))
+    wrong = models.build(interop.from_open_clip({**cfg, "quick_gelu": False}))
+    params = interop.load_open_clip(state, right)
+    difference = np.abs(np.subtract(towers(right, params)[0], towers(wrong, params)[0])).max()
+    assert difference > 1e-3
+
+
+def test_a_feature_without_counterpart_is_refused():
+    cfg, _, _ = case("clip")
+    cfg["vision_cfg"] = {**cfg["vision_cfg"], "ls_init_value": 1e-5, "qk_norm": False}
+    with pytest.raises(ValueError, match="ls_init_value=1e-05") as error:
+        interop.from_open_clip(cfg)
+    assert "qk_norm" not in str(error.value)  # switched off: nothing to refuse
+
+
+def test_positions_are_resized_to_another_image_size(tmp_path):
+    cfg, _, state = case("clip")
+    cfg["vision_cfg"] = {**cfg["vision_cfg"], "image_size": 16}
+    model = models.build(interop.from_open_clip(cfg))
+    params = interop.load_open_clip(state, model)
+    assert params["image"]["pos_embed"].shape == (16, 16)
+    batch = Batch(jnp.ones(1, bool), image=jnp.zeros((1, 16, 16, 3), jnp.uint8))
+    assert np.isfinite(model.apply(params, batch).image_emb).all()
