@@ -92,7 +92,7 @@ class Retrieval:
 
     def __call__(self, encoders: Encoders) -> dict[str, float]:
         image_emb, valid = encoders.images(self.source)
-        captions, image_of_text, image_group = self._captions(valid)
+        captions, image_of_text, image_group = self.pairs(valid)
         metrics = retrieval_metrics(
             image_emb[valid],
             encoders.texts(captions),
@@ -109,9 +109,10 @@ class Retrieval:
         }
         return metrics | {name: float(size) for name, size in sizes.items()}
 
-    def _captions(
+    def pairs(
         self, valid: Bool[np.ndarray, "n"]
     ) -> tuple[list[str], Int[np.ndarray, "m"], Int[np.ndarray, "n"] | None]:
+        """Captions, the place of each one's image among the valid ones, and the images' groups."""
         captions: list[str] = []
         image_of_text: list[int] = []
         groups: list[int | None] = []

@@ -147,8 +147,8 @@ class ZeroShot:
     @property
     def names(self) -> tuple[str, ...]:
         """The class names themselves."""
-        by_name = isinstance(self.classnames, str)
-        return CLASSNAMES[self.classnames]() if by_name else tuple(self.classnames)
+        chosen = self.classnames
+        return CLASSNAMES[chosen]() if isinstance(chosen, str) else tuple(chosen)
 
     def __call__(self, encoders: Encoders) -> dict[str, float]:
         """acc1, acc5, mean_per_class_recall and the rest, by name."""

@@ -1,0 +1,135 @@
+"""Writing `report.html`."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from PIL import Image
+
+from imgtune_jax import config as config_lib
+from imgtune_jax import evals
+from imgtune_jax.evals.protocol import Source
+from imgtune_jax.evals.retrieval import Retrieval
+from imgtune_jax.report import figures
+from imgtune_jax.report.gallery import Gallery, view
+from imgtune_jax.report.run import Run, key_numbers, read_run, result_tables
+
+THUMBNAIL = 96  # pixels of the longer side: sharp at 48 CSS pixels on a phone
+
+
+def write_report(workdir: str | Path, *, galleries: Sequence[Gallery] = (), seed: int = 0) -> Path:
+    """Write `workdir/report.html` from what the run left there, and return its path.
+
+    Queries are drawn from `galleries` with `seed`, never chosen. A part that is missing (no
+    results yet, say) is left out and named.
+    """
+    workdir = Path(workdir)
+    run = read_run(workdir)
+    tables = result_tables(run.results, model=run.name)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("imgtune_jax.report", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    page = environment.get_template("report.html").render(
+        run=run,
+        charts=_charts(run),
+        tables=tables,
+        numbers=key_numbers(run, tables),
+        views=[view(gallery, seed=seed) for gallery in galleries],
+        seed=seed,
+    )
+    path = workdir / "report.html"
+    temporary = path.with_suffix(".html.tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def report_run(workdir: str | Path, encoders: evals.Encoders) -> Path:
+    """Embed the sources of the run's retrieval evaluators and write the report with them.
+
+    To be called on every host, as encoding is everybody's work; the first one writes.
+    """
+    workdir = Path(workdir)
+    config = config_lib.read(workdir / "config.json")
+    wanted = {k: v for k, v in config.evals.items() if v.get("name") == "retrieval"}
+    evaluators = evals.build_evaluators(wanted)
+    galleries = [
+        gallery_of(name, evaluator, encoders)
+        for name, evaluator in evaluators.items()
+        if isinstance(evaluator, Retrieval)
+    ]
+    if jax.process_index() == 0:
+        return write_report(workdir, galleries=galleries)
+    return workdir / "report.html"
+
+
+def gallery_of(name: str, evaluator: Retrieval, encoders: evals.Encoders) -> Gallery:
+    """What a retrieval evaluator looks at, as a gallery; broken images are left out as it does."""
+    image_emb, valid = encoders.images(evaluator.source)
+    captions, image_of_text, image_group = evaluator.pairs(valid)
+    return Gallery(
+        dataset=name,
+        thumbnails=Thumbnails(evaluator.source, tuple(np.flatnonzero(valid).tolist())),
+        captions=captions,
+        image_emb=image_emb[valid],
+        text_emb=encoders.texts(captions),
+        image_of_text=image_of_text,
+        image_group=image_group,
+        language=evaluator.language,
+    )
+
+
+@dataclass(frozen=True)
+class Thumbnails(Sequence[bytes]):
+    """Small WebP copies of a source's images, made when asked for."""
+
+    source: Source
+    indices: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: Any) -> Any:
+        return thumbnail(self.source[self.indices[place]].image)
+
+
+def thumbnail(image: bytes | np.ndarray) -> bytes:
+    """At most 96 pixels wide and high, on white where it is transparent, as WebP."""
+    opened = (
+        Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(io.BytesIO(image))
+    )
+    opened.thumbnail((THUMBNAIL, THUMBNAIL))
+    layer = opened.convert("RGBA")
+    flat = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    file = io.BytesIO()
+    flat.save(file, "WEBP", quality=82)
+    return file.getvalue()
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawn panel and its legend."""
+
+    title: str
+    svg: Markup
+    legend: Sequence[tuple[str, int, int]]
+
+
+def _charts(run: Run) -> list[Chart]:
+    return [
+        # Markup: matplotlib escapes text, and the description is escaped where it is put in.
+        Chart(panel.title, Markup(figures.svg(panel, ident=f"chart{i}")), figures.legend(panel))
+        for i, panel in enumerate(figures.panels(run.series))
+    ]
