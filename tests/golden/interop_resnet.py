@@ -1,0 +1,68 @@
+"""Makes interop_resnet.npz: outputs of torchvision's ResNet on weights drawn by NumPy.
+
+    pip install -r tests_peers/requirements.txt && python tests/golden/interop_resnet.py
+
+with torchvision 0.28.0. The file holds names, shapes and outputs; tests draw the weights anew.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+GOLDEN = Path(__file__).with_name("interop_resnet.npz")
+STAGE_SIZES = (1, 2, 1, 1)
+NUM_CLASSES = 5
+
+
+def draw_state(shapes, seed=0):
+    """A state dict of such names and shapes, whose activations neither vanish nor explode."""
+    rng, state = np.random.default_rng(seed), {}
+    for name, shape in shapes.items():
+        if name.endswith("num_batches_tracked"):
+            state[name] = np.zeros((), np.int64)
+        elif name.endswith("running_var"):
+            state[name] = rng.uniform(0.5, 2.0, shape).astype(np.float32)
+        elif len(shape) == 1:
+            center = 1.0 if name.endswith("weight") else 0.0
+            state[name] = rng.normal(center, 0.2, shape).astype(np.float32)
+        else:
+            fan_in = int(np.prod(shape[1:]))
+            state[name] = rng.normal(0, fan_in**-0.5, shape).astype(np.float32)
+    return state
+
+
+def draw_image(n=2, size=37, seed=1):
+    """Images [n h w c]; the odd size tells symmetric padding from SAME."""
+    return np.random.default_rng(seed).normal(size=(n, size, size, 3)).astype(np.float32)
+
+
+def build():
+    import torch
+
+    # torchvision built for CUDA lacks these on a CPU torch, and fails at import without them.
+    for op in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{op}", "(Tensor a, Tensor b, float t) -> Tensor")
+    from torchvision.models import resnet
+
+    model = resnet.ResNet(resnet.Bottleneck, list(STAGE_SIZES), num_classes=NUM_CLASSES).eval()
+    shapes = {name: list(x.shape) for name, x in model.state_dict().items()}
+    state = {name: torch.from_numpy(x) for name, x in draw_state(shapes).items()}
+    model.load_state_dict(state)
+    return model, shapes
+
+
+def main():
+    import torch
+
+    model, shapes = build()
+    image = torch.from_numpy(draw_image().transpose(0, 3, 1, 2).copy())
+    with torch.no_grad():
+        logits = model(image).numpy()
+        model.fc = torch.nn.Identity()
+        pooled = model(image).numpy()
+    np.savez_compressed(GOLDEN, shapes=json.dumps(shapes), logits=logits, pooled=pooled)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""torchvision's ResNet, replayed from a golden that tests/golden/interop_resnet.py makes."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from imgtune_jax import interop, models
+
+FOLDER = Path(__file__).parents[1] / "golden"
+
+
+def golden_script():
+    spec = importlib.util.spec_from_file_location("interop_resnet", FOLDER / "interop_resnet.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_outputs_equal_torchvisions(tmp_path):
+    script, golden = golden_script(), np.load(FOLDER / "interop_resnet.npz")
+    state = script.draw_state(json.loads(str(golden["shapes"])))
+    np.savez(tmp_path / "resnet.npz", **state)
+    cfg = dict(name="resnet", stage_sizes=script.STAGE_SIZES, num_classes=script.NUM_CLASSES)
+    params = interop.load_tower(dict(format="resnet", path=tmp_path / "resnet.npz"), cfg)
+    tower, image = models.build_tower(cfg), jnp.asarray(script.draw_image())
+    pooled = tower.apply({"params": params}, image, train=False).pooled
+    # Folded norms round differently, through 15 convolutions; values are of order 1.
+    np.testing.assert_allclose(pooled, golden["pooled"], rtol=1e-4, atol=2e-5)
+    logits = tower.apply({"params": params}, image, method="classify")
+    np.testing.assert_allclose(logits, golden["logits"], rtol=1e-4, atol=2e-5)

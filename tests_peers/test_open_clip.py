@@ -1,0 +1,101 @@
+"""Conversion from and to open_clip 3.3.0, against the live library."""
+
+import jax.numpy as jnp
+import numpy as np
+import open_clip
+import pytest
+import torch
+from open_clip.model import resize_pos_embed
+
+from imgtune_jax import interop, models
+from imgtune_jax.models import positions
+
+TOLERANCE = dict(rtol=1e-4, atol=1e-5)  # other summation orders, over a few layers, in float32
+
+
+@pytest.fixture(scope="module")
+def cases(load_golden_script):
+    return load_golden_script("interop_open_clip")
+
+
+NAMES = (
+    "clip",
+    "quick_gelu",
+    "avg_pool_before_norm",
+    "avg_pool_after_norm",
+    "bidirectional_last",
+    "bidirectional_first",
+)
+
+
+def ours(model, params, image, text, mask):
+    image = jnp.asarray(image.transpose(0, 2, 3, 1))
+    pooled = model.image.apply({"params": params["image"]}, image, train=False).pooled
+    image_features = model.image_head.apply({"params": params["image_head"]}, pooled, train=False)
+    text = jnp.asarray(text, jnp.int32)
+    pooled = model.text.apply({"params": params["text"]}, text, jnp.asarray(mask), train=False)
+    head = {"params": params.get("text_head", {})}
+    return image_features, model.text_head.apply(head, pooled.pooled, train=False)
+
+
+def convert(cases, name):
+    theirs = cases.build(name)
+    model = models.build(interop.from_open_clip({"embed_dim": 8, **cases.CASES[name][0]}))
+    return theirs, model, interop.load_open_clip(cases.state_dict(theirs), model)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_live_outputs_are_equal(name, cases):
+    assert set(NAMES) == set(cases.CASES)
+    theirs, model, params = convert(cases, name)
+    inputs = cases.inputs(seed=3)
+    want = cases.outputs(theirs, *inputs[:2])
+    image, text = ours(model, params, *inputs)
+    np.testing.assert_allclose(image, want["image_features"], **TOLERANCE)
+    np.testing.assert_allclose(text, want["text_features"], **TOLERANCE)
+    logits = model.logit_scale(params) * models.unit_norm(image) @ models.unit_norm(text).T
+    bias = model.logit_bias(params)
+    logits = logits if bias is None else logits + bias
+    np.testing.assert_allclose(logits, want["logits"], **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_our_export_gives_open_clip_the_same_outputs(name, cases, tmp_path):
+    """Through the folder its users load as local-dir:PATH."""
+    theirs, model, params = convert(cases, name)
+    interop.save_folder(tmp_path, model, params)
+    if cases.CASES[name][1]:  # a text tower of its own is named so in the config
+        custom = open_clip.CustomTextCLIP(output_dict=True, **interop.to_open_clip(model)).eval()
+        state = interop.save_open_clip(params, model, custom_text=True)
+        custom.load_state_dict({k: torch.from_numpy(x.copy()) for k, x in state.items()})
+        exported = custom
+    else:
+        exported = open_clip.create_model(f"local-dir:{tmp_path}", output_dict=True).eval()
+    image, text, _ = cases.inputs(seed=4)
+    for key, want in cases.outputs(theirs, image, text).items():
+        got = cases.outputs(exported, image, text)[key]
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6, err_msg=key)
+
+
+def test_local_dir_carries_the_preprocessing(cases, tmp_path):
+    _, model, params = convert(cases, "quick_gelu")
+    interop.save_folder(tmp_path, model, params)
+    _, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
+    normalize = preprocess.transforms[-1]
+    np.testing.assert_allclose(np.multiply(255, normalize.mean), model.image_mean, rtol=1e-6)
+    np.testing.assert_allclose(np.multiply(255, normalize.std), model.image_std, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("old", "new"), [(7, 14), (14, 7), (4, 6)])
+def test_positions_are_resized_as_open_clip_does(old, new):
+    rng = np.random.default_rng(0)
+    grid = rng.normal(size=(old * old, 8)).astype(np.float32)
+    state = {"visual.positional_embedding": torch.from_numpy(np.concatenate([grid[:1], grid]))}
+
+    class Model:
+        class visual:
+            grid_size = (new, new)
+
+    resize_pos_embed(state, Model)
+    want = state["visual.positional_embedding"][1:].numpy()
+    np.testing.assert_allclose(positions.resize(grid, new * new), want, rtol=1e-4, atol=2e-5)

@@ -1,0 +1,91 @@
+"""BERT against transformers, ResNet against torchvision: live, on random weights."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+from imgtune_jax import interop, models
+
+
+def numpy_state(model):
+    return {name: x.numpy() for name, x in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("act", ["gelu", "gelu_new"])
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_bert_equals_transformers(act, pool, tmp_path):
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=40,
+        max_position_embeddings=12,
+        hidden_act=act,
+        initializer_range=0.2,
+    )
+    theirs = BertModel(config).eval()
+    np.savez(tmp_path / "bert.npz", **numpy_state(theirs))
+    cfg = dict(name="bert", width=24, depth=3, num_heads=4, mlp_dim=40, vocab_size=50)
+    cfg |= dict(max_length=12, pool=pool, act={"gelu_new": "gelu_tanh"}.get(act, act))
+    params = interop.load_tower(dict(format="bert", path=tmp_path / "bert.npz"), cfg)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 50, (4, 9))
+    mask = np.arange(9) < np.array([9, 5, 1, 7])[:, None]
+    with torch.no_grad():
+        hidden = theirs(torch.from_numpy(ids), torch.from_numpy(mask)).last_hidden_state.numpy()
+    mean = np.stack([h[m].mean(0) for h, m in zip(hidden, mask, strict=True)])
+    tower = models.build_tower(cfg)
+    ids, mask = jnp.asarray(ids, jnp.int32), jnp.asarray(mask)
+    output = tower.apply({"params": params}, ids, mask, train=False)
+    np.testing.assert_allclose(output.tokens[mask], hidden[mask], rtol=1e-4, atol=1e-5)
+    want = mean if pool == "mean" else hidden[:, 0]
+    np.testing.assert_allclose(output.pooled, want, rtol=1e-4, atol=1e-5)
+
+
+def test_bert_round_trip_into_transformers():
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=20,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=6,
+    )
+    theirs = BertModel(config, add_pooling_layer=False).eval()
+    tower = models.build_tower(
+        dict(name="bert", width=8, depth=2, num_heads=2, mlp_dim=16, vocab_size=20, max_length=6)
+    )
+    expected = models.abstract_tower(tower)
+    params = interop.bert.load(numpy_state(theirs), tower, expected)
+    state = interop.rules.export(params, interop.bert.weight_map(tower))
+    again = BertModel(config, add_pooling_layer=False).eval()
+    state = {name: torch.from_numpy(np.array(x)) for name, x in state.items()}
+    assert again.load_state_dict(state, strict=False).unexpected_keys == []
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids)[0], theirs(ids)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_resnet_equals_torchvision(load_golden_script, tmp_path):
+    from torchvision.models import resnet
+
+    script = load_golden_script("interop_resnet")
+    theirs = resnet.resnet50(num_classes=7).eval()
+    shapes = {name: tuple(x.shape) for name, x in theirs.state_dict().items()}
+    state = script.draw_state(shapes, seed=2)
+    theirs.load_state_dict({name: torch.from_numpy(x) for name, x in state.items()})
+    np.savez(tmp_path / "resnet.npz", **state)
+    cfg = dict(name="resnet", variant="50", num_classes=7)
+    params = interop.load_tower(dict(format="resnet", path=tmp_path / "resnet.npz"), cfg)
+    image = script.draw_image(size=65)
+    with torch.no_grad():
+        want = theirs(torch.from_numpy(image.transpose(0, 3, 1, 2).copy())).numpy()
+    tower = models.build_tower(cfg)
+    logits = tower.apply({"params": params}, jnp.asarray(image), method="classify")
+    scale = np.abs(want).max()  # 53 convolutions: judged on the scale of the logits
+    np.testing.assert_allclose(logits / scale, want / scale, rtol=0, atol=1e-5)
