@@ -1,0 +1,57 @@
+"""CLIP's tokenizer, from its published vocabulary (`bpe_simple_vocab_16e6.txt.gz`)."""
+
+from __future__ import annotations
+
+import gzip
+import html
+from pathlib import Path
+
+import ftfy
+from tokenizers import AddedToken, Regex, Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+from tokenizers.processors import TemplateProcessing
+
+LENGTH = 77
+NUM_MERGES = 49152 - 256 - 2
+START, END = "<start_of_text>", "<end_of_text>"
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+def clean(text: str) -> str:
+    """CLIP's cleaning: mended Unicode, HTML entities (twice), white space collapsed, lower case."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
+
+
+def build(vocabulary: Path) -> Tokenizer:
+    """The byte-level BPE with 49408 entries; texts are wrapped in its start and end tokens."""
+    lines = gzip.decompress(vocabulary.read_bytes()).decode("utf-8").split("\n")
+    merges = [(a, b) for a, b in (line.split() for line in lines[1 : NUM_MERGES + 1])]
+    if len(merges) != NUM_MERGES:
+        raise ValueError(f"{vocabulary} has {len(merges)} merges; CLIP's has {NUM_MERGES}")
+    letters = _byte_letters()
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges)]
+    tokens += [START, END]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    backend = Tokenizer(BPE(vocab, merges, end_of_word_suffix="</w>", fuse_unk=False))
+    backend.pre_tokenizer = Sequence(
+        [
+            Split(Regex(WORDS), behavior="removed", invert=True),
+            ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t in (START, END)]
+    )
+    backend.post_processor = TemplateProcessing(
+        single=f"{START} $A {END}", special_tokens=[(START, vocab[START]), (END, vocab[END])]
+    )
+    return backend
+
+
+def _byte_letters() -> list[str]:
+    """The letter that stands for each byte, in the vocabulary's order: printable bytes first."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    others = [b for b in range(256) if b not in printable]
+    return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]

@@ -1,0 +1,83 @@
+"""Several sources as one, in exact proportions."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from imgtune_jax.data import fields
+from imgtune_jax.data.record import Record, Source, describe
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """`sources` in the proportions of `weights` (None: of their lengths).
+
+    An epoch is the shortest in which every source is seen whole: source k fills a share of
+    weights[k] / sum(weights) of it, rounded to a record, and repeats from its beginning. So record
+    i is a pure function of i, and a shuffled epoch shows every record at least once.
+    """
+
+    sources: Sequence[Source]
+    weights: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("a mixture of no sources; give at least one")
+        weights = self.weights
+        if weights is not None and (len(weights) != len(self.sources) or min(weights) <= 0):
+            raise ValueError(
+                f"weights {tuple(weights)} for {len(self.sources)} sources; wanted as many, above 0"
+            )
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """How many records of an epoch come from each source."""
+        lengths = [len(s) for s in self.sources]
+        weights = self.weights or lengths
+        scale = max(n / w for n, w in zip(lengths, weights, strict=True))
+        # The scale makes one product a source's own length, up to the rounding of floats.
+        return tuple(max(n, round(scale * w)) for n, w in zip(lengths, weights, strict=True))
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return [sum(self.counts[: k + 1]) for k in range(len(self.counts))]
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """(source, its record) of a record of the mixture."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        k = bisect.bisect_right(self._ends, index)
+        first = self._ends[k] - self.counts[k]
+        return k, (index - first) % len(self.sources[k])
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Record:
+        k, i = self.locate(index)
+        return self.sources[k][i]
+
+    def describe(self, index: int) -> Record:
+        """The record without its image."""
+        k, i = self.locate(index)
+        return describe(self.sources[k], i)
+
+    @property
+    def caption_sets(self) -> tuple[str, ...]:
+        """The caption sets that some source can give."""
+        sets: list[Any] = [getattr(s, "caption_sets", ()) for s in self.sources]
+        return tuple(dict.fromkeys(name for names in sets for name in names))
+
+    @property
+    def has_group(self) -> bool:
+        """Do records of every source have a group?"""
+        return all(getattr(s, "has_group", False) for s in self.sources)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of the sources' and of the proportions."""
+        return fields.Digest([s.fingerprint for s in self.sources], self.counts).hex()

