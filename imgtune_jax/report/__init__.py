@@ -7,5 +7,6 @@ from __future__ import annotations
 
 from imgtune_jax.report.gallery import Gallery
 from imgtune_jax.report.page import report_run, write_report
+from imgtune_jax.report.text import summary
 
-__all__ = ["Gallery", "report_run", "write_report"]
+__all__ = ["Gallery", "report_run", "summary", "write_report"]

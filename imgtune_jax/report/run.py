@@ -82,7 +82,7 @@ class Column:
     @property
     def sign(self) -> int:
         """1: more is better; -1: less is; 0: neither."""
-        if self.metric.startswith("num_") or self.metric in ("l2", "converged"):
+        if self.metric.startswith("num_") or self.metric in ("l2", "best_lambda", "converged"):
             return 0
         return -1 if "rank" in self.metric or not self._is_share() else 1
 
@@ -211,7 +211,7 @@ def _order(metric: str) -> tuple[int, int]:
     """Image → text first, then text → image, then the rest; recalls before ranks before sizes."""
     family = 0 if metric.startswith(("text_retrieval", "image_to_text")) else 1
     family = 2 if not metric.startswith(("text_", "image_")) else family
-    kind = 3 if metric.startswith("num_") else 1 if "rank" in metric else 0
+    kind = 3 if Column(metric).sign == 0 else 1 if "rank" in metric else 0
     return kind, family
 
 

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from imgtune_jax.evals import ranks as ranks_module
 from imgtune_jax.evals.ranks import retrieval_ranks
 from imgtune_jax.evals.retrieval import Retrieval, in_loop_names, retrieval_metrics
 
@@ -67,6 +68,25 @@ def test_ranks_do_not_depend_on_the_number_of_devices():
     got = retrieval_ranks(image, text, owner, mesh=mesh, chunk=10)
     np.testing.assert_array_equal(got.image_to_text, want.image_to_text)
     np.testing.assert_array_equal(got.text_to_image, want.text_to_image)
+
+
+def test_no_block_of_scores_is_larger_than_a_chunk(monkeypatch):
+    shapes = []
+    scores = ranks_module._scores
+
+    def spy(texts, images):
+        out = scores(texts, images)
+        shapes.append(out.shape)
+        return out
+
+    monkeypatch.setattr(ranks_module, "_scores", spy)
+    ranks_module._programs.cache_clear()
+    rng = np.random.default_rng(0)
+    retrieval_ranks(
+        rng.normal(size=(70, 4)), rng.normal(size=(90, 4)), np.arange(90) % 70, chunk=16
+    )
+    ranks_module._programs.cache_clear()
+    assert shapes and all(max(shape) <= 16 for shape in shapes)
 
 
 def test_order_of_images_and_captions_does_not_matter_without_ties():

@@ -5,6 +5,7 @@ import pytest
 
 from imgtune_jax.evals.retrieval import retrieval_metrics
 from imgtune_jax.evals.ridge import ridge_baseline, ridge_solutions
+from imgtune_jax.evals.ridge_retrieval import RidgeRetrieval
 
 
 @pytest.mark.parametrize("n", [7, 40])  # dual, primal
@@ -43,3 +44,21 @@ def test_baseline_is_retrieval_on_predicted_text_embeddings(fakes):
     w = np.linalg.solve(xc.T @ xc + 3.0 * np.eye(5), xc.T @ yc)
     predicted = (x_test - x.mean(0)) @ w + y.mean(0)
     assert got.metrics == retrieval_metrics(fakes.unit(predicted), fakes.unit(y_test), owner)
+
+
+def test_evaluator_fits_the_training_source_and_scores_the_other(fakes):
+    rng = np.random.default_rng(2)
+    w = rng.normal(size=(6, 4))
+
+    def source(name, n):
+        x = rng.normal(3, 2, (n, 6))
+        texts.update({f"{name}{i}": y for i, y in enumerate(x @ w)})
+        return [fakes.record(v, f"{name}{i}") for i, v in enumerate(x)]
+
+    texts = {}
+    train, test = source("train", 80), source("test", 20)
+    train[5] = fakes.record(None, "train5")
+    test[3] = fakes.record(None, "test3")
+    got = RidgeRetrieval(train, test, lambdas=(1e-3, 1e9))(fakes.Encoders(texts))
+    # The texts' unit norm bends the linear map: nearly all are found, by the weak λ.
+    assert got["best_lambda"] == 1e-3 and got["text_retrieval_recall@5"] > 0.9
