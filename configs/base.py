@@ -27,7 +27,7 @@ def get_config():
     c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
 
     c.model = ConfigDict()
-    c.model.image = ConfigDict(dict(name="vit", variant="B/16", pool="map"))
+    c.model.image = ConfigDict(dict(name="vit", variant="B/16", pool="attention"))
     c.model.text = ConfigDict(dict(name="text_transformer", variant="B", pool="last"))
     c.model.image_head = ConfigDict(dict(name="linear"))
     c.model.text_head = ConfigDict(dict(name="linear"))

@@ -16,7 +16,7 @@ def get_config():
     """The debug config."""
     c = base.get_config()
     c.name = "debug"
-    c.model.image = ConfigDict(dict(name="vit", variant="mu/16", pool="map", dropout=0.1))
+    c.model.image = ConfigDict(dict(name="vit", variant="mu/16", pool="attention", dropout=0.1))
     c.model.text = ConfigDict(
         dict(name="text_transformer", variant="mu", vocab_size=30522, max_length=16, pool="mean")
     )

@@ -16,7 +16,7 @@ def emoji(split, *vendors):
     return ConfigDict(
         dict(
             name="webdataset",
-            tars=f"corpora/emoji/{split}.tar",
+            path=f"corpora/emoji/{split}.tar",
             image=tuple(f"{vendor}.webp" for vendor in vendors),
             captions=dict(name=("name", "en"), keywords=("keywords", "en")),
             group=("concept",),

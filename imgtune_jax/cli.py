@@ -26,6 +26,7 @@ def train(argv: Sequence[str] | None = None) -> None:
 
 
 def _train(argv: Sequence[str]) -> None:
+    import jax
     from absl import flags
 
     from imgtune_jax import cache, config, report
@@ -38,8 +39,9 @@ def _train(argv: Sequence[str]) -> None:
     with _clear_errors():
         settings = config.parse(flags.FLAGS.config)
         encoders = loop.run(settings, workdir, features=cache.features)
-        if _is_first_host():
-            report.report_run(workdir, encoders)
+        page = report.report_run(workdir, encoders)
+        if jax.process_index() == 0:
+            print(f"\n{report.summary(workdir)}\n\nReport: {page}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -114,7 +116,8 @@ def _eval(options: argparse.Namespace) -> None:
         values = evaluator(model.encoders)
         record = evals.result_record(name, evaluator, values, model=config.name, step=model.step)
         evals.append_result(workdir / "results.jsonl", record)
-    report.report_run(workdir, model.encoders)
+    page = report.report_run(workdir, model.encoders)
+    print(f"{report.summary(workdir)}\n\nReport: {page}")
 
 
 def _embed(options: argparse.Namespace) -> None:
@@ -193,16 +196,12 @@ def _set_up() -> None:
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("imgtune_jax").setLevel(logging.INFO)
+    for noisy in ("absl", "jax"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "imgtune_jax" / "xla"
     jax.config.update(
         "jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(default))
     )
-
-
-def _is_first_host() -> bool:
-    import jax
-
-    return jax.process_index() == 0
 
 
 class _clear_errors:

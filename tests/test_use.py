@@ -27,7 +27,7 @@ def run(tmp_path_factory):
     c = module.get_config()
     c.total.steps = 2
     c.checkpoint.every.steps = 1
-    test = dict(name="webdataset", tars="corpora/emoji/heldout.tar", image=("google.webp",),
+    test = dict(name="webdataset", path="corpora/emoji/heldout.tar", image=("google.webp",),
                 captions=dict(name=("name", "en")))  # fmt: skip
     c.evals = dict(toy=dict(name="retrieval", source=test, caption_set="name"))
     workdir = tmp_path_factory.mktemp("run")

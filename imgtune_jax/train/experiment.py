@@ -55,7 +55,9 @@ class Experiment:
         for tower in TOWERS:
             init: Mapping[str, Any] = getattr(self.config.weights, tower)
             if init:
-                pretrained[tower] = interop.load_tower(init, self.config.model[tower])
+                pretrained[tower] = interop.load_tower(
+                    init, self.config.model[tower], image_size=self.config.model["image_size"]
+                )
         key = jax.random.fold_in(self.key, 0x1417)  # apart from every step's key
         return state.init_params(self.model.init, key, self.partitioner, pretrained)
 

@@ -79,8 +79,7 @@ def run(config: Config, workdir: Path, *, features: Features | None = None) -> e
     Raises ValueError when `workdir` holds another run, NotFiniteError when the loss is not finite,
     data.TooManyBadRecords when the data is.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
-    _claim(config, workdir)
+    _refuse_another_run(config, workdir)
     exp = experiment.build(config)
     exp.partitioner.check_batch_size(config.batch_size // config.accumulation, "microbatch")
     source = data.build_source(config.data.source)
@@ -96,6 +95,7 @@ def run(config: Config, workdir: Path, *, features: Features | None = None) -> e
         warmup=steps["warmup"] or 0,
         cooldown=steps["cooldown"] or 0,
     )
+    _claim(config, workdir)  # only now: a config that cannot be built leaves no folder behind
     checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint)
     factory = state.StateFactory(
         optimizer, exp.partitioner, with_ema=config.optim.ema_decay is not None
@@ -261,14 +261,9 @@ def _durations(c: Config) -> dict[str, config_lib.Duration]:
     }
 
 
-def _claim(config: Config, workdir: Path) -> None:
-    """Write the config into a new folder; refuse a folder that holds another run."""
+def _refuse_another_run(config: Config, workdir: Path) -> None:
     path = workdir / "config.json"
     if not path.exists():
-        if jax.process_index() == 0:
-            temporary = path.with_suffix(".tmp")
-            config_lib.save(config, temporary)
-            temporary.replace(path)
         return
     changed = {
         k: v
@@ -281,6 +276,14 @@ def _claim(config: Config, workdir: Path) -> None:
             f"{workdir} holds a run with other settings; resume it with its own, or choose a new "
             f"--workdir:\n  " + "\n  ".join(lines)
         )
+
+
+def _claim(config: Config, workdir: Path) -> None:
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        temporary = workdir / "config.json.tmp"
+        config_lib.save(config, temporary)
+        temporary.replace(workdir / "config.json")
 
 
 def _start(

@@ -108,6 +108,6 @@ class Watch:
         file.write(json.dumps(record) + "\n")
         file.flush()
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            self._board.add_scalar(name.replace("@", "_at_"), value, step)
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)

@@ -96,7 +96,7 @@ def test_one_and_eight_devices_give_one_loss_curve(one_device, tmp_path, mesh):
 
 def test_accumulated_run_equals_whole_run(one_device, tmp_path):
     # dropout draws another mask for another microbatch, so it is off in both
-    off = {"model.image": dict(name="vit", variant="mu/16", pool="map"), "total.steps": 8}
+    off = {"model.image": dict(name="vit", variant="mu/16", pool="attention"), "total.steps": 8}
     loop.run(settings(**off), tmp_path / "whole")
     loop.run(settings(**off, accumulation=4), tmp_path / "parts")
     a, b = losses(tmp_path / "whole"), losses(tmp_path / "parts")
@@ -178,6 +178,6 @@ def test_metrics_use_the_names_that_users_know(tmp_path):
 
 def heldout():
     return dict(
-        name="webdataset", tars="corpora/emoji/heldout.tar", image=("google.webp",),
+        name="webdataset", path="corpora/emoji/heldout.tar", image=("google.webp",),
         captions=dict(name=("name", "en")), group=("concept",),
     )  # fmt: skip
