@@ -9,9 +9,10 @@ from typing import ClassVar
 import numpy as np
 from jaxtyping import Float, Int
 
+from imgtune_jax.data import Source
 from imgtune_jax.evals.checks import check_finite
 from imgtune_jax.evals.probe import labelled_features
-from imgtune_jax.evals.protocol import Encoders, Source
+from imgtune_jax.evals.protocol import Encoders
 from imgtune_jax.evals.ridge import ridge_solutions
 
 BIAS = 100.0  # a constant feature this large is hardly regularised

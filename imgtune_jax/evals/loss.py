@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from imgtune_jax.evals.protocol import Encoders, Source
+from imgtune_jax.data import Source, describe
+from imgtune_jax.evals.protocol import Encoders
 from imgtune_jax.types import Batch, Metrics, Outputs
 
 Objective = Callable[[Outputs, Batch], tuple[Float[Array, ""], Metrics]]
@@ -81,7 +82,7 @@ class Loss:
     def __call__(self, encoders: Encoders) -> dict[str, float]:
         """`loss`, and the objective's metrics by their names."""
         image_emb, valid = encoders.images(self.source)
-        records = [self.source[i] for i in range(len(self.source))]
+        records = [describe(self.source, i) for i in range(len(self.source))]
         captions = [next(iter(r.captions.get(self.caption_set, ())), None) for r in records]
         groups = [r.group for r in records]
         valid = valid & np.array([c is not None for c in captions])

@@ -14,8 +14,9 @@ import numpy as np
 import scipy.optimize
 from jaxtyping import Array, Float, Int
 
+from imgtune_jax.data import Source
 from imgtune_jax.evals.checks import check_finite, checked_labels
-from imgtune_jax.evals.protocol import Encoders, Source
+from imgtune_jax.evals.protocol import Encoders
 from imgtune_jax.evals.zeroshot import classification_metrics, true_class_ranks
 
 

@@ -1,32 +1,14 @@
-"""What an evaluator needs from the world: a source of records, and encoders."""
+"""What an evaluator is, and what it is given: encoders."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-
-class Record(Protocol):
-    """One example. `captions` maps a caption set (a language, say) to its alternatives."""
-
-    @property
-    def captions(self) -> Mapping[str, Sequence[str]]: ...
-    @property
-    def label(self) -> int | None: ...
-    @property
-    def group(self) -> int | None: ...
-    @property
-    def image(self) -> Any: ...
-
-
-class Source(Protocol):
-    """Random access to records, in an order that does not change."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Record: ...
+from imgtune_jax.data import Source
 
 
 class Encoders(Protocol):

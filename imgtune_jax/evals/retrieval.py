@@ -11,7 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
-from imgtune_jax.evals.protocol import Encoders, Source
+from imgtune_jax.data import Source, describe
+from imgtune_jax.evals.protocol import Encoders
 from imgtune_jax.evals.ranks import retrieval_ranks
 
 
@@ -117,7 +118,7 @@ class Retrieval:
         image_of_text: list[int] = []
         groups: list[int | None] = []
         for image, i in enumerate(np.flatnonzero(valid)):
-            record = self.source[int(i)]
+            record = describe(self.source, int(i))
             own = record.captions.get(self.caption_set, ())[: self.max_captions]
             captions += own
             image_of_text += [image] * len(own)
@@ -125,7 +126,7 @@ class Retrieval:
         if not captions:
             raise ValueError(
                 f"no record of the {len(groups)} readable ones has a caption in the set "
-                f"{self.caption_set!r}; the first has {sorted(self.source[0].captions)}"
+                f"{self.caption_set!r}; the first has {sorted(describe(self.source, 0).captions)}"
             )
         return captions, np.asarray(image_of_text), _group_numbers(groups, self.use_groups)
 

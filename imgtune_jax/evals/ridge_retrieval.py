@@ -8,7 +8,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from imgtune_jax.evals.protocol import Encoders, Source
+from imgtune_jax.data import Source
+from imgtune_jax.evals.protocol import Encoders
 from imgtune_jax.evals.retrieval import Retrieval
 from imgtune_jax.evals.ridge import ridge_baseline
 

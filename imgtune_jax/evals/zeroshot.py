@@ -9,8 +9,9 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from imgtune_jax.data import Source
 from imgtune_jax.evals.checks import check_finite, checked_labels
-from imgtune_jax.evals.protocol import Encoders, Source
+from imgtune_jax.evals.protocol import Encoders
 from imgtune_jax.evals.templates import CLASSNAMES, TEMPLATES
 
 Templates = Sequence[str] | Mapping[str, Sequence[str]]

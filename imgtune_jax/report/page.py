@@ -16,7 +16,7 @@ from PIL import Image
 
 from imgtune_jax import config as config_lib
 from imgtune_jax import evals
-from imgtune_jax.evals.protocol import Source
+from imgtune_jax.data import Source, decode
 from imgtune_jax.evals.retrieval import Retrieval
 from imgtune_jax.report import figures
 from imgtune_jax.report.gallery import Gallery, view
@@ -105,16 +105,12 @@ class Thumbnails(Sequence[bytes]):
         return thumbnail(self.source[self.indices[place]].image)
 
 
-def thumbnail(image: bytes | np.ndarray) -> bytes:
-    """At most 96 pixels wide and high, on white where it is transparent, as WebP."""
-    opened = (
-        Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(io.BytesIO(image))
-    )
+def thumbnail(image: Any) -> bytes:
+    """What the model is shown of an image, at most 96 pixels wide and high, as WebP."""
+    opened = Image.fromarray(decode(image))
     opened.thumbnail((THUMBNAIL, THUMBNAIL))
-    layer = opened.convert("RGBA")
-    flat = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     file = io.BytesIO()
-    flat.save(file, "WEBP", quality=82)
+    opened.save(file, "WEBP", quality=82)
     return file.getvalue()
 
 
