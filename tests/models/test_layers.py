@@ -1,0 +1,130 @@
+"""Dense, attention, norm, activations against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import erf
+
+from imgtune_jax.models import layers
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def test_dense_in_bf16_keeps_bf16_dots_forward_and_backward():
+    """As `x @ w` in bf16, or under plain autodiff, matrix units get float32 operands."""
+    x, w = jnp.asarray(normal(4, 6, 8)), jnp.asarray(normal(8, 16))
+    gradient = jax.grad(lambda x, w: layers.dense(x, w, dtype=jnp.bfloat16).sum(), (0, 1))
+    text = jax.jit(gradient).lower(x, w).as_text()
+    forward = jax.jit(lambda x, w: layers.dense(x, w, dtype=jnp.bfloat16)).lower(x, w).as_text()
+    dots = [line for line in (text + forward).splitlines() if "stablehlo.dot_general" in line]
+    assert len(dots) == 3
+    for line in dots:
+        operands, result = line.rsplit(":", 1)[1].split("->")
+        assert operands.count("bf16") == 2 and "f32" in result, line
+
+
+def test_dense_in_bf16_is_the_float32_product_of_rounded_operands():
+    x, w, b = normal(3, 5, 8), normal(8, 4), normal(4)
+    rounded = [np.asarray(jnp.asarray(a, jnp.bfloat16), np.float32) for a in (x, w)]
+    y = layers.dense(jnp.asarray(x), jnp.asarray(w), jnp.asarray(b), dtype=jnp.bfloat16)
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y, rounded[0] @ rounded[1] + b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel_type", [jnp.float32, jnp.bfloat16])
+def test_dense_gradients_have_their_operands_types_and_values(kernel_type):
+    x, w = jnp.asarray(normal(3, 5, 8)), jnp.asarray(normal(8, 4), kernel_type)
+
+    def scalar(x, w, dtype):
+        return jnp.square(layers.dense(x, w, dtype=dtype)).sum()
+
+    low = jax.grad(scalar, (0, 1))(x, w, jnp.bfloat16)
+    exact = jax.grad(scalar, (0, 1))(x, w.astype(jnp.float32), jnp.float32)
+    assert low[1].dtype == kernel_type and low[0].dtype == jnp.float32
+    for got, want in zip(low, exact, strict=True):
+        # bf16 operands carry 8 bits.
+        np.testing.assert_allclose(np.asarray(got, np.float32), want, rtol=0.05, atol=0.3)
+
+
+def numpy_attention(q, k, v, visible):
+    scores = np.einsum("bqhd,bkhd->bhqk", *(a.astype(np.float64) for a in (q, k)))
+    scores = np.where(visible, scores / np.sqrt(q.shape[-1]), -np.inf)
+    weight = np.exp(scores - scores.max(-1, keepdims=True))
+    weight /= weight.sum(-1, keepdims=True)
+    return np.einsum("bhqk,bkhd->bqhd", weight, v)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_equals_numpy(causal, masked):
+    q, k, v = (normal(2, 5, 3, 4, seed=i) for i in range(3))
+    mask = np.arange(5) < np.array([5, 3])[:, None] if masked else None
+    visible = np.ones((2, 1, 5, 5), bool)
+    visible &= mask[:, None, None, :] if masked else True
+    visible &= np.tri(5, dtype=bool) if causal else True
+    y = layers.attention(*map(jnp.asarray, (q, k, v)), mask=mask, causal=causal)
+    np.testing.assert_allclose(y, numpy_attention(q, k, v, visible), rtol=1e-5, atol=1e-6)
+
+
+def test_a_row_with_no_visible_key_gives_no_nan():
+    q, k, v = (jnp.asarray(normal(1, 3, 2, 4, seed=i)) for i in range(3))
+    mask = jnp.zeros((1, 3), bool)
+    value, gradient = jax.value_and_grad(lambda q: layers.attention(q, k, v, mask=mask).sum())(q)
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+def test_softmax_stays_float32_for_bf16_operands():
+    """1024 equal keys: a bf16 softmax would sum their weights to something else than one."""
+    q = jnp.zeros((1, 1, 1, 4), jnp.bfloat16)
+    text = jax.jit(lambda q, k: layers.attention(q, k, k)).lower(
+        q, jnp.zeros((1, 1024, 1, 4), q.dtype)
+    )
+    exponentials = [x for x in text.as_text().splitlines() if "exponential" in x]
+    assert exponentials and all("f32" in x for x in exponentials)
+
+
+def test_layer_norm_equals_numpy_far_from_zero():
+    x = normal(4, 16) + 1000  # E[x²] - E[x]² would lose the variance here
+    norm = layers.LayerNorm(1e-5)
+    params = {"scale": jnp.asarray(normal(16)), "bias": jnp.asarray(normal(16, seed=1))}
+    wide = x.astype(np.float64)
+    want = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-5)
+    want = want * np.asarray(params["scale"]) + np.asarray(params["bias"])
+    got = norm.apply({"params": params}, jnp.asarray(x))
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)  # x itself has 7 digits, 4 spent
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [
+        ("gelu", lambda x: x * (1 + erf(x / np.sqrt(2))) / 2),
+        ("gelu_tanh", lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))),
+        ("quick_gelu", lambda x: x / (1 + np.exp(-1.702 * x))),
+        ("relu", lambda x: np.maximum(x, 0)),
+        ("relu6", lambda x: np.clip(x, 0, 6)),
+        ("silu", lambda x: x / (1 + np.exp(-x))),
+    ],
+)
+def test_activations_equal_their_formulas(name, want):
+    x = np.linspace(-8, 8, 201)
+    got = layers.activation(name)(jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(got, want(x), rtol=1e-5, atol=1e-6)
+
+
+def test_unknown_activation_lists_the_known():
+    with pytest.raises(ValueError, match=r"'swish' is not one of gelu, gelu_tanh"):
+        layers.activation("swish")
+
+
+def test_heads_that_do_not_divide_the_width_are_an_error():
+    with pytest.raises(ValueError, match="width 10 does not divide over 4 heads"):
+        layers.Attention(4).init(jax.random.key(0), jnp.zeros((1, 2, 10)))
+
+
+def test_an_id_outside_the_vocabulary_is_loud():
+    table = layers.Embed(3, 2)
+    y = table.apply({"params": {"embedding": jnp.ones((3, 2))}}, jnp.array([[2, 3]]))
+    assert np.isfinite(y[0, 0]).all() and np.isnan(y[0, 1]).all()
