@@ -71,7 +71,7 @@ class Pipeline:
     max_pixels: int = image_lib.MAX_PIXELS
     background: tuple[int, int, int] = image_lib.WHITE
     features: Float[np.ndarray, "views n d"] | None = field(default=None, repr=False)
-    valid: Bool[np.ndarray, n] | None = field(default=None, repr=False)
+    valid: Bool[np.ndarray, " n"] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         n = len(self.source)
@@ -121,9 +121,10 @@ class Pipeline:
         return self._run(self._rows(deterministic=False), start, ENDLESS)
 
     def one_pass(self) -> Iterator[NumpyBatch]:
-        """Every record once, in source order, unaugmented draws aside; the last batch is padded.
+        """Every record once, in source order; the last batch is padded.
 
-        Captions are the first alternative of the heaviest set.
+        Captions are the first alternative of the heaviest set. A random transform draws as in
+        epoch 0, so use a deterministic one to evaluate.
         """
         return self._run(self._rows(deterministic=True), 0, -(-len(self.source) // self.batch_size))
 
@@ -194,7 +195,7 @@ class Pipeline:
             usable = usable & self.valid[batch["index"]]
         faults = [
             Fault(keys[j], Cause.INVALID_FEATURES, "its image could not be read when cached")
-            for j in np.flatnonzero(batch["example_mask"] & ~usable)
+            for j in np.flatnonzero(batch["example_mask"] & ~usable).tolist()
         ]
         found = np.zeros((local, self.features.shape[2]), np.float32)
         found[usable] = self.features[views[usable], batch["index"][usable]]
@@ -228,6 +229,10 @@ class _Rows:
         seed = int.from_bytes(hashlib.sha256(f"order {self.seed}".encode()).digest()[:4])
         return grain.MapDataset.range(len(self.source)).shuffle(seed=seed)
 
+    def _shuffled(self, position: int) -> int:
+        index: Any = self._order[position]
+        return int(index)
+
     def locate(self, local: int) -> tuple[int, int]:
         """(epoch, record) of a position of this host's stream; the record -1 is padding."""
         size = self.batch_size // self.host_count
@@ -236,7 +241,7 @@ class _Rows:
         epoch, index = divmod(position, len(self.source))
         if self.one_pass and epoch:
             return 0, PADDING
-        return epoch, int(self._order[position]) if self.shuffle else index
+        return epoch, self._shuffled(position) if self.shuffle else index
 
     def __call__(self, local: int) -> dict[str, Any]:
         epoch, index = self.locate(int(local))

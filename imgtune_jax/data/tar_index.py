@@ -28,8 +28,8 @@ class TarIndex:
 
     path: Path
     names: tuple[str, ...]
-    offsets: Int64[np.ndarray, n]
-    sizes: Int64[np.ndarray, n]
+    offsets: Int64[np.ndarray, " n"]
+    sizes: Int64[np.ndarray, " n"]
 
     def read(self, member: int) -> bytes:
         """A member's bytes; fewer than its size where the tar was cut off."""
@@ -69,7 +69,7 @@ def _scan(path: Path) -> TarIndex:
                     names.append(info.name)
                     offsets.append(info.offset_data)
                     sizes.append(info.size)
-                tar.members = []  # else a tar of millions keeps all headers in memory
+                tar.members = []  # type: ignore[attr-defined]  # else millions of headers stay in memory
     except tarfile.ReadError as error:
         if not names:
             raise ValueError(

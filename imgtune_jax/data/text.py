@@ -201,7 +201,7 @@ def _from_transformers(folder: Path) -> tokenizers.Tokenizer:
 def _find_pad_id(backend: tokenizers.Tokenizer, folder: Path) -> int:
     if backend.padding is not None:
         return int(backend.padding["pad_id"])
-    names = list(PAD_NAMES)
+    names: list[str] = [*PAD_NAMES]
     config = folder / "tokenizer_config.json"
     if config.is_file():
         pad = json.loads(config.read_text()).get("pad_token")
@@ -224,14 +224,13 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Learn a tokenizer from texts and save it. The same texts give the same file.
 
-    kind: "bpe" (byte-level, so no text is unknown), "wordpiece" or "unigram". Ids 0 to 3 are
-    <pad>, <bos>, <eos>, <unk>; every text is wrapped in <bos> and <eos>.
+    kind: "bpe" (byte-level, so no text is unknown) or "wordpiece". Ids 0 to 3 are <pad>, <bos>,
+    <eos>, <unk>; every text is wrapped in <bos> and <eos>.
     """
     if kind not in KINDS:
         raise ValueError(f"kind = {kind!r}; known: {', '.join(KINDS)}")
-    backend, trainer = KINDS[kind](vocab_size)
-    clean = CLEANINGS[cleaning]
-    backend.train_from_iterator(sorted(clean(t) for t in texts), trainer)
+    corpus = sorted(CLEANINGS[cleaning](t) for t in texts)
+    backend = KINDS[kind](corpus, vocab_size)
     backend.post_processor = tokenizers.processors.TemplateProcessing(
         single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
     )
@@ -243,7 +242,7 @@ def train_tokenizer(
 SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>"]
 
 
-def _bpe(vocab_size: int) -> tuple[tokenizers.Tokenizer, Any]:
+def _bpe(corpus: Sequence[str], vocab_size: int) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
     backend.decoder = tokenizers.decoders.ByteLevel()
@@ -253,27 +252,25 @@ def _bpe(vocab_size: int) -> tuple[tokenizers.Tokenizer, Any]:
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    return backend, trainer
+    backend.train_from_iterator(corpus, trainer)
+    return backend
 
 
-def _wordpiece(vocab_size: int) -> tuple[tokenizers.Tokenizer, Any]:
+def _wordpiece(corpus: Sequence[str], vocab_size: int) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     backend.decoder = tokenizers.decoders.WordPiece()
+    # The trainer numbers continuing letters in the order of a hash table, which differs between
+    # runs; given as special tokens they have an order, and afterwards they are special no more.
+    letters = [f"##{letter}" for letter in sorted(set("".join(corpus))) if not letter.isspace()]
     trainer = tokenizers.trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIALS, show_progress=False
+        vocab_size=vocab_size, special_tokens=SPECIALS + letters, show_progress=False
     )
-    return backend, trainer
+    backend.train_from_iterator(corpus, trainer)
+    state = json.loads(backend.to_str())
+    state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] in SPECIALS]
+    return tokenizers.Tokenizer.from_str(json.dumps(state))
 
 
-def _unigram(vocab_size: int) -> tuple[tokenizers.Tokenizer, Any]:
-    backend = tokenizers.Tokenizer(tokenizers.models.Unigram())
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    backend.decoder = tokenizers.decoders.Metaspace()
-    trainer = tokenizers.trainers.UnigramTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIALS, unk_token="<unk>", show_progress=False
-    )
-    return backend, trainer
-
-
-KINDS = {"bpe": _bpe, "wordpiece": _wordpiece, "unigram": _unigram}
+# No unigram: the library's trainer gives another file at every run.
+KINDS = {"bpe": _bpe, "wordpiece": _wordpiece}

@@ -165,7 +165,7 @@ class RandomResizedCrop:
             raise ValueError(f"ratio = {self.ratio}; wanted aspects (low, high) above 0")
 
     def __call__(self, image: Picture, rng: np.random.Generator | None = None) -> Picture:
-        top, left, h, w = self._window(*image.shape[:2], _need(rng, self))
+        top, left, h, w = self._window(image.shape[0], image.shape[1], _need(rng, self))
         return _resized(
             image[top : top + h, left : left + w], *_pair(self.size), self.interpolation
         )

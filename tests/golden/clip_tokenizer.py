@@ -1,0 +1,67 @@
+"""Token ids of open_clip 3.3.0's SimpleTokenizer, and its canonicalize, on texts that are hard.
+
+    pip download open-clip-torch==3.3.0 --no-deps && unzip open_clip_torch-3.3.0-*.whl
+    python tests/golden/clip_tokenizer.py open_clip/tokenizer.py
+
+Loads that one file, with NumPy in torch's place where torch is not installed.
+"""
+
+import importlib.util
+import json
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+
+TEXTS = [
+    "a photo of a cat",
+    "It's  CLIP's DON'T we'LL 'Re",
+    "&amp;lt;b&gt; café naïve ‘quotes’ 123 4567",
+    "schÃ¶n mojibake",
+    "日本語のテスト 🦊🦊 👨‍👩‍👧 keycap: 5️⃣",
+    "!!!???...--- a_b (c) [d] {e}",
+    "",
+    "   \t\n ",
+    "word " * 100,
+    "antidisestablishmentarianism " * 20,
+    "مرحبا بالعالم हिन्दी नमस्ते",
+    "<end_of_text> inside <START_OF_TEXT>",
+    "x\u00a0y\u3000z \u212a \u0130stanbul ß ﬁ",
+    "½ ² Ⅷ ١٢٣ 1,000.50",
+    "Résumé\u0301 e\u0301 \u200b zero\u200dwidth",
+]
+
+
+def load(path):
+    """The module at a path."""
+    if importlib.util.find_spec("torch") is None:
+        fake = types.ModuleType("torch")
+        fake.zeros = lambda *shape, dtype: np.zeros(shape, np.int64)
+        fake.tensor, fake.long = np.array, None
+        fake.LongTensor = fake.Tensor = np.ndarray
+        sys.modules["torch"] = fake
+    spec = importlib.util.spec_from_file_location("open_clip_tokenizer", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def main():
+    """Write clip_tokenizer.json beside this file."""
+    module = load(sys.argv[1])
+    golden = [
+        {
+            "text": text,
+            "ids": np.asarray(module.tokenize([text]))[0].tolist(),
+            "ids_8": np.asarray(module.tokenize([text], context_length=8))[0].tolist(),
+            "canonical": module.canonicalize_text(text),
+        }
+        for text in TEXTS
+    ]
+    out = Path(__file__).with_suffix(".json")
+    out.write_text(json.dumps(golden, ensure_ascii=False, separators=(",", ":")) + "\n")
+
+
+if __name__ == "__main__":
+    main()
