@@ -132,6 +132,7 @@ def _name(metric: str) -> str:
 def _evaluator_panels(name: str, series: Mapping[str, Series]) -> list[Panel]:
     """Recalls (colour: k; dashed: text to image), accuracies, and every other metric by itself."""
     short = {n.rsplit("/", 1)[-1]: points for n, points in series.items()}
+    short = dict(sorted(short.items(), key=lambda item: _is_text_to_image(item[0])))
     recalls = {n: p for n, p in short.items() if re.search(r"(recall|R)@\d+$", n)}
     ks = sorted({int(n.rsplit("@", 1)[1]) for n in recalls})
     shares = {n: p for n, p in short.items() if n not in recalls and _is_share(n)}

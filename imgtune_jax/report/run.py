@@ -182,7 +182,7 @@ def _table(task: str, results: Sequence[Mapping[str, Any]], *, model: str) -> Ta
             rows.append(
                 Row(
                     dataset=dataset,
-                    model=r["model"],
+                    model=r["model"] if r["model"] == model else r["model"].replace("_", " "),
                     pretrained=r["pretrained"],
                     language=language,
                     ours=r["model"] == model,
