@@ -186,7 +186,7 @@ def _from_transformers(folder: Path) -> tokenizers.Tokenizer:
         listed = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing"
         raise ValueError(
             f"no tokenizer in {folder}: wanted tokenizer.json, or files that transformers reads "
-            f"(it said: {error}); there is {listed}"
+            f"(it said: {' '.join(str(error).split())}); there is {listed}"
         ) from error
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:

@@ -1,0 +1,161 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imgtune_jax.data import TRANSFORMS, build_transform, decode, transforms
+
+RNG = np.random.default_rng(0)
+WIDE = RNG.integers(0, 256, (61, 97, 3), dtype=np.uint8)
+TALL = RNG.integers(0, 256, (97, 40, 3), dtype=np.uint8)
+SIZES = [(61, 97), (97, 40), (64, 64), (33, 500), (20, 30), (225, 224)]
+EXAMPLES = {
+    "resize": {"size": 32},
+    "center_crop": {"size": 32},
+    "random_crop": {"size": 32, "padding": 4},
+    "random_resized_crop": {"size": 32},
+    "horizontal_flip": {},
+    "color_jitter": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1},
+    "grayscale": {"p": 0.5},
+    "rotate": {"degrees": 20},
+    "pad": {"padding": 3},
+}
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def clip_eval(image, size):
+    """torchvision's Resize(size, BICUBIC) and CenterCrop(size) on a PIL image, as CLIP uses them.
+
+    Written from torchvision.transforms.functional: _compute_resized_output_size, center_crop.
+    """
+    w, h = image.size
+    short, long = (w, h) if w <= h else (h, w)
+    new_short, new_long = size, int(size * long / short)
+    new_w, new_h = (new_short, new_long) if w <= h else (new_long, new_short)
+    image = image.resize((new_w, new_h), Image.Resampling.BICUBIC)
+    top, left = round((new_h - size) / 2.0), round((new_w - size) / 2.0)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+@pytest.mark.parametrize("shape", SIZES)
+@pytest.mark.parametrize("size", [224, 57])
+def test_clip_preprocessing_is_equal_to_the_bit(shape, size):
+    pixels = rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "JPEG")
+    image = Image.open(io.BytesIO(out.getvalue())).convert("RGB")
+    ours = build_transform(
+        [{"name": "resize", "size": size, "mode": "shortest", "interpolation": "bicubic"},
+         {"name": "center_crop", "size": size}]
+    )  # fmt: skip
+    np.testing.assert_array_equal(ours(decode(out.getvalue())), clip_eval(image, size))
+
+
+def test_every_transform_of_the_table_has_an_example():
+    assert set(EXAMPLES) == set(TRANSFORMS)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_are_pure(name):
+    transform = build_transform([{"name": name, **EXAMPLES[name]}])
+    for image in (WIDE, TALL):
+        before = image.copy()
+        first, again = transform(image, rng(5)), transform(image, rng(5))
+        np.testing.assert_array_equal(first, again)
+        np.testing.assert_array_equal(image, before)
+        assert first.dtype == np.uint8 and first.ndim == 3 and first.shape[2] == 3
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["random_crop", "random_resized_crop", "horizontal_flip", "color_jitter", "grayscale",
+     "rotate"],
+)  # fmt: skip
+def test_random_transforms_vary_and_need_a_generator(name):
+    transform = build_transform([{"name": name, **EXAMPLES[name]}])
+    assert len({transform(WIDE, rng(seed)).tobytes() for seed in range(8)}) > 1
+    with pytest.raises(ValueError, match="call it with rng"):
+        transform(WIDE)
+
+
+def test_resize_modes():
+    red = np.full((20, 40, 3), (255, 0, 0), np.uint8)
+    assert transforms.Resize(16)(red).shape == (16, 16, 3)
+    assert transforms.Resize((8, 24))(red).shape == (8, 24, 3)
+    assert transforms.Resize(16, mode="shortest")(red).shape == (16, 32, 3)
+    padded = transforms.Resize(16, mode="longest")(red)
+    assert padded.shape == (16, 16, 3)
+    assert (padded[4:12] == (255, 0, 0)).all()
+    assert (padded[:4] == 255).all() and (padded[12:] == 255).all()
+
+
+def test_resize_is_antialiased():
+    """Every pixel counts: a checkerboard becomes gray, where point sampling keeps it."""
+    board = np.indices((64, 64)).sum(0) % 2 * 255
+    image = np.stack([board] * 3, -1).astype(np.uint8)
+    for interpolation in ("bilinear", "bicubic", "lanczos"):
+        small = transforms.Resize(8, interpolation=interpolation)(image)
+        assert np.abs(small.astype(int) - 127).max() <= 8
+
+
+def test_center_crop_pads_a_small_picture_with_black():
+    out = transforms.CenterCrop(10)(np.full((4, 6, 3), 200, np.uint8))
+    assert out.shape == (10, 10, 3)
+    assert (out[3:7, 2:8] == 200).all() and out.sum() == 200 * 4 * 6 * 3
+
+
+def test_random_resized_crop_keeps_to_scale_and_ratio():
+    crop = transforms.RandomResizedCrop(8, scale=(0.25, 0.5), ratio=(0.8, 1.25))
+    generator = rng(0)
+    for _ in range(200):
+        top, left, h, w = crop._window(120, 100, generator)
+        assert top >= 0 and top + h <= 120 and left >= 0 and left + w <= 100
+        assert 0.24 <= h * w / 12_000 <= 0.52  # whole pixels
+        assert 0.78 <= w / h <= 1.28
+    # Of a picture that no allowed window fits, the largest middle one with an allowed aspect.
+    assert crop._window(10, 1000, rng(0))[2:] == (10, 12)
+
+
+def test_flip_probability():
+    flipped = [transforms.HorizontalFlip(0.25)(WIDE, rng(s))[0, 0, 0] for s in range(400)]
+    share = np.mean(np.array(flipped) == WIDE[0, -1, 0])
+    assert 0.17 < share < 0.33
+    np.testing.assert_array_equal(transforms.HorizontalFlip(1.0)(WIDE, rng()), WIDE[:, ::-1])
+    np.testing.assert_array_equal(transforms.HorizontalFlip(0.0)(WIDE, rng()), WIDE)
+
+
+def test_jitter_of_nothing_is_the_identity():
+    np.testing.assert_array_equal(transforms.ColorJitter()(WIDE, rng()), WIDE)
+    strong = transforms.ColorJitter(brightness=0.9, p=0.0)
+    np.testing.assert_array_equal(strong(WIDE, rng()), WIDE)
+
+
+def test_hue_turns_red_to_another_hue_of_equal_strength():
+    red = np.full((4, 4, 3), (255, 0, 0), np.uint8)
+    turned = np.asarray(transforms._shift_hue(Image.fromarray(red), 1 / 3))
+    np.testing.assert_allclose(turned[0, 0], (0, 255, 0), atol=6)  # Pillow's hue has 256 steps
+
+
+def test_grayscale_and_rotation_fill():
+    gray = transforms.Grayscale(1.0)(WIDE)
+    assert (gray == gray[..., :1]).all()
+    black = np.zeros((40, 40, 3), np.uint8)
+    turned = transforms.Rotate(45, fill=(255, 255, 255))(black, rng(3))
+    assert (turned[0, 0] == 255).all() and (turned[20, 20] == 0).all()
+
+
+def test_wrong_configs_are_named():
+    with pytest.raises(ValueError, match=r"'blur' is unknown; known: resize"):
+        build_transform([{"name": "blur"}])
+    with pytest.raises(ValueError, match=r"\['sise'\]; it has size, mode"):
+        build_transform([{"name": "resize", "sise": 3}])
+    with pytest.raises(ValueError, match="squash, shortest, longest"):
+        build_transform([{"name": "resize", "size": 3, "mode": "fit"}])
+    with pytest.raises(ValueError, match="size"):
+        build_transform([{"name": "center_crop"}])
+    with pytest.raises(ValueError, match=r"wanted uint8 \[h w 3\]"):
+        build_transform([])(WIDE / 255)
