@@ -1,0 +1,253 @@
+import io
+import json
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imgtune_jax.data import Cause, build_source, decode, tar_index
+from imgtune_jax.data.record import group_id
+
+CORPUS = Path(__file__).parents[2] / "corpora" / "emoji"
+
+
+def png(value, size=(6, 4)):
+    out = io.BytesIO()
+    Image.new("RGB", size, (value, value, value)).save(out, "PNG")
+    return out.getvalue()
+
+
+def write(path, files, **options):
+    with tarfile.open(path, "w", **options) as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def dump(value):
+    return json.dumps(value).encode()
+
+
+@pytest.fixture
+def tar(tmp_path):
+    files = {}
+    for i in range(5):
+        files[f"dir/{i:03d}.png"] = png(i)
+        files[f"dir/{i:03d}.json"] = dump(
+            {"name": {"en": f"name {i}", "de": f"Name {i}"}, "tags": ["x", f"tag {i}"],
+             "kind": "even" if i % 2 == 0 else "odd", "n": i % 3}
+        )  # fmt: skip
+    return write(tmp_path / "a.tar", files)
+
+
+def source(path, **options):
+    return build_source({"name": "webdataset", "path": path, **options})
+
+
+def test_captions_label_group_and_filter_come_from_the_json(tar):
+    records = source(
+        tar,
+        captions={"name": ("name", "de"), "tags": ("tags",)},
+        label=("kind",),
+        classes=("odd", "even"),
+        group=("n",),
+        where={"n": (0, 1)},
+    )
+    assert len(records) == 4
+    record = records[1]
+    assert record.key == "a.tar:dir/001.png"
+    assert record.captions == {"name": ("Name 1",), "tags": ("x", "tag 1")}
+    assert record.label == 0 and records[0].label == 1
+    assert record.group == group_id(1) and records[0].group == records[2].group
+    assert decode(record.image)[0, 0, 0] == 1
+    assert not record.faults
+
+
+def test_describe_is_the_record_without_its_image(tar):
+    records = source(tar, captions={"name": ("name", "en")})
+    told, whole = records.describe(2), records[2]
+    assert told.image is None and whole.image is not None
+    assert (told.key, told.captions, told.meta) == (whole.key, whole.captions, whole.meta)
+
+
+def test_default_captions_are_txt_or_json(tmp_path):
+    files = {
+        "a.jpg": b"", "a.txt": b"aus txt", "a.json": dump({"caption": "not this"}),
+        "b.jpg": b"", "b.json": dump({"caption": "from caption"}),
+        "c.jpg": b"", "c.json": dump({"text": "from text"}),
+        "d.jpg": b"",
+    }  # fmt: skip
+    records = source(write(tmp_path / "a.tar", files))
+    found = [records[i].captions["caption"] for i in range(4)]
+    assert found == [("aus txt",), ("from caption",), ("from text",), ()]
+
+
+def test_each_listed_image_of_a_key_is_a_record():
+    both = source(str(CORPUS / "heldout.tar"), image=("google.webp", "fluent.webp"))
+    one = source(str(CORPUS / "heldout.tar"), image=("fluent.webp",))
+    assert len(both) == 2 * len(one) == 558
+    assert both[0].key.endswith(".google.webp") and both[1].key.endswith(".fluent.webp")
+    assert both[1].image == one[0].image
+
+
+def test_emoji_groups_do_not_collide():
+    path = str(CORPUS / "{seen,heldout}.tar")
+    records = source(path, image=("google.webp",), group=("concept",))
+    assert len({records.describe(i).group for i in range(len(records))}) == 1852
+
+
+def test_patterns_lists_and_braces_read_the_same_shards(tmp_path):
+    paths = [write(tmp_path / f"s-{i:03d}.tar", {f"{i}.png": png(i)}) for i in range(3)]
+    for path in (paths, f"{tmp_path}/s-{{000..002}}.tar", f"{tmp_path}/s-*.tar",
+                 f"{tmp_path}/s-00{{0,1,2}}.tar"):  # fmt: skip
+        records = source(path)
+        assert [decode(records[i].image)[0, 0, 0] for i in range(3)] == [0, 1, 2]
+
+
+def test_missing_shards_are_named(tmp_path):
+    write(tmp_path / "s-000.tar", {"0.png": png(0)})
+    with pytest.raises(ValueError, match=r"no tar at .*s-001\.tar"):
+        source(f"{tmp_path}/s-{{000..001}}.tar")
+    with pytest.raises(ValueError, match=r"no tar at .*nothing"):
+        source(f"{tmp_path}/nothing*.tar")
+    with pytest.raises(ValueError, match="has no path"):
+        source(())
+    with pytest.raises(ValueError, match="only local"):
+        source("gs://bucket/a.tar")
+    with pytest.raises(ValueError, match="no records"):
+        source(str(tmp_path / "s-000.tar"), where={"kind": ("x",)})
+
+
+def test_compressed_tar_is_refused(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("a.png"))
+    with pytest.raises(ValueError, match="no random access"):
+        source(str(path))
+
+
+def test_hidden_files_and_folders_are_no_records(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        folder = tarfile.TarInfo("dir")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        link = tarfile.TarInfo("dir/evil.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+        for name in ("dir/._0.png", "dir/0.png", "dir/readme"):
+            info = tarfile.TarInfo(name)
+            info.size = len(png(0))
+            tar.addfile(info, io.BytesIO(png(0)))
+    records = source(str(path))
+    assert [records[i].key for i in range(len(records))] == ["a.tar:dir/0.png"]
+
+
+def test_long_names_are_read(tmp_path):
+    name = "d" * 120 + "/" + "k" * 150 + ".png"
+    records = source(write(tmp_path / "a.tar", {name: png(9)}, format=tarfile.PAX_FORMAT))
+    assert records[0].key.endswith(name) and decode(records[0].image)[0, 0, 0] == 9
+
+
+def test_cut_off_tar_gives_what_is_whole(tmp_path, caplog):
+    path = Path(write(tmp_path / "a.tar", {f"{i}.png": png(i, (200, 200)) for i in range(3)}))
+    data = path.read_bytes()
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[2]
+    path.write_bytes(data[: last.offset_data + 20])
+    records = source(str(path))
+    assert decode(records[1].image)[0, 0, 0] == 1
+    assert "cut off after" in caplog.text
+    if len(records) == 3:
+        assert len(records[2].image) == 20  # the decoder will call it truncated
+
+
+def test_faults_are_told_by_part(tmp_path):
+    files = {
+        "a.png": png(0), "a.json": b'{"caption": "\xff\xfe"}',
+        "b.png": png(0), "b.json": b"{not json",
+        "c.json": dump({"caption": "no image"}),
+        "d.png": png(0), "d.json": dump({"caption": 3, "label": "cat"}),
+        "e.png": png(0), "e.json": b"[1]",
+    }  # fmt: skip
+    records = source(write(tmp_path / "a.tar", files), label=("label",))
+    causes = [{part: bad.cause for part, bad in records[i].faults.items()} for i in range(5)]
+    label = {"label": Cause.MISSING_LABEL}
+    assert causes[0] == {"captions": Cause.BAD_UTF8, **label}
+    assert causes[1] == {"captions": Cause.BAD_METADATA, **label}
+    assert causes[2] == {"image": Cause.MISSING_IMAGE, **label}
+    assert causes[3] == {"captions": Cause.BAD_METADATA, **label}
+    assert causes[4] == {"captions": Cause.BAD_METADATA, **label}
+    assert records[2].captions == {"caption": ("no image",)}
+
+
+def test_source_survives_pickling(tar):
+    records = source(tar, captions={"name": ("name", "en")})
+    copy = pickle.loads(pickle.dumps(records))
+    assert copy.fingerprint == records.fingerprint and copy[3] == records[3]
+
+
+def test_fingerprint_follows_content_and_options_not_place(tar, tmp_path):
+    first = source(tar).fingerprint
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    copy = moved / "b.tar"
+    copy.write_bytes(Path(tar).read_bytes())
+    assert source(str(copy)).fingerprint == first
+    assert source(tar, captions={"name": ("name", "en")}).fingerprint != first
+    assert source(tar, where={"n": (0,)}).fingerprint != first
+    data = Path(tar).read_bytes()
+    copy.write_bytes(data.replace(b"name 4", b"NAME 4"))  # same sizes, other bytes
+    assert source(str(copy)).fingerprint != first
+
+
+def test_large_tars_are_indexed_once(tar, monkeypatch, tmp_path):
+    monkeypatch.setattr(tar_index, "KEEP_FROM_BYTES", 0)
+    first = source(tar, captions={"name": ("name", "en")})
+    kept = Path(tar + ".index.npz")
+    assert kept.is_file()
+    with monkeypatch.context() as patch:
+        patch.setattr(tar_index, "_scan", lambda path: pytest.fail("scanned again"))
+        again = source(tar, captions={"name": ("name", "en")})
+    assert [again[i] for i in range(5)] == [first[i] for i in range(5)]
+    write(Path(tar), {"new.png": png(7)})  # another size and time: the index holds no more
+    assert len(source(tar)) == 1
+    kept.write_bytes(b"damaged")
+    assert len(source(tar)) == 1
+
+
+def test_index_goes_to_the_users_cache_where_the_folder_is_read_only(tar, monkeypatch, tmp_path):
+    monkeypatch.setattr(tar_index, "KEEP_FROM_BYTES", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    Path(tar + ".index.npz").mkdir()  # nothing can be written there, not even by root
+    source(tar)
+    assert len(list((tmp_path / "cache").rglob("*.npz"))) == 1
+    monkeypatch.setattr(tar_index, "_scan", lambda path: pytest.fail("scanned again"))
+    assert len(source(tar)) == 5
+
+
+def test_kept_index_runs_no_code(tar, monkeypatch):
+    monkeypatch.setattr(tar_index, "KEEP_FROM_BYTES", 0)
+    stamp = np.array([Path(tar).stat().st_size, Path(tar).stat().st_mtime_ns])
+
+    class Evil:
+        def __reduce__(self):
+            return pytest.fail, ("executed",)
+
+    np.savez(tar + ".index.npz", stamp=stamp, names=np.array([Evil()], object),
+             offsets=stamp, sizes=stamp)  # fmt: skip
+    assert len(source(tar)) == 5
+
+
+def test_unknown_sources_and_fields_are_named(tar):
+    with pytest.raises(ValueError, match="'webdatset' is unknown; known: webdataset, folder"):
+        build_source({"name": "webdatset", "path": tar})
+    with pytest.raises(ValueError, match=r"has no \['tars'\]; it has path, image"):
+        build_source({"name": "webdataset", "tars": tar})
+    with pytest.raises(ValueError, match="path"):
+        build_source({"name": "webdataset"})
