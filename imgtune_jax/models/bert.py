@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from imgtune_jax.models import layers, pooling, sizes
+from imgtune_jax.models import init, layers, pooling, sizes
 from imgtune_jax.models.stack import Stack
 
-INIT = nn.initializers.normal(0.02)
+INIT = init.normal(0.02)
 
 
 class Bert(nn.Module):

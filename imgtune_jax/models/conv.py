@@ -12,14 +12,14 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float
 
-from imgtune_jax.models import layers
+from imgtune_jax.models import init, layers
 
 Padding = Literal["SAME"] | tuple[tuple[int, int], tuple[int, int]]
 Norm = Literal["folded", "group"]
 DepthwiseMode = Literal["auto", "shifted", "grouped"]
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
-KERNEL_INIT = nn.initializers.he_normal()
+KERNEL_INIT = init.HE
 
 
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
@@ -87,8 +87,8 @@ class GroupNorm(nn.Module):
         b, h, w, c = x.shape
         if c % self.group_size:
             raise ValueError(f"{c} channels do not divide into groups of {self.group_size}")
-        scale = self.param("scale", nn.initializers.ones_init(), (c,), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros_init(), (c,), jnp.float32)
+        scale = self.param("scale", init.ONES, (c,), jnp.float32)
+        bias = self.param("bias", init.ZEROS, (c,), jnp.float32)
         y = x.reshape(b, h, w, c // self.group_size, self.group_size)
         y = y - y.mean((1, 2, 4), keepdims=True)
         y = y * lax.rsqrt(jnp.square(y).mean((1, 2, 4), keepdims=True) + self.epsilon)
@@ -101,7 +101,7 @@ class ConvNorm(nn.Module):
 
     `norm="folded"` is a convolution with a bias, into which an imported BatchNorm was folded; it
     is the form to load weights into, and has no norm to train with. `norm="group"` is a bias-free
-    convolution and a GroupNorm, for a CNN trained from scratch (he_normal).
+    convolution and a GroupNorm, for a CNN trained from scratch (He normal).
     """
 
     features: int
@@ -123,7 +123,7 @@ class ConvNorm(nn.Module):
         kernel = self.param("kernel", KERNEL_INIT, shape, jnp.float32)
         y = self._convolve(x, kernel)
         if self.norm == "folded":
-            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
+            bias = self.param("bias", init.ZEROS, (self.features,), jnp.float32)
             y = y + layers.over_last(bias, y)
         else:
             y = GroupNorm(self.group_size, name="norm")(y)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from imgtune_jax.models import layers
+from imgtune_jax.models import init, layers
 
 
 def standardized(module: nn.Module, x: Float[Array, "b i"]) -> Float[Array, "b i"]:
@@ -17,9 +17,10 @@ def standardized(module: nn.Module, x: Float[Array, "b i"]) -> Float[Array, "b i
     top learns the small ones last.
     """
     width = (x.shape[-1],)
-    mean = module.param("input_mean", nn.initializers.zeros_init(), width, jnp.float32)
-    std = module.param("input_std", nn.initializers.ones_init(), width, jnp.float32)
-    return (x.astype(jnp.float32) - mean) / std
+    mean = module.param("input_mean", init.ZEROS, width, jnp.float32)
+    std = module.param("input_std", init.ONES, width, jnp.float32)
+    x = x.astype(jnp.float32)
+    return (x - layers.over_last(mean, x)) / layers.over_last(std, x)
 
 
 class Identity(nn.Module):
@@ -58,11 +59,11 @@ class Linear(nn.Module):
         del train
         if self.standardize:
             x = standardized(self, x)
-        init = nn.initializers.lecun_normal()  # std 1/sqrt(i), as CLIP draws its projections
-        kernel = self.param("kernel", init, (x.shape[-1], self.embed_dim), jnp.float32)
+        # std 1/sqrt(i), as CLIP draws its projections
+        kernel = self.param("kernel", init.LECUN, (x.shape[-1], self.embed_dim), jnp.float32)
         bias = None
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros_init(), (self.embed_dim,), jnp.float32)
+            bias = self.param("bias", init.ZEROS, (self.embed_dim,), jnp.float32)
         return layers.dense(x, kernel, bias, dtype=self.dtype)
 
 

@@ -16,8 +16,9 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from imgtune_jax.models import init
+
 Dtype = Any
-Initializer = Callable[..., Array]
 Constrain = Callable[[Array, tuple[str | None, ...]], Array]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -115,8 +116,8 @@ class Dense(nn.Module):
     features: int
     use_bias: bool = True
     dtype: Dtype = jnp.float32
-    kernel_init: Initializer = nn.initializers.xavier_uniform()
-    bias_init: Initializer = nn.initializers.zeros_init()
+    kernel_init: init.Initializer = init.XAVIER
+    bias_init: init.Initializer = init.ZEROS
 
     @nn.compact
     def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
@@ -132,12 +133,12 @@ class Embed(nn.Module):
 
     num_embeddings: int
     features: int
-    init: Initializer = nn.initializers.normal(0.02)
+    table_init: init.Initializer = init.normal(0.02)
 
     @nn.compact
     def __call__(self, ids: Int[Array, "*n"]) -> Float[Array, "*n d"]:
         shape = (self.num_embeddings, self.features)
-        table = self.param("embedding", self.init, shape, jnp.float32)
+        table = self.param("embedding", self.table_init, shape, jnp.float32)
         return jnp.take(table, ids, axis=0, mode="fill", fill_value=jnp.nan)
 
 
@@ -148,8 +149,8 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],), jnp.float32)
+        scale = self.param("scale", init.ONES, (x.shape[-1],), jnp.float32)
+        bias = self.param("bias", init.ZEROS, (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
         # E[(x-m)^2], not E[x^2]-m^2: the latter cancels when the mean is large.
         centred = x - x.mean(-1, keepdims=True)
@@ -168,7 +169,7 @@ class Attention(nn.Module):
     num_heads: int
     causal: bool = False
     dtype: Dtype = jnp.float32
-    kernel_init: Initializer = nn.initializers.xavier_uniform()
+    kernel_init: init.Initializer = init.XAVIER
 
     @nn.compact
     def __call__(
@@ -205,13 +206,12 @@ class MlpBlock(nn.Module):
     act: str = "gelu"
     dropout: float = 0.0
     dtype: Dtype = jnp.float32
-    kernel_init: Initializer = nn.initializers.xavier_uniform()
+    kernel_init: init.Initializer = init.XAVIER
 
     @nn.compact
     def __call__(self, x: Float[Array, "*n d"], *, train: bool) -> Float[Array, "*n d"]:
-        small = nn.initializers.normal(1e-6)  # as the ViT authors: breaks ties between hidden units
         linear = functools.partial(
-            Dense, dtype=self.dtype, kernel_init=self.kernel_init, bias_init=small, parent=self
+            Dense, dtype=self.dtype, kernel_init=self.kernel_init, parent=self
         )
         y = activation(self.act)(linear(self.mlp_dim, name="fc1")(x))
         y = nn.Dropout(self.dropout, deterministic=not train)(y)
@@ -233,7 +233,7 @@ class Block(nn.Module):
     norm_epsilon: float = 1e-6
     dropout: float = 0.0
     dtype: Dtype = jnp.float32
-    kernel_init: Initializer = nn.initializers.xavier_uniform()
+    kernel_init: init.Initializer = init.XAVIER
 
     @nn.compact
     def __call__(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from imgtune_jax.models import layers
+from imgtune_jax.models import init, layers
 
 
 class TowerOutput(NamedTuple):
@@ -43,9 +43,7 @@ class AttentionPool(nn.Module):
     def __call__(
         self, x: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None = None, *, train: bool
     ) -> Float[Array, "b d"]:
-        probe = self.param(
-            "probe", nn.initializers.xavier_uniform(), (1, 1, x.shape[-1]), jnp.float32
-        )
+        probe = self.param("probe", init.XAVIER, (1, 1, x.shape[-1]), jnp.float32)
         query = jnp.broadcast_to(probe, (x.shape[0], 1, x.shape[-1]))
         attn = layers.Attention(self.num_heads, dtype=self.dtype, name="attn")
         y = attn(query, x, mask=mask)

@@ -68,14 +68,13 @@ class Stack:
         return self._run(block, x, mask, params[n:], keys[n:], train=train)
 
     def _init(self, parent: nn.Module, block: layers.Block, x: Array, mask: Array | None) -> Array:
-        """Draws all layers at once: compiling one vectorised draw is `depth` times faster."""
+        """Declares every layer's parameters; the values come later, see `init`."""
 
-        def draw(key: jax.Array) -> Params:
+        def declare(key: jax.Array) -> Params:
             return cast(Params, block.init(key, x, mask, train=False)["params"])
 
-        stacked = jax.vmap(draw)(jax.random.split(parent.make_rng("params"), self.depth))
         for i in range(self.depth):
-            parent.param(f"blocks_{i}", lambda _, i=i: jax.tree.map(lambda a: a[i], stacked))
+            parent.param(f"blocks_{i}", declare)
         return x
 
     def _run(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from imgtune_jax.models import layers, pooling, sizes
+from imgtune_jax.models import init, layers, pooling, sizes
 from imgtune_jax.models.stack import Stack
 
 
@@ -28,7 +28,7 @@ class TextTransformer(nn.Module):
     alone hides what comes after EOT, so there the pooled vector is the same either way.
 
     From scratch: token and position embeddings normal(0.02) and normal(0.01) as in CLIP, matrices
-    xavier_uniform.
+    Xavier normal.
     """
 
     width: int = 512
@@ -91,8 +91,8 @@ class TextTransformer(nn.Module):
 
     def _embed(self, text: Int[Array, "b l"], *, train: bool) -> Float[Array, "b l d"]:
         token = layers.Embed(self.vocab_size, self.width, name="token_embed")
-        init, shape = nn.initializers.normal(0.01), (self.max_length, self.width)
-        position = self.param("pos_embed", init, shape, jnp.float32)
+        shape = (self.max_length, self.width)
+        position = self.param("pos_embed", init.normal(0.01), shape, jnp.float32)
         x = token(text) + position[None, : text.shape[1]]
         return nn.Dropout(self.dropout, deterministic=not train)(x)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from imgtune_jax.models import heads
+from imgtune_jax.models import heads, init
 from imgtune_jax.models.stack import count_frozen_layers
 from imgtune_jax.types import Batch, Outputs, Params
 
@@ -79,20 +79,17 @@ class TwoTower:
 
     def init(self, key: jax.Array) -> Params:
         """Float32 parameters drawn from `key`. Runs no forward pass."""
-        keys: dict[str, jax.Array] = dict(
-            zip(COMPONENTS, jax.random.split(key, len(COMPONENTS)), strict=True)
-        )
-        params: Params = {}
+        return _draw(self, key)
+
+    def laws(self) -> Params:
+        """The law of every tower's and head's parameters; see `init.py`."""
+        laws: Params = {}
         for tower in ("image", "text"):
-            module, head = getattr(self, tower), f"{tower}_head"
-            inputs = self._abstract_inputs(tower)
-            params[tower] = _init(module, keys[tower], *inputs)
             features = jax.ShapeDtypeStruct((1, self.feature_dim(tower)), jnp.float32)
-            params[head] = _init(getattr(self, head), keys[head], features)
-        params["logit_scale"] = jnp.asarray(self.logit_scale_init, jnp.float32)
-        if self.logit_bias_init is not None:
-            params["logit_bias"] = jnp.asarray(self.logit_bias_init, jnp.float32)
-        return params
+            head = f"{tower}_head"
+            laws[tower] = init.declare(getattr(self, tower), *self._abstract_inputs(tower))
+            laws[head] = init.declare(getattr(self, head), features)
+        return laws
 
     def abstract_params(self) -> Params:
         """Shapes and types of `init`, without computing anything."""
@@ -226,6 +223,12 @@ class TwoTower:
         return unit_norm(self._apply(params, name, features, rng=rng, train=train))
 
 
-def _init(module: nn.Module, key: jax.Array, *inputs: jax.ShapeDtypeStruct) -> Params:
-    variables = module.lazy_init({"params": key}, *inputs, train=False)
-    return cast(Params, variables.get("params", {}))
+@functools.partial(jax.jit, static_argnums=0)
+def _draw(model: TwoTower, key: jax.Array) -> Params:
+    laws = model.laws()
+    keys = jax.random.split(key, len(COMPONENTS))
+    params: Params = {name: init.draw(laws[name], keys[i]) for i, name in enumerate(COMPONENTS)}
+    params["logit_scale"] = jnp.asarray(model.logit_scale_init, jnp.float32)
+    if model.logit_bias_init is not None:
+        params["logit_bias"] = jnp.asarray(model.logit_bias_init, jnp.float32)
+    return params

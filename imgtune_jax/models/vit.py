@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from imgtune_jax.models import layers, pooling, positions, sizes
+from imgtune_jax.models import init, layers, pooling, positions, sizes
 from imgtune_jax.models.stack import Stack
 
 POOLS = ("cls", "mean", "mean_all", "attention")
@@ -30,7 +30,7 @@ class ViT(nn.Module):
     position inside its own vector. `pre_norm` is CLIP's ln_pre, with `patch_bias=False`.
     `patch_dropout` leaves out that share of the patches in training (2212.00794).
 
-    From scratch: xavier_uniform matrices, lecun_normal patches, positions normal(1/sqrt(width)),
+    From scratch: Xavier normal matrices, LeCun normal patches, positions normal(1/sqrt(width)),
     class token zero. Raises ValueError on an image that is not `image_size`².
     """
 
@@ -100,8 +100,8 @@ class ViT(nn.Module):
     def _embed(self, image: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b l d"]:
         x = self._patches(image)
         if self.positions == "learned":
-            init = nn.initializers.normal(self.width**-0.5)
-            x = x + self.param("pos_embed", init, x.shape[1:], jnp.float32)[None]
+            law = init.normal(self.width**-0.5)
+            x = x + self.param("pos_embed", law, x.shape[1:], jnp.float32)[None]
         elif self.positions == "sincos":
             x = x + positions.sincos_2d(self.image_size // self.patch_size, self.width)[None]
         else:
@@ -124,11 +124,10 @@ class ViT(nn.Module):
     def _prefix(self, b: int) -> list[Float[Array, "b n d"]]:
         tokens = []
         if self.class_token:
-            zeros = nn.initializers.zeros_init()
-            tokens.append(self.param("class_token", zeros, (1, self.width), jnp.float32))
+            tokens.append(self.param("class_token", init.ZEROS, (1, self.width), jnp.float32))
         if self.num_registers:
-            normal, shape = nn.initializers.normal(0.02), (self.num_registers, self.width)
-            tokens.append(self.param("registers", normal, shape, jnp.float32))
+            law, shape = init.normal(0.02), (self.num_registers, self.width)
+            tokens.append(self.param("registers", law, shape, jnp.float32))
         return [jnp.broadcast_to(t, (b, *t.shape)) for t in tokens]
 
     def _pool(self, x: Float[Array, "b l d"], *, train: bool) -> pooling.TowerOutput:
@@ -168,10 +167,10 @@ class PatchEmbed(nn.Module):
     def __call__(self, patches: Float[Array, "b l i"]) -> Float[Array, "b l d"]:
         p = self.patch_size
         shape = (p, p, patches.shape[-1] // (p * p), self.width)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
+        kernel = self.param("kernel", init.LECUN, shape, jnp.float32)
         bias = None
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros_init(), (self.width,), jnp.float32)
+            bias = self.param("bias", init.ZEROS, (self.width,), jnp.float32)
         return layers.dense(patches, kernel.reshape(-1, self.width), bias, dtype=self.dtype)
 
 
