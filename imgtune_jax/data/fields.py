@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from imgtune_jax.data.record import BadRecord, Cause
+from imgtune_jax.data.record import BadRecord, Cause, group_id
 
 FieldPath = tuple[str, ...]  # ("name", "en"): the keys from the outermost object inwards
 
@@ -47,6 +47,13 @@ def label(value: Any, classes: Sequence[str] | None) -> int:
         return value
     wanted = "an integer" if classes is None else f"one of the {len(classes)} classes"
     raise BadRecord(Cause.MISSING_LABEL, f"label {str(value)[:60]!r}; wanted {wanted}")
+
+
+def group(value: Any) -> int:
+    """A group's id. Raises BadRecord for a record that names none."""
+    if value is None:
+        raise BadRecord(Cause.BAD_METADATA, "the field that names the group is not there")
+    return group_id(value)
 
 
 def decode_utf8(data: bytes, what: str) -> str:

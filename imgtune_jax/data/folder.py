@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from imgtune_jax.data import fields
-from imgtune_jax.data.record import BadRecord, Cause, Record, group_id
+from imgtune_jax.data.record import BadRecord, Cause, Record
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -152,7 +152,12 @@ class Folder:
                 label = fields.label(_number(row.metadata.get(self.label)), self.classes)
         except BadRecord as bad:
             faults["label"] = bad
-        group = None if self.group is None else group_id(row.metadata.get(self.group))
+        group = None
+        try:
+            if self.group is not None:
+                group = fields.group(row.metadata.get(self.group))
+        except BadRecord as bad:
+            faults["group"] = bad
         key = row.file or f"{self.table}, {row.fault and row.fault.detail}"
         return Record(key, image, captions, label, group, row.metadata, faults)
 

@@ -44,8 +44,8 @@ class Pipeline:
     """Batches as dicts of NumPy arrays, for this host.
 
     image u8[b h w 3] if there is a transform; text i32[b l] and text_mask bool[b l] if there is a
-    tokenizer; group i32[b] if the source has groups; always example_mask bool[b] and index i64[b]
-    (-1 is padding). `captions` weighs caption sets, `templates` gives prompts to a set.
+    tokenizer, with group i32[b] if the source has groups; always example_mask bool[b] and index
+    i64[b] (-1 is padding). `captions` weighs caption sets, `templates` gives prompts to a set.
 
     features f32[views n d] and valid bool[n] replace decoding: no image is opened, and the batch
     has image_features f32[b d], view epoch % views of each record.
@@ -134,6 +134,7 @@ class Pipeline:
             source=self.source,
             transform=self.transform if with_image else None,
             captions=CaptionDraw(self.captions, self.templates) if self.tokenizer else None,
+            with_group=self.tokenizer is not None and getattr(self.source, "has_group", False),
             seed=self.seed,
             shuffle=self.shuffle and not deterministic,
             one_pass=deterministic,
@@ -146,7 +147,7 @@ class Pipeline:
 
     def _run(self, rows: _Rows, start: int, stop: int) -> Iterator[NumpyBatch]:
         local = self.batch_size // self.host_count
-        collate = _Collate(self.tokenizer, getattr(self.source, "has_group", False), rows.shape())
+        collate = _Collate(self.tokenizer, rows.with_group, rows.shape())
         dataset = grain.MapDataset.range(start * local, stop * local).map(rows)
         batched = dataset.batch(local, drop_remainder=True, batch_fn=collate)
         iterator = iter(self._parallel(batched))
@@ -213,6 +214,7 @@ class _Rows:
     source: Source
     transform: Transform | None
     captions: CaptionDraw | None
+    with_group: bool
     seed: int
     shuffle: bool
     one_pass: bool
@@ -251,7 +253,7 @@ class _Rows:
         record = describe(self.source, index) if self.transform is None else self.source[index]
         row["key"] = record.key
         try:
-            row.update(self._use(record, epoch, index), group=record.group)
+            row.update(self._use(record, epoch, index))
         except BadRecord as bad:
             row["fault"] = Fault(record.key, bad.cause, bad.detail)
         return row
@@ -262,6 +264,9 @@ class _Rows:
             rng = np.random.default_rng((self.seed, epoch, index, CAPTION_STREAM))
             draw = self.captions
             values["caption"] = draw.first(record) if self.one_pass else draw(record, rng)
+            if self.with_group:
+                record.check("group")
+                values["group"] = record.group
         if self.transform is not None:
             record.check("image")
             picture = image_lib.decode(
@@ -307,7 +312,7 @@ class _Collate:
     """Rows -> batch. Texts are tokenized together."""
 
     tokenizer: Tokenizer | None
-    has_group: bool
+    with_group: bool
     shape: tuple[int, ...] | None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -325,7 +330,6 @@ class _Collate:
             ids, mask = self.tokenizer([row.get("caption", "") for row in rows])
             batch["text"] = np.where(good[:, None], ids, 0).astype(np.int32)
             batch["text_mask"] = mask & good[:, None]
-        if self.has_group:
-            groups = [row["group"] if "good" in row else -1 for row in rows]
-            batch["group"] = np.array(groups, np.int32)
+        if self.with_group:
+            batch["group"] = np.array([row.get("group", -1) for row in rows], np.int32)
         return batch

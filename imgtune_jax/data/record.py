@@ -64,7 +64,8 @@ class Record:
     `image` is encoded bytes, a uint8 or uint16 array [h w], [h w 1], [h w 3] or [h w 4], a PIL
     image, or None. `captions` maps a caption set ("name", "keywords") to its alternatives. Records
     of equal `group` show the same thing, so any of the group's captions is right. `faults` says
-    what could not be read ("image", "captions", "label"): it matters to who needs that part only.
+    what could not be read ("image", "captions", "label", "group"): it matters only to who needs
+    that part.
     """
 
     key: str

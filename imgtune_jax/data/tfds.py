@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from imgtune_jax.data import fields
-from imgtune_jax.data.record import BadRecord, Record, group_id
+from imgtune_jax.data.record import BadRecord, Record
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class TFDS:
             image=fields.get(example, fields.as_path(self.image)),
             captions=captions,
             label=None if label is None else int(label),
-            group=None if group is None else group_id(_plain(group)),
+            group=None if group is None else fields.group(_plain(group)),
             faults=faults,
         )
 

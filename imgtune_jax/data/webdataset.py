@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from imgtune_jax.data import fields
-from imgtune_jax.data.record import BadRecord, Cause, Record, group_id
+from imgtune_jax.data.record import BadRecord, Cause, Record
 from imgtune_jax.data.tar_index import TarIndex, expand_braces, index_tar
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -123,19 +123,17 @@ class WebDataset:
         except BadRecord as bad:
             faults["captions"] = bad
         label, group = None, None
-        if self.label is not None:
-            try:
+        try:
+            if self.label is not None:
                 found = fields.get(metadata, fields.as_path(self.label))
                 label = fields.label(found, self.classes)
-            except BadRecord as bad:
-                faults["label"] = bad
-        if self.group is not None:
-            value = fields.get(metadata, fields.as_path(self.group))
-            if value is None:
-                missing = BadRecord(Cause.BAD_METADATA, f"no group at {tuple(self.group)}")
-                faults.setdefault("captions", missing)
-            else:
-                group = group_id(value)
+        except BadRecord as bad:
+            faults["label"] = bad
+        try:
+            if self.group is not None:
+                group = fields.group(fields.get(metadata, fields.as_path(self.group)))
+        except BadRecord as bad:
+            faults["group"] = bad
         data = tar.read(image) if with_image and image != NONE else None
         key = f"{tar.path.name}:{name}"
         return Record(key, data, captions, label, group, metadata, faults)

@@ -32,8 +32,8 @@ class Tiny(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self):
         for i in range(6):
             out = io.BytesIO()
-            Image.new("RGB", (8, 5), (i, i, i)).save(out, "PNG")
-            data = io.BytesIO(out.getvalue()[: 60 if i == 5 else None])
+            Image.new("RGB", (8, 5), (i, i, i)).save(out, "BMP" if i == 5 else "PNG")
+            data = io.BytesIO(out.getvalue()[: 100 if i == 5 else None])
             texts = [f"caption {i}", f"Bild {i} 狐"][: 0 if i == 4 else 2]
             yield (
                 i,

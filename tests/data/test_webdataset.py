@@ -175,9 +175,9 @@ def test_faults_are_told_by_part(tmp_path):
         "d.png": png(0), "d.json": dump({"caption": 3, "label": "cat"}),
         "e.png": png(0), "e.json": b"[1]",
     }  # fmt: skip
-    records = source(write(tmp_path / "a.tar", files), label=("label",))
+    records = source(write(tmp_path / "a.tar", files), label=("label",), group=("id",))
     causes = [{part: bad.cause for part, bad in records[i].faults.items()} for i in range(5)]
-    label = {"label": Cause.MISSING_LABEL}
+    label = {"label": Cause.MISSING_LABEL, "group": Cause.BAD_METADATA}
     assert causes[0] == {"captions": Cause.BAD_UTF8, **label}
     assert causes[1] == {"captions": Cause.BAD_METADATA, **label}
     assert causes[2] == {"image": Cause.MISSING_IMAGE, **label}

@@ -1,0 +1,241 @@
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from imgtune_jax.data import Pipeline, build_transform, decode
+
+B = 8
+
+
+@pytest.fixture
+def make(source, tokenizer, augment):
+    def build(**changes):
+        fields = dict(
+            source=source, transform=augment, tokenizer=tokenizer, batch_size=B, seed=3,
+            captions={"name": 0.6, "keywords": 0.4}, shuffle=True, num_threads=2, prefetch=2,
+        )  # fmt: skip
+        return Pipeline(**(fields | changes))
+
+    return build
+
+
+def take(pipeline, start, count):
+    batches = pipeline.batches(start)
+    found = list(itertools.islice(batches, count))
+    batches.close()
+    return found
+
+
+def assert_equal(some, others):
+    assert len(some) == len(others)
+    for a, b in zip(some, others, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key].dtype == b[key].dtype, key
+            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+def test_fields_of_a_batch(make):
+    (batch,) = take(make(), 0, 1)
+    kinds = {k: (v.dtype, v.shape) for k, v in batch.items()}
+    assert kinds == {
+        "image": (np.uint8, (B, 12, 12, 3)),
+        "text": (np.int32, (B, 12)),
+        "text_mask": (np.bool_, (B, 12)),
+        "example_mask": (np.bool_, (B,)),
+        "index": (np.int64, (B,)),
+        "group": (np.int32, (B,)),
+    }
+    assert batch["example_mask"].all()
+    assert all(isinstance(v, np.ndarray) for v in batch.values())
+
+
+@pytest.mark.parametrize("threads, workers", [(0, 0), (1, 0), (7, 0), (1, 1), (2, 2)])
+def test_batches_do_not_depend_on_threads_or_workers(make, threads, workers):
+    want = take(make(num_threads=2), 3, 9)
+    assert_equal(take(make(num_threads=threads, num_workers=workers), 3, 9), want)
+
+
+def test_resumed_equals_uninterrupted(make):
+    whole = take(make(), 0, 15)
+    for start in (1, 4, 5, 11):
+        assert_equal(take(make(), start, 15 - start), whole[start:])
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_slices_joined_are_one_hosts_batch(make, hosts):
+    whole = take(make(), 0, 7)
+    parts = [take(make(host_index=h, host_count=hosts), 0, 7) for h in range(hosts)]
+    joined = [
+        {key: np.concatenate([part[t][key] for part in parts]) for key in whole[t]}
+        for t in range(7)
+    ]
+    assert_equal(joined, whole)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_every_epoch_shows_every_record_once(make, shuffle):
+    stream = np.concatenate([b["index"] for b in take(make(shuffle=shuffle), 0, 37)])
+    for epoch in range(8):  # 37 batches of 8 are 8 epochs of 37
+        part = stream[epoch * 37 : (epoch + 1) * 37]
+        assert sorted(part) == list(range(37))
+
+
+def test_orders_differ_by_epoch_and_seed(make):
+    def orders(seed):
+        stream = np.concatenate([b["index"] for b in take(make(seed=seed), 0, 15)])
+        return [tuple(stream[e * 37 : (e + 1) * 37]) for e in range(3)]
+
+    # Also not those of the next seed, shifted by an epoch.
+    assert len(set(orders(3) + orders(4) + orders(5))) == 9
+
+
+def test_epoch_of_a_step(make):
+    pipeline = make()
+    assert [pipeline.epoch_of(t) for t in (0, 4, 5, 9, 10)] == [0, 0, 1, 1, 2]
+
+
+def test_augmentation_and_caption_differ_by_epoch_and_not_by_position(make, source, augment):
+    pipeline = make(batch_size=37, shuffle=False)
+    first, second = take(pipeline, 0, 2)
+    assert (first["image"] != second["image"]).any(axis=(1, 2, 3)).mean() > 0.9
+    assert (first["text"] != second["text"]).any(axis=1).mean() > 0.2
+    shuffled = take(make(batch_size=37), 0, 1)[0]
+    back = np.argsort(shuffled["index"])  # drawn for (seed, epoch, index): wherever it comes
+    np.testing.assert_array_equal(shuffled["image"][back], first["image"])
+    np.testing.assert_array_equal(shuffled["text"][back], first["text"])
+    other = take(make(batch_size=37, shuffle=False, seed=4), 0, 1)[0]
+    assert (first["image"] != other["image"]).any()
+
+
+def test_captions_are_drawn_by_weight(make, tokenizer):
+    names, _ = tokenizer([f"thing number {i}" for i in range(37)])
+    batches = take(make(batch_size=37, shuffle=False, transform=None), 0, 40)
+    share = np.mean([(b["text"] == names).all(1) for b in batches])
+    assert abs(share - 0.6) < 4 * (0.24 / 1480) ** 0.5  # four standard deviations
+
+
+def test_one_pass_is_ordered_exact_and_padded(make):
+    resize = build_transform([{"name": "resize", "size": 12}])
+    pipeline = make(transform=resize)
+    batches = list(pipeline.one_pass())
+    assert len(batches) == 5
+    index = np.concatenate([b["index"] for b in batches])
+    mask = np.concatenate([b["example_mask"] for b in batches])
+    assert index.tolist() == [*range(37), -1, -1, -1]
+    assert mask.tolist() == [True] * 37 + [False] * 3
+    source = pipeline.source
+    for batch in batches:
+        for row in np.flatnonzero(batch["example_mask"]):
+            want = resize(decode(source[int(batch["index"][row])].image))
+            np.testing.assert_array_equal(batch["image"][row], want)
+    last = batches[-1]
+    assert not last["image"][5:].any() and not last["text"][5:].any()
+    assert not last["text_mask"][5:].any() and (last["group"][5:] == -1).all()
+    assert pipeline.bad_records() == {"seen": 37}
+
+
+def test_one_pass_over_hosts_is_one_pass(make):
+    whole = list(make().one_pass())
+    parts = [list(make(host_index=h, host_count=2).one_pass()) for h in range(2)]
+    joined = [
+        {k: np.concatenate([part[t][k] for part in parts]) for k in whole[t]}
+        for t in range(len(whole))
+    ]
+    assert_equal(joined, whole)
+
+
+def test_one_pass_reads_the_first_caption_of_the_heaviest_set(make, tokenizer):
+    batch = next(iter(make(captions={"name": 0.2, "keywords": 0.8}).one_pass()))
+    np.testing.assert_array_equal(batch["text"], tokenizer([f"key {i}" for i in range(B)])[0])
+
+
+def test_images_alone_need_no_tokenizer(make):
+    (batch,) = take(make(tokenizer=None, captions={}), 0, 1)
+    assert set(batch) == {"image", "example_mask", "index"}
+
+
+def test_views_are_the_epochs_of_a_run(make, source, augment):
+    views = Pipeline.for_views(source=source, transform=augment, batch_size=37, seed=3)
+    run = make(batch_size=37)
+    for view, batch in zip(take(views, 0, 3), take(run, 0, 3), strict=True):
+        assert view["index"].tolist() == list(range(37))
+        np.testing.assert_array_equal(view["image"][batch["index"]], batch["image"])
+
+
+def test_cached_features_replace_decoding(make, monkeypatch):
+    plain = take(make(), 0, 15)
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((2, 37, 5)).astype(np.float32)
+
+    def fail(*args, **kwargs):
+        raise AssertionError("an image was decoded")
+
+    monkeypatch.setattr("imgtune_jax.data.image.decode", fail)
+    cached = make(features=features, valid=np.ones(37, bool))
+    batches = take(cached, 0, 15)
+    for t, (batch, other) in enumerate(zip(batches, plain, strict=True)):
+        assert "image" not in batch and batch["image_features"].dtype == np.float32
+        for key in ("text", "text_mask", "index", "group", "example_mask"):
+            np.testing.assert_array_equal(batch[key], other[key])
+        epochs = (t * B + np.arange(B)) // 37
+        np.testing.assert_array_equal(batch["image_features"], features[epochs % 2, batch["index"]])
+    parts = [take(make(features=features, host_index=h, host_count=2), 0, 15) for h in range(2)]
+    for t in range(15):
+        joined = np.concatenate([part[t]["image_features"] for part in parts])
+        np.testing.assert_array_equal(joined, batches[t]["image_features"])
+
+
+def test_cached_features_leave_image_bytes_unread(make, monkeypatch):
+    kind = type(make().source)
+    monkeypatch.setattr(kind, "__getitem__", lambda self, i: pytest.fail("bytes were read"))
+    take(make(features=np.zeros((1, 37, 2), np.float32)), 0, 2)
+
+
+def test_a_record_without_features_is_masked_and_counted(make):
+    valid = np.ones(37, bool)
+    valid[[3, 30]] = False
+    features = np.ones((1, 37, 2), np.float32)
+    features[:, ~valid] = np.nan
+    pipeline = make(features=features, valid=valid, batch_size=37)
+    (batch,) = take(pipeline, 0, 1)
+    np.testing.assert_array_equal(batch["example_mask"], valid[batch["index"]])
+    assert not batch["image_features"][~batch["example_mask"]].any()
+    assert not batch["text"][~batch["example_mask"]].any()
+    assert pipeline.bad_records() == {"seen": 37, "invalid_features": 2}
+
+
+def test_a_mixture_is_seen_in_its_proportions(make, source):
+    from imgtune_jax.data import Mixture
+
+    mixture = Mixture((source, source), (3, 1))
+    pipeline = make(source=mixture, transform=None, batch_size=74)
+    stream = np.concatenate([b["index"] for b in take(pipeline, 0, 4)])
+    assert len(mixture) == 148
+    counts = Counter(mixture.locate(int(i))[0] for i in stream)
+    assert counts == {0: 222, 1: 74}
+
+
+def test_fields_that_do_not_fit_are_refused(make, source):
+    with pytest.raises(ValueError, match="batch 9 does not divide over 2 hosts; 8 would"):
+        make(batch_size=9, host_count=2)
+    with pytest.raises(ValueError, match="host_index = 2 of host_count = 2"):
+        make(host_index=2, host_count=2)
+    with pytest.raises(ValueError, match=r"features .* the source has 37"):
+        make(features=np.zeros((1, 36, 2), np.float32))
+    with pytest.raises(ValueError, match=r"\['nmae'\] are not given by the source"):
+        make(captions={"nmae": 1.0})
+    with pytest.raises(ValueError, match="wanted a weight above 0"):
+        make(captions={})
+    shortest = build_transform([{"name": "resize", "size": 8, "mode": "shortest"}])
+    with pytest.raises(ValueError, match="pictures of different sizes"):
+        take(make(transform=shortest), 0, 1)
+
+
+def test_order_is_pinned(make):
+    """A checkpoint's step must mean the same batch in the next release, and after an update."""
+    stream = np.concatenate([b["index"] for b in take(make(transform=None), 0, 6)])
+    assert stream[:16].tolist() == [18, 33, 12, 36, 34, 16, 22, 21, 31, 1, 3, 8, 24, 0, 28, 10]
+    assert stream[37:41].tolist() == [19, 34, 8, 2]  # the second epoch
