@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from imgtune_jax.models import heads, layers
+from imgtune_jax.models import heads, init, layers
 from imgtune_jax.models.bert import Bert
 from imgtune_jax.models.efficientnet import EfficientNetLite
 from imgtune_jax.models.resnet import ResNet
@@ -162,5 +161,4 @@ def abstract_tower(tower: nn.Module) -> Params:
     else:
         size = getattr(tower, "image_size", 32)  # a CNN's parameters fit any size
         inputs = (jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32),)
-    init = functools.partial(tower.init, train=False)
-    return cast(Params, jax.eval_shape(init, jax.random.key(0), *inputs)["params"])
+    return init.shapes(init.declare(tower, *inputs))

@@ -85,6 +85,11 @@ def declare(module: nn.Module, *inputs: Any) -> Params:
     return cast(Params, jax.eval_shape(run, *inputs).get("params", {}))
 
 
+def shapes(laws: Params) -> Params:
+    """The abstract parameters that follow the laws."""
+    return jax.tree.map(lambda law: law.value, laws, is_leaf=lambda x: isinstance(x, Law))
+
+
 def draw(laws: Params, key: jax.Array) -> Params:
     """Float32 parameters that follow the laws. Values depend on the whole tree, not on a path."""
     leaves, structure = jax.tree.flatten(laws, is_leaf=lambda x: isinstance(x, Law))

@@ -1,0 +1,247 @@
+"""Laws of each tower: poolings, masks, positions, and the two forms of a depthwise convolution."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imgtune_jax import models
+from imgtune_jax.models import conv, pooling, positions
+
+CLOSE = dict(rtol=1e-5, atol=1e-6)
+TEXT = dict(
+    name="text_transformer",
+    width=8,
+    depth=2,
+    mlp_dim=16,
+    num_heads=2,
+    vocab_size=20,
+    max_length=6,
+)
+VIT = dict(name="vit", width=8, depth=1, mlp_dim=16, num_heads=2, patch_size=4, image_size=8)
+
+
+def random_params(tower, scale=0.3):
+    rng = np.random.default_rng(1)
+    return jax.tree.map(
+        lambda a: jnp.asarray(rng.normal(0, scale, a.shape), jnp.float32),
+        models.abstract_tower(tower),
+    )
+
+
+@functools.cache
+def text_tower(**fields):
+    tower = models.build_tower({**TEXT, **fields})
+    params = random_params(tower)
+    return jax.jit(lambda text, mask: tower.apply({"params": params}, text, mask, train=False))
+
+
+def image_tower(**fields):
+    tower = models.build_tower({**VIT, **fields})
+    params = random_params(tower)
+    return tower, params, jax.jit(lambda p, x: tower.apply({"params": p}, x, train=False))
+
+
+def texts(*rows):
+    text = jnp.asarray(rows, jnp.int32)
+    return text, text > 0
+
+
+def test_eot_is_pooled_at_the_last_valid_position_not_at_the_largest_id():
+    run = text_tower()
+    out = run(*texts([3, 19, 7, 5, 0, 0]))
+    np.testing.assert_array_equal(out.pooled, out.tokens[:, 3])
+
+
+def test_causal_text_ignores_what_follows_eot():
+    for mask_padding in (True, False):
+        run = text_tower(mask_padding=mask_padding)
+        text, mask = texts([3, 9, 7, 0, 0, 0])
+        noisy = jnp.where(mask, text, 11)
+        np.testing.assert_allclose(run(noisy, mask).pooled, run(text, mask).pooled, **CLOSE)
+
+
+def test_causal_tokens_ignore_the_future():
+    tower = models.build_tower(TEXT)
+    params = random_params(tower)
+    text, mask = texts([3, 9, 7, 2, 4, 5])
+    tokens = [tower.apply({"params": params}, t, mask, train=False).tokens
+              for t in (text, text.at[0, 3].set(13))]  # fmt: skip
+    np.testing.assert_allclose(tokens[0][:, :3], tokens[1][:, :3], **CLOSE)
+    assert np.abs(tokens[0][:, 3:] - tokens[1][:, 3:]).min() > 0
+
+
+@pytest.mark.parametrize("pool", ["mean", "attention"])
+def test_bidirectional_pooling_ignores_padding(pool):
+    run = text_tower(pool=pool, causal=False)
+    text, mask = texts([3, 9, 7, 0, 0, 0])
+    noisy = jnp.where(mask, text, 11)
+    np.testing.assert_allclose(run(noisy, mask).pooled, run(text, mask).pooled, **CLOSE)
+    short = run(text[:, :4], mask[:, :4]).pooled
+    np.testing.assert_allclose(short, run(text, mask).pooled, **CLOSE)
+
+
+def test_last_pooling_sees_padding_and_so_demands_the_full_length():
+    run = text_tower(pool="last", causal=False, mask_padding=False)
+    text, mask = texts([3, 9, 7, 0, 0, 0])
+    out = run(text, mask)
+    np.testing.assert_array_equal(out.pooled, out.tokens[:, 5])
+    other_padding = run(jnp.where(mask, text, 1), mask).pooled
+    assert np.abs(other_padding - out.pooled).max() > 1e-3
+    with pytest.raises(ValueError, match=r"exactly\s+max_length=6; got 4"):
+        run(text[:, :4], mask[:, :4])
+
+
+@pytest.mark.parametrize("name", ["text_transformer", "bert"])
+def test_too_long_a_text_is_an_error(name):
+    tower = models.build_tower({**TEXT, "name": name})
+    with pytest.raises(ValueError, match=r"text of 7 tokens, but .* has max_length=6"):
+        jax.eval_shape(
+            functools.partial(tower.init, train=False),
+            jax.random.key(0),
+            jnp.ones((1, 7), jnp.int32),
+            jnp.ones((1, 7), bool),
+        )
+
+
+def test_masked_mean_of_nothing_is_zero():
+    x, mask = jnp.ones((2, 3, 4)), jnp.array([[True, True, False], [False] * 3])
+    np.testing.assert_array_equal(pooling.masked_mean(x, mask), [[1] * 4, [0] * 4])
+
+
+def image(size=8, n=2):
+    return jnp.asarray(np.random.default_rng(0).normal(size=(n, size, size, 3)), jnp.float32)
+
+
+def numpy_norm(x, params, epsilon=1e-6):
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon)
+    return x * np.asarray(params["scale"]) + np.asarray(params["bias"])
+
+
+@pytest.mark.parametrize("num_registers", [0, 2])
+@pytest.mark.parametrize("pool", ["cls", "mean", "mean_all"])
+def test_the_poolers_called_gap_differ_as_documented(pool, num_registers):
+    _, params, plain = image_tower(pool=pool, num_registers=num_registers, final_norm="none")
+    tokens = np.asarray(plain(params, image()).tokens)
+    assert tokens.shape[1] == 1 + num_registers + 4
+    norm = {"scale": np.full(8, 0.7), "bias": np.linspace(-1, 1, 8)}
+    full = {**params, "final_norm": jax.tree.map(jnp.float32, norm)}
+    skip = {"cls": slice(0, 1), "mean": slice(1 + num_registers, None), "mean_all": slice(None)}
+    for where in ("before_pool", "after_pool"):
+        _, _, run = image_tower(pool=pool, num_registers=num_registers, final_norm=where)
+        if where == "before_pool":
+            want = numpy_norm(tokens, norm)[:, skip[pool]].mean(1)
+        else:
+            want = numpy_norm(tokens[:, skip[pool]].mean(1), norm)
+        np.testing.assert_allclose(run(full, image()).pooled, want, rtol=1e-4, atol=1e-5)
+
+
+def test_patches_are_what_a_strided_convolution_gives():
+    _, params, run = image_tower(depth=0, positions="sincos", class_token=False, pool="mean",
+                                 final_norm="none")  # fmt: skip
+    kernel, bias = (params["patch_embed"][k] for k in ("kernel", "bias"))
+    want = jax.lax.conv_general_dilated(
+        image(), kernel, (4, 4), "VALID", dimension_numbers=conv.DIMENSIONS
+    ).reshape(2, 4, 8)
+    want = np.asarray(want) + np.asarray(bias) + positions.sincos_2d(2, 8)
+    np.testing.assert_allclose(run(params, image()).tokens, want, rtol=1e-5, atol=1e-5)
+
+
+def test_map_head_is_permutation_invariant_and_not_a_mean():
+    """Attention pooling has no positions of its own."""
+    pool = pooling.AttentionPool(2, 16)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 8)), jnp.float32)
+    laws = jax.eval_shape(functools.partial(pool.init, train=False), jax.random.key(0), x)
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda a: jnp.float32(rng.normal(0, 0.5, a.shape)), laws)
+    run = jax.jit(lambda x: pool.apply(params, x, train=False))
+    np.testing.assert_allclose(run(x[:, ::-1]), run(x), rtol=1e-4, atol=1e-5)
+    doubled = x.at[:, 0].mul(2)
+    assert np.abs(run(doubled) - run(x)).max() > 1e-3
+
+
+def test_patch_dropout_keeps_a_random_share_in_training_only():
+    tower, params, run = image_tower(patch_dropout=0.5, image_size=16, pool="mean")
+    x = image(16)
+    assert run(params, x).tokens.shape[1] == 17
+    key = jax.random.key(0)
+    trained = tower.apply({"params": params}, x, train=True, rngs={"dropout": key}).tokens
+    assert trained.shape[1] == 9
+    frozen = tower.clone(num_frozen_layers=-1)
+    still = frozen.apply({"params": params}, x, train=True, rngs={"dropout": key})
+    np.testing.assert_allclose(still.pooled, run(params, x).pooled, **CLOSE)
+
+
+@pytest.mark.parametrize("fields", [dict(pool="cls", class_token=False), dict(patch_size=3)])
+def test_contradictory_vit_fields_are_an_error(fields):
+    with pytest.raises(ValueError, match=r"class_token=True|not a multiple"):
+        models.abstract_tower(models.build_tower({**VIT, **fields}))
+
+
+def test_another_image_size_is_an_error():
+    _, params, run = image_tower()
+    with pytest.raises(ValueError, match="image of 12×12 pixels, but vit has image_size=8"):
+        run(params, image(12))
+
+
+def test_positions_resize_keeps_a_constant_and_refuses_no_square():
+    constant = np.full((9, 4), 0.5, np.float32)
+    np.testing.assert_allclose(positions.resize(constant, 25), 0.5, rtol=1e-6)
+    with pytest.raises(ValueError, match="both must be squares"):
+        positions.resize(constant, 24)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("size", [7, 8])
+def test_shifted_and_grouped_depthwise_convolutions_are_equal(size, kernel, stride):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, size, size + 1, 6)), jnp.float32)
+    w = jnp.asarray(rng.normal(size=(kernel, kernel, 1, 6)), jnp.float32)
+    shifted, grouped = (
+        conv.depthwise(x, w, stride=stride, mode=mode) for mode in ("shifted", "grouped")
+    )
+    np.testing.assert_allclose(shifted, grouped, rtol=1e-5, atol=1e-5)
+
+
+def test_group_norm_equals_numpy():
+    x = np.random.default_rng(0).normal(3, 2, (2, 4, 5, 12)).astype(np.float32)
+    norm = conv.GroupNorm(group_size=4)
+    params = {"scale": jnp.arange(1.0, 13), "bias": jnp.linspace(-1, 1, 12)}
+    groups = x.astype(np.float64).reshape(2, 4, 5, 3, 4)
+    mean, var = (f(groups, axis=(1, 2, 4), keepdims=True) for f in (np.mean, np.var))
+    want = ((groups - mean) / np.sqrt(var + 1e-5)).reshape(x.shape)
+    want = want * np.arange(1.0, 13) + np.linspace(-1, 1, 12)
+    got = norm.apply({"params": params}, jnp.asarray(x))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_efficientnet_pools_stages_in_the_order_asked():
+    cfg = dict(name="efficientnet_lite", variant="lite0")
+    towers = {s: models.build_tower({**cfg, "pool_stages": s}) for s in ((), (5, 1))}
+    params = random_params(towers[()], scale=0.1)
+    x = image(32)
+    plain, more = (
+        jax.jit(functools.partial(t.apply, train=False))({"params": params}, x).pooled
+        for t in towers.values()
+    )
+    assert plain.shape == (2, 1280)
+    # the expanded maps of each stage's first block: 6 × 112 and 6 × 16
+    assert more.shape == (2, 1280 + 6 * 112 + 6 * 16)
+    np.testing.assert_allclose(more[:, :1280], plain, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite", "resnet"])
+def test_a_cnn_with_group_norm_has_norms_and_no_biases(name):
+    tower = models.build_tower(dict(name=name, norm="group", remat=True))
+    paths = models.param_paths(models.abstract_tower(tower))
+    assert any(p.endswith("norm/scale") for p in paths)
+    assert not any(p.endswith("bias") and "norm/" not in p for p in paths)
+
+
+def test_classify_without_classes_is_an_error():
+    tower = models.build_tower(dict(name="efficientnet_lite", variant="lite0"))
+    with pytest.raises(ValueError, match="classify needs num_classes"):
+        tower.apply({"params": {}}, image(32), method="classify")

@@ -1,0 +1,197 @@
+"""Laws of the model: what it needs, what it ignores, what runs in eval mode."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imgtune_jax import models
+from imgtune_jax.models import two_tower
+from imgtune_jax.types import Batch
+
+SIZES = dict(width=16, depth=2, mlp_dim=16, num_heads=2)
+CFG = dict(
+    image=dict(name="vit", patch_size=4, dropout=0.5, **SIZES),
+    text=dict(name="text_transformer", vocab_size=20, max_length=6, dropout=0.5, **SIZES),
+    image_head=dict(name="mlp", hidden_dim=8, dropout=0.5),
+    text_head=dict(name="linear"),
+    embed_dim=12,
+    image_size=8,
+    image_mean=(127, 127, 127),
+    image_std=(128, 128, 128),
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return models.build(CFG)
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    return model.init(jax.random.key(0))
+
+
+def batch(**fields):
+    rng = np.random.default_rng(0)
+    text = jnp.asarray(rng.integers(1, 20, (3, 6)), jnp.int32)
+    image = jnp.asarray(rng.integers(0, 256, (3, 8, 8, 3)), jnp.uint8)
+    values = dict(image=image, text=text, text_mask=jnp.ones((3, 6), bool))
+    return Batch(example_mask=jnp.ones(3, bool), **{**values, **fields})
+
+
+def test_embeddings_have_unit_norm_and_equal_the_encoders(model, params):
+    b = batch()
+    out = jax.jit(model.apply)(params, b)
+    for x in (out.image_emb, out.text_emb):
+        assert x.shape == (3, 12) and x.dtype == jnp.float32
+        np.testing.assert_allclose(np.linalg.norm(x, axis=-1), 1, rtol=1e-6)
+    np.testing.assert_allclose(out.image_emb, model.encode_image(params, b.image), atol=1e-6)
+    encoded = model.encode_text(params, b.text, b.text_mask)
+    np.testing.assert_allclose(out.text_emb, encoded, atol=1e-6)
+
+
+def test_cached_features_stand_in_for_the_image_tower(model, params):
+    """… whose parameters need not be there."""
+    b = batch()
+    want = jax.jit(model.apply)(params, b)
+    features = model.features_image(params, b.image)
+    assert features.shape == (3, model.feature_dim())
+    rest = {name: tree for name, tree in params.items() if name != "image"}
+    got = jax.jit(model.apply)(rest, batch(image=None, image_features=features))
+    np.testing.assert_allclose(got.image_emb, want.image_emb, atol=1e-6)
+    np.testing.assert_allclose(got.text_emb, want.text_emb, atol=1e-6)
+
+
+def test_an_absent_tower_that_is_needed_is_named(model, params):
+    rest = {name: tree for name, tree in params.items() if name != "image"}
+    with pytest.raises(ValueError, match="runs the component 'image', but the parameters hold"):
+        model.apply(rest, batch())
+
+
+def test_images_are_normalised_in_units_of_255(model, params):
+    x = np.full((1, 8, 8, 3), 255, np.uint8)
+    want = model.image.apply(
+        {"params": params["image"]}, jnp.full((1, 8, 8, 3), 1.0), train=False
+    ).pooled
+    np.testing.assert_allclose(model.features_image(params, jnp.asarray(x)), want, atol=1e-6)
+
+
+def test_a_batch_of_one_side_gives_one_embedding(model, params):
+    out = model.apply(params, batch(image=None))
+    assert out.image_emb is None and out.text_emb is not None
+    out = model.apply(params, batch(text=None, text_mask=None))
+    assert out.text_emb is None and out.image_emb is not None
+
+
+def test_text_without_its_mask_is_an_error(model, params):
+    with pytest.raises(ValueError, match="needs its text_mask"):
+        model.apply(params, batch(text_mask=None))
+
+
+@pytest.mark.parametrize(
+    ("locked", "frozen", "layers"),
+    [
+        ((), set(), (0, 0)),
+        (("image/",), {"image"}, (-1, 0)),
+        (("image/", "image_head/", "text/"), {"image", "image_head", "text"}, (-1, -1)),
+        (("text/token_embed", "text/pos_embed", "text/blocks_0"), set(), (0, 1)),
+        (("text/token_embed", "text/pos_embed", "text/blocks_"), set(), (0, 2)),
+        (("text/blocks_0",), set(), (0, 0)),  # trainable embeddings keep their dropout
+        (("text/token_embed", "text/pos_embed", "text/blocks_1"), set(), (0, 0)),  # a gap
+    ],
+)
+def test_locked_parts_run_in_eval_mode(model, locked, frozen, layers):
+    locked_model = model.freeze(lambda path: path.startswith(locked))
+    assert locked_model.frozen == frozen
+    assert (locked_model.image.num_frozen_layers, locked_model.text.num_frozen_layers) == layers
+
+
+def test_a_locked_side_trains_without_noise_and_the_other_with(model, params):
+    locked = model.freeze(lambda path: path.startswith(("image/", "image_head/")))
+    run = jax.jit(lambda p, b, k: locked.apply(p, b, rng=k, train=True))
+    # threefry takes most of a second to compile for the CPU, each time it is drawn from.
+    outs = [run(params, batch(), jax.random.key(i, impl="unsafe_rbg")) for i in (0, 1)]
+    np.testing.assert_array_equal(outs[0].image_emb, outs[1].image_emb)
+    assert np.abs(outs[0].text_emb - outs[1].text_emb).max() > 1e-3
+    still = model.apply(params, batch())
+    np.testing.assert_allclose(outs[0].image_emb, still.image_emb, atol=1e-6)
+
+
+def test_clamped_scale_can_come_back():
+    """A plain minimum has no gradient above its bound, so a scale once there would stay."""
+    value, gradient = jax.value_and_grad(lambda t, s: s * two_tower.clamp_log_scale(t, 4.6))(5.0, 1)
+    assert value == np.float32(4.6) and gradient == 1  # descent lowers t
+    assert jax.grad(lambda t: -two_tower.clamp_log_scale(t, 4.6))(5.0) == 0  # and never raises it
+    assert jax.grad(lambda t: -two_tower.clamp_log_scale(t, 4.6))(4.5) == -1
+
+
+def test_scale_is_the_multiplier_clamped_at_100(model, params):
+    assert model.logit_bias(params) is None
+    high = {**params, "logit_scale": jnp.float32(7.0)}
+    np.testing.assert_allclose(model.logit_scale(high), 100, rtol=1e-6)
+    free = dataclasses.replace(model, logit_scale_max=None)
+    np.testing.assert_allclose(free.logit_scale(high), np.exp(7), rtol=1e-6)
+
+
+def test_unit_norm_of_zero_is_zero_with_a_finite_gradient():
+    value, gradient = jax.value_and_grad(lambda x: models.unit_norm(x).sum())(jnp.zeros((1, 4)))
+    assert value == 0 and np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(embed_dims=3), "model has no field 'embed_dims'; did you mean 'embed_dim'"),
+        (
+            dict(image=dict(name="vit", patchsize=4)),
+            "tower 'vit' has no field 'patchsize'; did you mean 'patch_size'",
+        ),
+        (dict(image=dict(name="vitt")), "tower: name='vitt'; want one of vit,"),
+        (dict(text_head=dict(name="linear", bias=True)), "text_head 'linear' has no field 'bias'"),
+        (dict(image=dict(name="vit", variant="Q/16")), "vit has no variant 'Q'"),
+        (dict(image=dict(name="vit", variant="B16")), "want SIZE/PATCH"),
+        (dict(dtype="float16"), "dtype='float16'; want one of float32, bfloat16"),
+        (dict(image=dict(name="vit", image_size=9)), "image_size=9, but the model's is 8"),
+    ],
+)
+def test_a_wrong_field_is_named_with_the_right_ones(change, message):
+    with pytest.raises(ValueError, match=message):
+        models.build({**CFG, **change})
+
+
+def test_missing_fields_are_named():
+    with pytest.raises(ValueError, match="no embed_dim, text"):
+        models.build(dict(image=CFG["image"]))
+
+
+def test_identity_head_checks_the_width():
+    cfg = {**CFG, "text_head": dict(name="identity")}
+    with pytest.raises(ValueError, match="gives 16 features, embed_dim is 12"):
+        models.build(cfg).abstract_params()
+
+
+def test_bf16_model_keeps_float32_parameters_and_outputs(params):
+    low = models.build({**CFG, "dtype": "bfloat16"})
+    out = low.apply(params, batch())
+    assert out.image_emb.dtype == jnp.float32
+    exact = models.build(CFG).apply(params, batch())
+    np.testing.assert_allclose(out.image_emb, exact.image_emb, atol=0.05)  # bf16 has 8 bits
+    assert np.abs(out.image_emb - exact.image_emb).max() > 0
+
+
+def test_every_residual_stream_is_constrained():
+    seen = []
+
+    class Recorder:
+        def constrain(self, x, axes):
+            seen.append((x.ndim, axes))
+            return x
+
+    model = models.build(CFG, Recorder())
+    abstract = model.abstract_params()
+    seen.clear()
+    jax.eval_shape(model.apply, abstract, batch())
+    assert seen == [(3, ("batch", "length", "embed"))] * (2 * (1 + 2))
