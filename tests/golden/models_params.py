@@ -1,0 +1,58 @@
+"""Makes models_params.txt: the path and shape of every parameter of one model a tower.
+
+    python tests/golden/models_params.py
+
+A changed path is a visible diff: it breaks checkpoints, locks and weight maps.
+"""
+
+from pathlib import Path
+
+import jax
+
+from imgtune_jax import models
+
+GOLDEN = Path(__file__).with_name("models_params.txt")
+SIZES = dict(width=8, depth=2, mlp_dim=16, num_heads=2)
+VIT = dict(name="vit", image_size=8, patch_size=4, **SIZES)
+TEXT = dict(name="text_transformer", vocab_size=10, max_length=6, **SIZES)
+TOWERS = {
+    "vit": VIT,
+    "vit clip": {**VIT, "pre_norm": True, "patch_bias": False},
+    "vit siglip": {**VIT, "class_token": False, "pool": "attention"},
+    "vit registers": {**VIT, "num_registers": 2, "positions": "sincos"},
+    "text_transformer": TEXT,
+    "text_transformer attention": {**TEXT, "pool": "attention"},
+    "bert": dict(name="bert", vocab_size=10, max_length=6, **SIZES),
+    "efficientnet_lite lite0": dict(name="efficientnet_lite", variant="lite0", num_classes=5),
+    "efficientnet_lite group": dict(name="efficientnet_lite", variant="lite0", norm="group"),
+    "resnet 50": dict(name="resnet", variant="50", num_classes=5),
+    "resnet group": dict(name="resnet", stage_sizes=(1, 1), norm="group"),
+}
+MODELS = {
+    "heads linear, mlp": dict(image_head={"name": "linear", "use_bias": True},
+                              text_head={"name": "mlp", "hidden_dim": 5, "input_norm": True}),
+    "heads identity": dict(image_head={"name": "identity"}, text_head={"name": "identity"}),
+}  # fmt: skip
+
+
+def lines():
+    for name, cfg in TOWERS.items():
+        yield f"# {name}"
+        tower = models.abstract_tower(models.build_tower(cfg))
+        yield from listing(tower)
+    for name, fields in MODELS.items():
+        yield f"# {name}"
+        cfg = dict(image=VIT, text=TEXT, embed_dim=8, image_size=8, logit_bias_init=0.0)
+        params = models.build({**cfg, **fields}).abstract_params()
+        yield from listing({k: x for k, x in params.items() if k not in ("image", "text")})
+
+
+def listing(params):
+
+    shapes = [x.shape for x in jax.tree.leaves(params)]
+    for path, shape in zip(models.param_paths(params), shapes, strict=True):
+        yield f"{path} {'x'.join(map(str, shape)) or 'scalar'}"
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text("\n".join(lines()) + "\n")

@@ -1,0 +1,13 @@
+"""Parameter paths and shapes are pinned: checkpoints, locks and weight maps depend on them."""
+
+import importlib.util
+from pathlib import Path
+
+FOLDER = Path(__file__).parents[1] / "golden"
+
+
+def test_parameter_paths_and_shapes_are_the_pinned_ones():
+    spec = importlib.util.spec_from_file_location("models_params", FOLDER / "models_params.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert list(script.lines()) == (FOLDER / "models_params.txt").read_text().splitlines()
