@@ -69,7 +69,7 @@ def fetch(packages: Path) -> None:
     """Run `npm pack` for each package that the folder lacks."""
     for spec, (file, _) in PACKAGES.items():
         if not (packages / file).exists():
-            command = ["npm", "pack", spec, "--pack-destination", str(packages)]
+            command = ["npm", "pack", spec, "--silent", "--pack-destination", str(packages)]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
