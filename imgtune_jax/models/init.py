@@ -7,7 +7,7 @@ declaring a law costs nothing when a model is only traced.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -37,12 +37,12 @@ class Law(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
         """The same law of another placeholder."""
         return self.replace(value=val)
 
-    def add_axis(self, index: int, params: dict[Any, Any]) -> Self:
+    def add_axis(self, index: int, params: dict[Any, Any]) -> Any:
         """Unchanged: a law has no axis names."""
         del index, params
         return self
 
-    def remove_axis(self, index: int, params: dict[Any, Any]) -> Self:
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> Any:
         """Unchanged, as above."""
         del index, params
         return self

@@ -19,8 +19,8 @@ CFG = dict(
     text_head=dict(name="linear"),
     embed_dim=12,
     image_size=8,
-    image_mean=(127, 127, 127),
-    image_std=(128, 128, 128),
+    image_mean=(127.0, 127.0, 127.0),
+    image_std=(128.0, 128.0, 128.0),
 )
 
 
