@@ -5,23 +5,24 @@ components' own fields (towers in `imgtune_jax/models/`, sources in `imgtune_jax
 """
 
 import math
+from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 
-def duration(steps=None, epochs=None, examples=None):
+def duration(steps=None, epochs=None, examples=None) -> Any:
     """A length in one of three units; all three None means never."""
-    d = ConfigDict()
+    d: Any = ConfigDict()
     d.steps = placeholder(int) if steps is None else steps
     d.epochs = placeholder(float) if epochs is None else float(epochs)
     d.examples = placeholder(int) if examples is None else examples
     return d
 
 
-def get_config():
+def get_config() -> Any:
     """The base config."""
-    c = ConfigDict()
+    c: Any = ConfigDict()
     c.name = "base"
     c.seed = 0
     c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))

@@ -6,13 +6,15 @@ Expected: the loss falls from 4.2 to about 3.9; kill it at any moment and run it
 metrics.jsonl ends byte for byte as if it had never been killed.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from configs import base
 from configs.lit_emoji import emoji
 
 
-def get_config():
+def get_config() -> Any:
     """The debug config."""
     c = base.get_config()
     c.name = "debug"

@@ -75,13 +75,14 @@ class TunedModel:
 
         Each label's embedding is the mean over `templates` ("a photo of a {}."), as in CLIP.
         """
+        labels = list(labels)
         weights = zeroshot.class_embeddings(self.encoders, labels, templates)
         logits = self.encoders.logit_scale * self.encode_image(images) @ weights.T
         p = np.exp(logits - logits.max(1, keepdims=True))
         p /= p.sum(1, keepdims=True)
         order = np.argsort(-p, axis=1)[:, :top]
         return [
-            [Label(labels[j], float(row[j])) for j in best]
+            [Label(str(labels[j]), float(row[j])) for j in best]
             for row, best in zip(p, order, strict=True)
         ]
 
@@ -98,7 +99,7 @@ class TunedModel:
         embeddings from `encode_image` or `encode_text` (reuse them between queries), or images, or
         texts.
         """
-        rows = gallery if _is_embeddings(gallery) else self._encode_any(gallery)
+        rows = gallery if _is_embeddings(gallery) else self._encode_any(list(gallery))
         scores = np.asarray(rows) @ self._encode_any([query])[0]
         best = np.argsort(-scores, kind="stable")[:k]
         return [Hit(int(i), float(scores[i])) for i in best]

@@ -94,7 +94,7 @@ def _compute(
             masks.append(np.asarray(jax.device_put(batch.example_mask, whole)))
             bar.update(min(c.batch_size, total - start))
     values = np.concatenate(rows)[:total]
-    valid = np.concatenate(masks)[:total].reshape(c.cache.views, n).all(0)
+    valid = np.asarray(np.concatenate(masks)[:total].reshape(c.cache.views, n).all(0))
     return values.reshape(c.cache.views, n, -1), valid
 
 

@@ -37,10 +37,8 @@ def describe(workdir: Path) -> str:
 
 
 def _parameters(exp: experiment.Experiment) -> Iterable[str]:
-    sizes = {
-        path: math.prod(leaf.shape)
-        for path, leaf in traverse_util.flatten_dict(exp.abstract_params, sep="/").items()
-    }
+    flat: dict[str, Any] = traverse_util.flatten_dict(exp.abstract_params, sep="/")
+    sizes = {path: math.prod(leaf.shape) for path, leaf in flat.items()}
     yield f"{'part':<12} {'component':<20} {'parameters':>12} {'locked':>12} {'trained':>12}"
     for part in PARTS:
         mine = {p: n for p, n in sizes.items() if p == part or p.startswith(f"{part}/")}

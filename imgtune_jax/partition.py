@@ -39,9 +39,7 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 MIN_FSDP_SIZE = 2**10  # smaller arrays are replicated: a gather would cost more than it saves
 
 
-def make_mesh(
-    cfg: config_lib.Mesh, devices: Sequence[jax.Device] | None = None
-) -> jax.sharding.Mesh:
+def make_mesh(cfg: config_lib.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     """A (data, fsdp, tensor) mesh over all devices.
 
     Raises ValueError when the axes' product is not the number of devices.
@@ -118,12 +116,12 @@ class Partitioner:
         for pattern, axes in PARAM_RULES:
             if re.search(pattern, name) and len(axes) == len(shape):
                 return self._sharding(axes, shape)
-        axes: list[str | None] = [None] * len(shape)
+        largest: list[str | None] = [None] * len(shape)
         n = self.mesh.shape["fsdp"]
         fits = [i for i, size in enumerate(shape) if size % n == 0]
         if fits and int(np.prod(shape)) >= MIN_FSDP_SIZE:
-            axes[max(fits, key=lambda i: shape[i])] = "fsdp"
-        return self._sharding(axes, shape)
+            largest[max(fits, key=lambda i: shape[i])] = "fsdp"
+        return self._sharding(largest, shape)
 
     def _sharding(self, axes: Sequence[Any], shape: tuple[int, ...]) -> NamedSharding:
         spec = []

@@ -26,7 +26,7 @@ def base():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_resolved_config_equals_its_golden_file(path):
-    """A changed default is a visible diff. Refresh: python tests/golden/make_configs.py"""
+    """A changed default is a visible diff. Refresh: python -m tests.golden.make_configs"""
     found = config.flatten(json.loads(json.dumps(config.parse(load(path)).to_dict())))
     assert found == json.loads((GOLDEN / f"{path.stem}.json").read_text())
 

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from imgtune_jax import data, models
+from imgtune_jax.evals.protocol import Source
 from imgtune_jax.partition import Partitioner
 from imgtune_jax.types import Params
 
@@ -48,12 +49,15 @@ class ModelEncoders:
         image_is_locked: bool,
     ) -> ModelEncoders:
         """Compile lazily, once for all parameters that come later through `with_params`."""
-        whole = {"out_shardings": partitioner.replicated}
+        functions = {
+            "image": model.encode_image,
+            "head": model.encode_image_features,
+            "features": model.features_image,
+            "text": model.encode_text,
+            "text_features": model.features_text,
+        }
         programs = {
-            "image": jax.jit(model.encode_image, **whole),
-            "head": jax.jit(model.encode_image_features, **whole),
-            "features": jax.jit(model.features_image, **whole),
-            "text": jax.jit(model.encode_text, **whole),
+            name: jax.jit(f, out_shardings=partitioner.replicated) for name, f in functions.items()
         }
         return cls(
             model, params, preprocess, tokenizer, partitioner, image_is_locked, programs, kept={}
@@ -74,14 +78,14 @@ class ModelEncoders:
         """What is added to the scaled similarities; None for a model that has none."""
         return float(self.params["logit_bias"]) if "logit_bias" in self.params else None
 
-    def images(self, source: data.Source, /) -> tuple[Rows, Bool[np.ndarray, "n"]]:
+    def images(self, source: Source, /) -> tuple[Rows, Bool[np.ndarray, "n"]]:
         """Unit-norm image embeddings in source order; False marks images that could not be read."""
         if not self.image_is_locked:
             return self._pass(source, "image")
         features, valid = self.features(source)
         return self._rows("head", (features,)), valid
 
-    def features(self, source: data.Source, /) -> tuple[Rows, Bool[np.ndarray, "n"]]:
+    def features(self, source: Source, /) -> tuple[Rows, Bool[np.ndarray, "n"]]:
         """The image tower's pooled output, before the head, in source order."""
         if not self.image_is_locked:
             return self._pass(source, "features")
@@ -93,12 +97,16 @@ class ModelEncoders:
         """Unit-norm text embeddings, in order."""
         return self._rows("text", self.tokenizer(list(texts)))
 
+    def text_features(self, texts: Sequence[str], /) -> Rows:
+        """The text tower's pooled output, before the head, in order."""
+        return self._rows("text_features", self.tokenizer(list(texts)))
+
     @property
     def _batch_size(self) -> int:
         n = self.partitioner.batch_devices
         return -(-BATCH_SIZE // n) * n
 
-    def _pass(self, source: data.Source, program: str) -> tuple[Rows, Bool[np.ndarray, "n"]]:
+    def _pass(self, source: Source, program: str) -> tuple[Rows, Bool[np.ndarray, "n"]]:
         pipeline = data.Pipeline(
             source=source,
             transform=self.preprocess,

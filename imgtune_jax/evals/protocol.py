@@ -40,6 +40,10 @@ class Encoders(Protocol):
         """The image tower's pooled output, before the head, for probes; and the same mask."""
         ...
 
+    def text_features(self, texts: Sequence[str], /) -> Float[np.ndarray, "n d"]:
+        """The text tower's pooled output, before the head."""
+        ...
+
 
 @runtime_checkable
 class Evaluator(Protocol):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from jax.sharding import Mesh
 
 from imgtune_jax.data import Source
 from imgtune_jax.evals.protocol import Encoders
@@ -16,11 +16,12 @@ from imgtune_jax.evals.ridge import ridge_baseline
 
 @dataclass(frozen=True)
 class RidgeRetrieval:
-    """Regress text embeddings on image features over `train_source`, retrieve over `source`.
+    """Regress the text tower's vectors on the image tower's over `train_source`, then retrieve.
 
-    Features are standardised by their training statistics, as a standardising head does; texts are
-    the first caption of `caption_set`, embedded by the text side as it is when this runs. The best
-    of `lambdas` is chosen on `source` itself, which flatters the baseline.
+    No head and no training: pooled features and unit-norm text vectors as the towers give them when
+    this runs. Texts are the first caption of `caption_set`. `standardize` divides each feature by
+    its standard deviation over the training images. The best of `lambdas` is chosen on `source`
+    itself, which flatters the baseline.
     """
 
     task: ClassVar[str] = "zeroshot_retrieval"
@@ -28,27 +29,30 @@ class RidgeRetrieval:
     train_source: Source
     source: Source
     caption_set: str = "caption"
-    lambdas: tuple[float, ...] = (10.0, 100.0, 1e3, 3e3, 1e4, 3e4, 1e5)
+    standardize: bool = False
+    lambdas: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5)
     language: str = "en"
+    mesh: Mesh | None = None
 
     def __call__(self, encoders: Encoders) -> dict[str, float]:
-        x, x_valid = encoders.features(self.train_source)
-        captions, image_of_text, _ = dataclasses.replace(
-            Retrieval(self.train_source, caption_set=self.caption_set), max_captions=1
-        ).pairs(x_valid)
-        test, test_valid = encoders.features(self.source)
-        test_captions, test_image_of_text, _ = Retrieval(
-            self.source, caption_set=self.caption_set
-        ).pairs(test_valid)
-        x = x[x_valid].astype(np.float64)
-        mean, std = x.mean(0), x.std(0)
-        std[std < 1e-6] = 1.0
+        x, y, of_text = self._pairs(encoders, self.train_source, max_captions=1)
+        test_x, test_y, test_of_text = self._pairs(encoders, self.source, max_captions=None)
+        if self.standardize:
+            std = x.std(0)
+            std[std < 1e-6] = 1.0
+            x, test_x = x / std, test_x / std
         found = ridge_baseline(
-            ((x - mean) / std)[image_of_text],
-            encoders.texts(captions),
-            (test[test_valid] - mean) / std,
-            encoders.texts(test_captions),
-            self.lambdas,
-            image_of_text=test_image_of_text,
+            x[of_text], y, test_x, test_y, self.lambdas, image_of_text=test_of_text, mesh=self.mesh
         )
         return found.metrics | {"best_lambda": found.best_lambda}
+
+    def _pairs(
+        self, encoders: Encoders, source: Source, max_captions: int | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(image features, unit-norm text vectors, the image of each text) of what can be read."""
+        features, valid = encoders.features(source)
+        retrieval = Retrieval(source, caption_set=self.caption_set, max_captions=max_captions)
+        captions, image_of_text, _ = retrieval.pairs(valid)
+        texts = encoders.text_features(captions).astype(np.float64)
+        texts /= np.linalg.norm(texts, axis=1, keepdims=True)
+        return features[valid].astype(np.float64), texts, image_of_text

@@ -146,6 +146,12 @@ class TwoTower:
         """The image tower's pooled vector, before the head, in float32."""
         return self._image(params, image, None, False).astype(jnp.float32)
 
+    def features_text(
+        self, params: Params, text: Int[Array, "b l"], text_mask: Bool[Array, "b l"]
+    ) -> Float[Array, "b e"]:
+        """The text tower's pooled vector, before the head, in float32."""
+        return self._text(params, text, text_mask, None, False).astype(jnp.float32)
+
     def features(self, params: Params, batch: Batch) -> dict[str, Float[Array, "b e"]]:
         """Both towers' pooled vectors of a batch, before the heads, in float32, by tower."""
         image, text, mask = batch.image_features, batch.text, batch.text_mask
@@ -153,7 +159,7 @@ class TwoTower:
             image = self.features_image(params, batch.image)
         out = {} if image is None else {"image": image.astype(jnp.float32)}
         if text is not None and mask is not None:
-            out["text"] = self._text(params, text, mask, None, False).astype(jnp.float32)
+            out["text"] = self.features_text(params, text, mask)
         return out
 
     def encode_image(self, params: Params, image: UInt8[Array, "b h w c"]) -> Float[Array, "b d"]:

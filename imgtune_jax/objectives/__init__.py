@@ -29,7 +29,8 @@ class Weighted:
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
         """The weighted sum, and all terms' metrics."""
-        total, metrics = 0.0, {}
+        total: Any = 0.0
+        metrics: Metrics = {}
         for weight, objective in self.terms:
             loss, term_metrics = objective(outputs, batch)
             total += weight * loss

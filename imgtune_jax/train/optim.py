@@ -46,7 +46,7 @@ def muon(
     """Muon (2502.16982) for kernels, scaled to Adam's update size; Adam for all else."""
 
     def labels(params: Params) -> Params:
-        flat = traverse_util.flatten_dict(params, sep="/")
+        flat: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
         kinds = {
             p: "muon" if p.endswith("/kernel") and x.ndim == 2 else "adam" for p, x in flat.items()
         }

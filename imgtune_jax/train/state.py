@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,10 @@ def param_paths(abstract: Params) -> list[str]:
 
 
 def init_params(
-    init: object, key: jax.Array, partitioner: Partitioner, pretrained: Mapping[str, Params]
+    init: Callable[[jax.Array], Params],
+    key: jax.Array,
+    partitioner: Partitioner,
+    pretrained: Mapping[str, Params],
 ) -> Params:
     """Parameters laid out on the mesh: `init(key)`, with whole sub-trees taken from `pretrained`.
 
@@ -30,7 +34,6 @@ def init_params(
     pretrained is drawn. Raises ValueError listing every path that is missing, unknown or of another
     shape than the model's.
     """
-    assert callable(init)
     abstract = jax.eval_shape(init, key)
     _check(abstract, pretrained)
     shardings = partitioner.shardings(abstract)
@@ -50,8 +53,8 @@ def init_params(
 def _check(abstract: Params, pretrained: Mapping[str, Params]) -> None:
     problems = []
     for name, tree in pretrained.items():
-        wanted = traverse_util.flatten_dict(abstract.get(name, {}), sep="/")
-        got = traverse_util.flatten_dict(dict(tree), sep="/")
+        wanted: dict[str, Any] = traverse_util.flatten_dict(abstract.get(name, {}), sep="/")
+        got: dict[str, Any] = traverse_util.flatten_dict(dict(tree), sep="/")
         problems += [f"{name}/{p} is missing" for p in sorted(wanted.keys() - got.keys())]
         problems += [
             f"{name}/{p} is unknown to the model" for p in sorted(got.keys() - wanted.keys())

@@ -47,7 +47,7 @@ def make_train_step(
         )
         updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        ema = state.ema_params
+        ema: Any = state.ema_params
         if ema_decay is not None:
             ema = optax.incremental_update(params, ema, 1 - ema_decay)
         scalars = {"loss": loss, "lr": optimizer.schedule(state.step)}

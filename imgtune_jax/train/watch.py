@@ -19,7 +19,7 @@ from tqdm import tqdm
 from imgtune_jax.train.checkpoint import truncate_jsonl
 
 try:
-    import wandb
+    import wandb  # pyright: ignore[reportMissingImports]
 except ImportError:
     wandb = None
 
