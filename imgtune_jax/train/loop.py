@@ -335,7 +335,7 @@ def _pipeline(
 ) -> data.Pipeline:
     c = exp.config
     values, valid = None, None
-    if c.cache.enabled:
+    if c.cache.enabled and exp.image_is_locked():
         if features is None:
             raise ValueError("config.cache.enabled, and run() was given no way to compute features")
         values, valid = features(exp, frozen, source)

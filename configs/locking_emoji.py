@@ -1,0 +1,39 @@
+"""How much locking helps: the demo's task with the image tower locked, unlocked or from scratch.
+
+python train.py --config=configs/locking_emoji.py:unlocked --workdir=runs/unlocked
+
+Same data, text tower, steps and schedule for every arm; pictures at their native 64 pixels, so that
+a run that trains a tower takes minutes on two cores. All arms and seeds: benchmarks/locking.py.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import base, lit_emoji
+
+ARMS = ("locked", "unlocked", "scratch")
+
+
+def get_config(arm: str = "locked") -> Any:
+    """The config of one of ARMS."""
+    if arm not in ARMS:
+        raise ValueError(f"arm {arm!r}; wanted one of {', '.join(ARMS)}")
+    c = lit_emoji.get_config()
+    c.name = f"locking_emoji_{arm}"
+    c.model.image_size = 64
+    c.preprocess = (dict(name="resize", size=64, mode="squash"),)
+    c.data.transforms = (dict(name="random_resized_crop", size=64, scale=(0.7, 1.0)),)
+    c.batch_size = 256
+    c.total = base.duration(epochs=6)
+    c.cache.views = 6
+    c.baselines = ConfigDict()
+    if arm != "locked":
+        c["lock"].image = False
+    if arm == "unlocked":  # a pretrained tower wants a smaller rate than a new head
+        c.optim.lr_multipliers = (("(image|text)/.*", 0.1), (".*", 1.0))
+    if arm == "scratch":
+        c.model.image = ConfigDict(dict(name="vit", variant="Ti/16", pool="mean"))
+        c.model.image_head = ConfigDict(dict(name="linear"))
+        c.weights.image = ConfigDict()
+    return c
