@@ -39,7 +39,6 @@ def get_config() -> Any:
     )
     c.batch_size = 64
     c.total = base.duration(steps=30)
-    c.optim.warmup = base.duration(steps=5)
     c.optim.ema_decay = 0.9
     c.checkpoint.every = base.duration(steps=5)
     c.log_every = 1

@@ -13,16 +13,31 @@ from typing import Any
 IMAGE_HELP = "image files, or folders of images (searched recursively)"
 MODEL_HELP = "a run's folder (as --workdir), or one that TunedModel.save wrote"
 
+TRAIN_HELP = """\
+usage: imgtune train --config=FILE.py[:ARG] --workdir=DIR [--config.KEY=VALUE ...]
+
+Train, or go on training: the same command resumes the run in DIR.
+
+  --config=FILE.py       the experiment, e.g. configs/lit_emoji.py; ARG goes to its get_config
+  --workdir=DIR          where checkpoints, metrics and report.html go
+  --config.KEY=VALUE     change a setting: --config.batch_size=64 --config.lock.image=False
+                         (all keys and their defaults: configs/base.py)
+"""
+
 
 def train(argv: Sequence[str] | None = None) -> None:
     """Entry of `train.py` and `imgtune train`: flags → config → train.loop.run → report."""
     from absl import app, flags
     from ml_collections import config_flags
 
+    arguments = list(sys.argv if argv is None else argv)
+    if {"-h", "--help"} & set(arguments):
+        print(TRAIN_HELP)
+        return
     config_flags.DEFINE_config_file("config", None, "the experiment, e.g. configs/lit_emoji.py")
     flags.DEFINE_string("workdir", None, "folder of this run; an existing run in it is resumed")
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(_train, argv=list(argv) if argv is not None else None)
+    app.run(_train, argv=arguments)
 
 
 def _train(argv: Sequence[str]) -> None:
