@@ -12,8 +12,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from imgtune_jax import cache, config
+from imgtune_jax.data import TooManyBadRecords
 from imgtune_jax.train import checkpoint, loop
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +51,7 @@ def losses(workdir):
     return np.array([m["train/loss"] for m in metrics(workdir) if "train/loss" in m])
 
 
-def start(workdir, devices=8):
+def start(workdir, devices=1):
     env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     return subprocess.Popen([*COMMAND, f"--workdir={workdir}"], env=env, cwd=ROOT)
 
@@ -181,3 +183,45 @@ def heldout():
         name="webdataset", path="corpora/emoji/heldout.tar", image=("google.webp",),
         captions=dict(name=("name", "en")), group=("concept",),
     )  # fmt: skip
+
+
+def broken_folder(folder):
+    """Forty pictures, of which four are broken in four ways; one more has no caption."""
+    rng = np.random.default_rng(0)
+    rows = ["filepath,title"]
+    for i in range(40):
+        pixels = rng.integers(0, 255, (32, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.jpg")
+        rows.append(f"{i}.jpg,{'' if i == 4 else f'picture number {i}'}")
+    whole = (folder / "0.jpg").read_bytes()
+    (folder / "0.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "1.jpg").write_bytes(b"no image at all")
+    (folder / "2.jpg").unlink()
+    Image.new("1", (20000, 10000)).save(folder / "3.png")
+    (folder / "3.png").rename(folder / "3.jpg")
+    (folder / "pairs.csv").write_text("\n".join(rows) + "\n")
+    return dict(name="folder", path=str(folder), table=str(folder / "pairs.csv"))
+
+
+def test_training_goes_on_over_broken_records_and_counts_them(tmp_path, caplog):
+    (tmp_path / "data").mkdir()
+    changes = {
+        "data.source": broken_folder(tmp_path / "data"),
+        "data.captions": {"caption": 1.0},
+        "batch_size": 40,
+        "total.steps": 2,
+        "data.max_bad_fraction": 0.2,
+        "data.min_records": 40,
+    }
+    with caplog.at_level("WARNING", logger="imgtune_jax.data"):
+        loop.run(settings(**changes), tmp_path / "run")
+    assert np.all(np.isfinite(losses(tmp_path / "run")))
+    record = tmp_path / "run" / "checkpoints" / "2" / "record" / "metadata"
+    counted = json.loads(record.read_text())["bad_records"]
+    causes = {"truncated_image", "not_an_image", "missing_image", "too_many_pixels"}
+    assert counted.keys() == causes | {"missing_caption", "seen"}
+    assert all(counted[c] == counted["seen"] // 40 for c in causes)
+    assert all(f"{i}.jpg" in caplog.text for i in range(5))
+    changes["data.max_bad_fraction"] = 0.1
+    with pytest.raises(TooManyBadRecords, match=r"5 of 40 records are broken \(12\.5%, allowed"):
+        loop.run(settings(**changes), tmp_path / "capped")
