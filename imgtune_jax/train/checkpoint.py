@@ -67,9 +67,13 @@ class Checkpoints:
         found = self._manager.restore(step, args=args)
         return found["state"], found["record"]
 
-    def close(self) -> None:
-        """Wait until all that was started is on disk."""
+    def wait(self) -> None:
+        """Return when all saves that were started are on disk."""
         self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait, and let go of the folder."""
+        self.wait()
         self._manager.close()
 
 

@@ -183,7 +183,9 @@ def _read(r: Run, step: int, metrics: Mapping[str, Any]) -> None:
     """Fetch a step's metrics; log them when due; stop the run when the loss is not finite."""
     loss = float(metrics["loss"])
     if not math.isfinite(loss):
-        good = checkpoint.saved_steps(r.workdir)
+        r.checkpoints.wait()
+        # The parameters saved at step - 1 are those that gave this loss, so they are not good.
+        good = [s for s in checkpoint.saved_steps(r.workdir) if s < step - 1]
         raise NotFiniteError(
             f"loss is {loss} at step {step}; last good checkpoint: "
             f"{r.workdir / 'checkpoints' / str(good[-1]) if good else 'none yet'}. "

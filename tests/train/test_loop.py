@@ -156,9 +156,17 @@ def test_another_config_in_the_same_folder_is_refused(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_names_step_and_last_good_checkpoint(tmp_path):
-    wild = {"optim.lr": 1e30, "optim.clip_norm": None, "checkpoint.every.steps": 1}
-    with pytest.raises(loop.NotFiniteError, match=r"loss is (nan|inf) at step \d+.*checkpoints/1"):
-        loop.run(settings(**wild), tmp_path)
+    """Features of the second epoch are poisoned: step 3 has no finite loss."""
+
+    def poisoned(exp, params, source):
+        values = np.ones((2, len(source), exp.model.feature_dim()), np.float32)
+        values[1] = np.nan
+        return values, np.ones(len(source), bool)
+
+    changes = {"lock.image": True, "cache.enabled": True, "batch_size": 1568}
+    changes |= {"checkpoint.every.steps": 1, "model.image_head": dict(name="linear")}
+    with pytest.raises(loop.NotFiniteError, match=r"loss is nan at step 3; .*checkpoints/1\."):
+        loop.run(settings(**changes), tmp_path, features=poisoned)
 
 
 def test_locking_everything_is_refused(tmp_path):
