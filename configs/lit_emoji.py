@@ -50,7 +50,7 @@ def get_config() -> Any:
     c.optim.args.b2 = 0.98
     c.optim.warmup = base.duration(steps=9)
     c.optim.weight_decay = 0.05
-    c.optim.lr_multipliers = (("text/.*", 0.1), (".*", 1.0))
+    c.optim.lr_multipliers = (("(image|text)/.*", 0.1), (".*", 1.0))
     c.checkpoint.every = base.duration(steps=50)
     c.log_every = 5
     return c

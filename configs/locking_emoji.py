@@ -30,9 +30,8 @@ def get_config(arm: str = "locked") -> Any:
     c.baselines = ConfigDict()
     if arm != "locked":
         c["lock"].image = False
-    if arm == "unlocked":  # a pretrained tower wants a smaller rate than a new head
-        c.optim.lr_multipliers = (("(image|text)/.*", 0.1), (".*", 1.0))
     if arm == "scratch":
+        c.optim.lr_multipliers = (("text/.*", 0.1), (".*", 1.0))
         c.model.image = ConfigDict(dict(name="vit", variant="Ti/16", pool="mean"))
         c.model.image_head = ConfigDict(dict(name="linear"))
         c.weights.image = ConfigDict()

@@ -124,9 +124,10 @@ class TunedModel:
         return self.encode_image(items)
 
 
-def load(folder: str | Path, *, step: int | None = None) -> TunedModel:
+def load(folder: str | Path, *, step: int | None = None, keep: bool = False) -> TunedModel:
     """A run's model (its newest checkpoint, or `step`), or a folder that `TunedModel.save` wrote.
 
+    With `keep`, the image features of a data set stay in memory for the next evaluator.
     Raises FileNotFoundError when there is no such folder or checkpoint.
     """
     folder = Path(folder)
@@ -134,11 +135,11 @@ def load(folder: str | Path, *, step: int | None = None) -> TunedModel:
     exp = experiment.build(config, tokenizer_dir=folder / "tokenizer")
     if (exported := folder / "params.safetensors").is_file():
         params = interop.load_params(exported)
-        return TunedModel(exp.encoders(params), exp, step=-1)
+        return TunedModel(exp.encoders(params, keep=keep), exp, step=-1)
     target, frozen_target = loop.abstract_split(exp)
     trainable, digest, found = checkpoint.read_params(folder, step, target)
     frozen = checkpoint.read_frozen(folder, digest, frozen_target)
-    return TunedModel(exp.encoders(lock.merge(trainable, frozen)), exp, step=found)
+    return TunedModel(exp.encoders(lock.merge(trainable, frozen), keep=keep), exp, step=found)
 
 
 @dataclass(frozen=True)

@@ -122,12 +122,14 @@ def _eval(options: argparse.Namespace) -> None:
     from imgtune_jax import api, evals, report
 
     workdir = Path(options.workdir)
-    model = api.load(workdir, step=options.step)
+    model = api.load(workdir, step=options.step, keep=True)
     config = model.experiment.config
     chosen = options.only or list(config.evals)
     if unknown := sorted(set(chosen) - set(config.evals)):
         raise ValueError(f"no evaluator {unknown}; the run has: {', '.join(config.evals)}")
-    for name, evaluator in evals.build_evaluators({n: config.evals[n] for n in chosen}).items():
+    for name, evaluator in model.experiment.evaluators(
+        {n: config.evals[n] for n in chosen}
+    ).items():
         values = evaluator(model.encoders)
         record = evals.result_record(name, evaluator, values, model=config.name, step=model.step)
         evals.append_result(workdir / "results.jsonl", record)

