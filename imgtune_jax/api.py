@@ -15,7 +15,7 @@ from imgtune_jax import config as config_lib
 from imgtune_jax import data, interop
 from imgtune_jax.evals import zeroshot
 from imgtune_jax.evals.encoders import ModelEncoders
-from imgtune_jax.train import checkpoint, experiment, lock, loop
+from imgtune_jax.train import checkpoint, experiment, lock, setup
 
 Image = Any  # a path, a PIL image, or an array u8[h w] / u8[h w 3] / u8[h w 4]
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -136,7 +136,7 @@ def load(folder: str | Path, *, step: int | None = None, keep: bool = False) -> 
     if (exported := folder / "params.safetensors").is_file():
         params = interop.load_params(exported)
         return TunedModel(exp.encoders(params, keep=keep), exp, step=-1)
-    target, frozen_target = loop.abstract_split(exp)
+    target, frozen_target = setup.abstract_split(exp)
     trainable, digest, found = checkpoint.read_params(folder, step, target)
     frozen = checkpoint.read_frozen(folder, digest, frozen_target)
     return TunedModel(exp.encoders(lock.merge(trainable, frozen), keep=keep), exp, step=found)

@@ -26,12 +26,12 @@ class Batch:
     broken records: no loss, metric or gradient may depend on them.
     """
 
-    example_mask: Bool[Array, "b"]
+    example_mask: Bool[Array, " b"]
     image: UInt8[Array, "b h w c"] | None = None
     image_features: Float[Array, "b d"] | None = None
     text: Int[Array, "b l"] | None = None
     text_mask: Bool[Array, "b l"] | None = None
-    group: Int[Array, "b"] | None = None  # same value: any of the group's captions is right
+    group: Int[Array, " b"] | None = None  # same value: any of the group's captions is right
 
 
 @struct.dataclass

@@ -19,8 +19,8 @@ def check_finite(rows: Float[np.ndarray, "n d"], what: str) -> None:
 
 
 def checked_labels(
-    source: Source, valid: Bool[np.ndarray, "n"], *, num_classes: int
-) -> Int[np.ndarray, "m"]:
+    source: Source, valid: Bool[np.ndarray, " n"], *, num_classes: int
+) -> Int[np.ndarray, " m"]:
     """The labels of the readable records; raises ValueError for one that names no class."""
     labels = [describe(source, int(i)).label for i in np.flatnonzero(valid)]
     wrong = [label for label in labels if label is None or not 0 <= label < num_classes]

@@ -36,7 +36,7 @@ class ModelEncoders:
     partitioner: Partitioner
     image_is_locked: bool
     programs: dict[str, Callable[..., Any]]
-    kept: dict[str, tuple[Rows, Bool[np.ndarray, "n"]]] | None
+    kept: dict[str, tuple[Rows, Bool[np.ndarray, " n"]]] | None
 
     @classmethod
     def build(
@@ -86,12 +86,12 @@ class ModelEncoders:
         """What is added to the scaled similarities; None for a model that has none."""
         return float(self.params["logit_bias"]) if "logit_bias" in self.params else None
 
-    def images(self, source: Source, /) -> tuple[Rows, Bool[np.ndarray, "n"]]:
+    def images(self, source: Source, /) -> tuple[Rows, Bool[np.ndarray, " n"]]:
         """Unit-norm image embeddings in source order; False marks images that could not be read."""
         features, valid = self.features(source)
         return self._rows("head", (features,)), valid
 
-    def features(self, source: Source, /) -> tuple[Rows, Bool[np.ndarray, "n"]]:
+    def features(self, source: Source, /) -> tuple[Rows, Bool[np.ndarray, " n"]]:
         """The image tower's pooled output, before the head, in source order."""
         if self.kept is None:
             return self._pass(source)
@@ -112,7 +112,7 @@ class ModelEncoders:
         n = self.partitioner.batch_devices
         return -(-BATCH_SIZE // n) * n
 
-    def _pass(self, source: Source) -> tuple[Rows, Bool[np.ndarray, "n"]]:
+    def _pass(self, source: Source) -> tuple[Rows, Bool[np.ndarray, " n"]]:
         pipeline = data.Pipeline(
             source=source,
             transform=self.preprocess,

@@ -19,8 +19,8 @@ BIAS = 100.0  # a constant feature this large is hardly regularised
 
 
 def draw_shots(
-    labels: Int[np.ndarray, "n"], *, shots: int, num_classes: int, seed: int
-) -> Int[np.ndarray, "k"]:
+    labels: Int[np.ndarray, " n"], *, shots: int, num_classes: int, seed: int
+) -> Int[np.ndarray, " k"]:
     """`shots` examples of every class. More shots of one seed hold all those of fewer.
 
     Raises ValueError naming the classes that have too few.
@@ -38,12 +38,12 @@ def draw_shots(
 
 def few_shot_predictions(
     train: Float[np.ndarray, "n d"],
-    labels: Int[np.ndarray, "n"],
+    labels: Int[np.ndarray, " n"],
     test: Float[np.ndarray, "m d"],
     *,
     num_classes: int,
     l2: float,
-) -> Int[np.ndarray, "m"]:
+) -> Int[np.ndarray, " m"]:
     """Ridge regression from standardised features to one-hot labels in {-1, 1}; the largest wins.
 
     Computed in float64. Mean and deviation are those of the shots.

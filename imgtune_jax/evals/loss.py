@@ -22,11 +22,11 @@ def evaluation_loss(
     objective: Objective,
     image_emb: Float[np.ndarray, "n d"],
     text_emb: Float[np.ndarray, "n d"],
-    example_mask: Bool[np.ndarray, "n"],
+    example_mask: Bool[np.ndarray, " n"],
     *,
     logit_scale: float,
     logit_bias: float | None = None,
-    group: Int[np.ndarray, "n"] | None = None,
+    group: Int[np.ndarray, " n"] | None = None,
     batch_size: int | None = None,
 ) -> dict[str, float]:
     """`loss` and each of the objective's metrics, over fixed batches in order.

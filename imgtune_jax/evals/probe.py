@@ -24,13 +24,13 @@ class Logistic(NamedTuple):
     """A multinomial logistic regression: logits are `features @ weight + bias`."""
 
     weight: Float[np.ndarray, "d c"]
-    bias: Float[np.ndarray, "c"]
+    bias: Float[np.ndarray, " c"]
     converged: bool  # the largest gradient entry is below `tol`
 
 
 def fit_logistic(
     features: Float[np.ndarray, "n d"],
-    labels: Int[np.ndarray, "n"],
+    labels: Int[np.ndarray, " n"],
     *,
     num_classes: int,
     l2: float,
@@ -72,7 +72,7 @@ def fit_logistic(
 
 
 def _blocks(
-    features: Float[np.ndarray, "n d"], labels: Int[np.ndarray, "n"], chunk: int
+    features: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"], chunk: int
 ) -> tuple[Float[np.ndarray, "k c d"], Int[np.ndarray, "k c"], Float[np.ndarray, "k c"]]:
     """Rows with a 1 appended, their labels and 1/n weights, in blocks; padding weighs 0."""
     n = len(features)
@@ -132,8 +132,8 @@ def scale(
 
 
 def sweep(
-    train: tuple[Float[np.ndarray, "n d"], Int[np.ndarray, "n"]],
-    validation: tuple[Float[np.ndarray, "m d"], Int[np.ndarray, "m"]],
+    train: tuple[Float[np.ndarray, "n d"], Int[np.ndarray, " n"]],
+    validation: tuple[Float[np.ndarray, "m d"], Int[np.ndarray, " m"]],
     *,
     num_classes: int,
     l2s: Sequence[float],
@@ -217,7 +217,7 @@ class LinearProbe:
 
 def labelled_features(
     source: Source, *, encoders: Encoders, num_classes: int
-) -> tuple[Float[np.ndarray, "n d"], Int[np.ndarray, "n"]]:
+) -> tuple[Float[np.ndarray, "n d"], Int[np.ndarray, " n"]]:
     """Features and labels of the readable records."""
     features, valid = encoders.features(source)
     return features[valid], checked_labels(source, valid, num_classes=num_classes)

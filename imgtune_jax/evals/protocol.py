@@ -28,7 +28,7 @@ class Encoders(Protocol):
         """What is added to the scaled similarities; None for a model that has no bias."""
         ...
 
-    def images(self, source: Source, /) -> tuple[Float[np.ndarray, "n d"], Bool[np.ndarray, "n"]]:
+    def images(self, source: Source, /) -> tuple[Float[np.ndarray, "n d"], Bool[np.ndarray, " n"]]:
         """Unit-norm image embeddings, and which of them are of images that could be read."""
         ...
 
@@ -36,7 +36,9 @@ class Encoders(Protocol):
         """Unit-norm text embeddings."""
         ...
 
-    def features(self, source: Source, /) -> tuple[Float[np.ndarray, "n d"], Bool[np.ndarray, "n"]]:
+    def features(
+        self, source: Source, /
+    ) -> tuple[Float[np.ndarray, "n d"], Bool[np.ndarray, " n"]]:
         """The image tower's pooled output, before the head, for probes; and the same mask."""
         ...
 

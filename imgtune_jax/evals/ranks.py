@@ -25,16 +25,16 @@ class Ranks(NamedTuple):
     no query; `text_to_image` is in the order of the texts.
     """
 
-    image_to_text: Int[np.ndarray, "n"]
-    text_to_image: Int[np.ndarray, "m"]
+    image_to_text: Int[np.ndarray, " n"]
+    text_to_image: Int[np.ndarray, " m"]
 
 
 def retrieval_ranks(
     image_emb: Float[np.ndarray, "n d"],
     text_emb: Float[np.ndarray, "m d"],
-    image_of_text: Int[np.ndarray, "m"],
+    image_of_text: Int[np.ndarray, " m"],
     *,
-    image_group: Int[np.ndarray, "n"] | None = None,
+    image_group: Int[np.ndarray, " n"] | None = None,
     chunk: int = 1024,
     mesh: Mesh | None = None,
 ) -> Ranks:
@@ -80,7 +80,7 @@ def _checked_groups(
     text_emb: np.ndarray,
     image_of_text: np.ndarray,
     image_group: np.ndarray | None,
-) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "m"]]:
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]:
     """Number the groups from 0, for images and for texts; or say what does not fit."""
     if image_emb.ndim != 2 or text_emb.ndim != 2 or image_emb.shape[1] != text_emb.shape[1]:
         raise ValueError(
@@ -109,15 +109,15 @@ def _checked_groups(
 
 class _Block(NamedTuple):
     emb: Float[Any, "c d"]
-    group: Int[Any, "c"]  # -1: padding
-    index: Int[Any, "c"]  # the row's place in the caller's order, by which ties break
+    group: Int[Any, " c"]  # -1: padding
+    index: Int[Any, " c"]  # the row's place in the caller's order, by which ties break
 
 
 class _Best(NamedTuple):
     """The best right candidate of each query: its score (-inf: there is none), its index."""
 
-    score: Float[Any, "c"]
-    index: Int[Any, "c"]
+    score: Float[Any, " c"]
+    index: Int[Any, " c"]
 
 
 @dataclass(frozen=True)
@@ -190,11 +190,11 @@ def _first(a: _Best, b: _Best) -> _Best:
     return _Best(np.where(ahead, a.score, b.score), np.where(ahead, a.index, b.index))
 
 
-def _column(x: Shaped[Array, "t"]) -> Shaped[Array, "t 1"]:
+def _column(x: Shaped[Array, " t"]) -> Shaped[Array, "t 1"]:
     return x[:, None]
 
 
-def _row(x: Shaped[Array, "i"]) -> Shaped[Array, "1 i"]:
+def _row(x: Shaped[Array, " i"]) -> Shaped[Array, "1 i"]:
     return x[None, :]
 
 
@@ -218,7 +218,7 @@ def _best(scores: Float[Array, "t i"], texts: _Block, images: _Block) -> tuple[_
 
 def _count(
     scores: Float[Array, "t i"], texts: _Block, images: _Block, best_text: _Best, best_image: _Best
-) -> tuple[Int[Array, "t"], Int[Array, "i"]]:
+) -> tuple[Int[Array, " t"], Int[Array, " i"]]:
     """How many wrong ones of the block come before the best right one, by text and by image."""
     wrong = _column(texts.group) != _row(images.group)
 

@@ -19,10 +19,10 @@ from imgtune_jax.evals.ranks import retrieval_ranks
 def retrieval_metrics(
     image_emb: Float[np.ndarray, "n d"],
     text_emb: Float[np.ndarray, "m d"],
-    image_of_text: Int[np.ndarray, "m"],
+    image_of_text: Int[np.ndarray, " m"],
     *,
     ks: Sequence[int] = (1, 5, 10),
-    image_group: Int[np.ndarray, "n"] | None = None,
+    image_group: Int[np.ndarray, " n"] | None = None,
     chunk: int = 1024,
     mesh: Mesh | None = None,
 ) -> dict[str, float]:
@@ -61,7 +61,7 @@ def in_loop_names(metrics: Mapping[str, float], *, prefix: str = "val/") -> dict
 
 
 def _summary(
-    name: str, ranks: Int[np.ndarray, "n"], ks: Sequence[int], *, candidates: int
+    name: str, ranks: Int[np.ndarray, " n"], ks: Sequence[int], *, candidates: int
 ) -> dict[str, float]:
     recalls = {f"{name}_recall@{k}": float((ranks < k).mean()) for k in ks if k <= candidates}
     return recalls | {
@@ -111,8 +111,8 @@ class Retrieval:
         return metrics | {name: float(size) for name, size in sizes.items()}
 
     def pairs(
-        self, valid: Bool[np.ndarray, "n"]
-    ) -> tuple[list[str], Int[np.ndarray, "m"], Int[np.ndarray, "n"] | None]:
+        self, valid: Bool[np.ndarray, " n"]
+    ) -> tuple[list[str], Int[np.ndarray, " m"], Int[np.ndarray, " n"] | None]:
         """Captions, the place of each one's image among the valid ones, and the images' groups."""
         captions: list[str] = []
         image_of_text: list[int] = []
@@ -131,7 +131,7 @@ class Retrieval:
         return captions, np.asarray(image_of_text), _group_numbers(groups, self.use_groups)
 
 
-def _group_numbers(groups: list[int | None], use_groups: bool) -> Int[np.ndarray, "n"] | None:
+def _group_numbers(groups: list[int | None], use_groups: bool) -> Int[np.ndarray, " n"] | None:
     if not use_groups:
         return None
     if None in groups:

@@ -38,10 +38,10 @@ def class_embeddings(
 def true_class_ranks(
     emb: Float[np.ndarray, "n d"],
     class_emb: Float[np.ndarray, "c d"],
-    labels: Int[np.ndarray, "n"],
+    labels: Int[np.ndarray, " n"],
     *,
     chunk: int = 4096,
-) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
     """The predicted class, and how many classes come before the true one (0: it is predicted).
 
     Of equal scores the lower class comes first, as in an argmax. Only `chunk` rows of scores exist
@@ -68,15 +68,15 @@ class PerClass(NamedTuple):
     `zero_division=0`.
     """
 
-    precision: Float[np.ndarray, "c"]
-    recall: Float[np.ndarray, "c"]
-    f1: Float[np.ndarray, "c"]
-    support: Int[np.ndarray, "c"]
-    predicted: Int[np.ndarray, "c"]  # how often the class was predicted
+    precision: Float[np.ndarray, " c"]
+    recall: Float[np.ndarray, " c"]
+    f1: Float[np.ndarray, " c"]
+    support: Int[np.ndarray, " c"]
+    predicted: Int[np.ndarray, " c"]  # how often the class was predicted
 
 
 def per_class_scores(
-    predicted: Int[np.ndarray, "n"], labels: Int[np.ndarray, "n"], *, num_classes: int
+    predicted: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"], *, num_classes: int
 ) -> PerClass:
     """Count hits class by class."""
     support = np.bincount(labels, minlength=num_classes)
@@ -92,9 +92,9 @@ def per_class_scores(
 
 
 def classification_metrics(
-    predicted: Int[np.ndarray, "n"],
-    ranks: Int[np.ndarray, "n"],
-    labels: Int[np.ndarray, "n"],
+    predicted: Int[np.ndarray, " n"],
+    ranks: Int[np.ndarray, " n"],
+    labels: Int[np.ndarray, " n"],
     *,
     num_classes: int,
 ) -> dict[str, float]:

@@ -104,7 +104,7 @@ class Stack:
 
 
 # What stands behind the layers in any tower; everything else outside them is in front.
-TAIL = ("final_norm", "pool")
+TAIL = ("final_norm", "pool", "head", "classifier")
 
 
 def count_frozen_layers(is_frozen: Mapping[str, bool]) -> int:

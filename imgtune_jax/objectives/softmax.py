@@ -51,7 +51,7 @@ class Softmax:
         return total / jnp.maximum(count, 1), metrics
 
     def _one_way(
-        self, logits: Float[Array, "b b"], positive: Bool[Array, "b b"], valid: Bool[Array, "b"]
+        self, logits: Float[Array, "b b"], positive: Bool[Array, "b b"], valid: Bool[Array, " b"]
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """(summed nats, number of rows whose best column is a positive) over valid rows."""
         # A finite floor, not -inf: a wholly masked row must give 0 * finite, not 0 * nan.

@@ -29,8 +29,8 @@ class Gallery:
     captions: Sequence[str]
     image_emb: Float[np.ndarray, "n d"]
     text_emb: Float[np.ndarray, "m d"]
-    image_of_text: Int[np.ndarray, "m"]
-    image_group: Int[np.ndarray, "n"] | None = None
+    image_of_text: Int[np.ndarray, " m"]
+    image_group: Int[np.ndarray, " n"] | None = None
     language: str = "en"
 
     def __post_init__(self) -> None:
@@ -42,7 +42,7 @@ class Gallery:
                 f"{lengths[0]} thumbnails, {lengths[1]} captions, {lengths[2]} image_of_text"
             )
 
-    def groups(self) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "m"]]:
+    def groups(self) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]:
         """What an image and a caption must share to belong together."""
         of_image = np.arange(len(self.image_emb)) if self.image_group is None else self.image_group
         return np.asarray(of_image), np.asarray(of_image)[self.image_of_text]
@@ -195,7 +195,7 @@ def _answers(answer, hits: np.ndarray, k: int) -> tuple[list[Answer], Answer | N
     return shown, None if first < k else answer(first)
 
 
-def _heatmap(gallery: Gallery, images: Int[np.ndarray, "k"]) -> Heatmap:
+def _heatmap(gallery: Gallery, images: Int[np.ndarray, " k"]) -> Heatmap:
     of_image, of_text = gallery.groups()
     texts = [int(np.flatnonzero(gallery.image_of_text == i)[0]) for i in images]
     scores = gallery.text_emb[texts] @ gallery.image_emb[images].T

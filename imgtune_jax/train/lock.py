@@ -13,16 +13,10 @@ from typing import Any, TypeVar
 from flax import traverse_util
 
 from imgtune_jax import config as config_lib
+from imgtune_jax import models
 from imgtune_jax.types import Params
 
 V = TypeVar("V")
-
-# What feeds a tower's layers. All else outside `blocks_<n>` follows them: final norm, pooling.
-STEM = re.compile(
-    r"(?:image|text)/(?:patch_embed|pos_embed|class_token|registers|pre_norm|stem"
-    r"|token_embed|embed_norm)(?:/|$)"
-)
-
 
 # Statistics of a standardising head are measured, never trained.
 STATISTICS = re.compile(r"(?:image|text)_head/(?:.*/)?input_(?:mean|std)")
@@ -95,7 +89,7 @@ def _last_layers(paths: Sequence[str], n: int, tower: str) -> set[str]:
     free = set()
     for path in paths:
         layer = layer_index(path)
-        if not STEM.match(path) if layer is None else layer >= count - n:
+        if not is_stem(path) if layer is None else layer >= count - n:
             free.add(path)
     return free
 
@@ -104,6 +98,11 @@ def depth(paths: Iterable[str]) -> int:
     """How many layers a tower with these parameters has."""
     layers = [layer for layer in map(layer_index, paths) if layer is not None]
     return max(layers) + 1 if layers else 0
+
+
+def is_stem(path: str) -> bool:
+    """Does this tower parameter feed the layers (embeddings), not belong to or follow them?"""
+    return layer_index(path) is None and path.split("/")[1] not in models.TAIL
 
 
 def layer_index(path: str) -> int | None:

@@ -180,7 +180,7 @@ def layer_decay(factor: float, paths: Sequence[str]) -> dict[str, float]:
             layer = lock.layer_index(path)
             if layer is not None:
                 out[path] = factor ** (depth - layer)
-            elif lock.STEM.match(path):
+            elif lock.is_stem(path):
                 out[path] = factor ** (depth + 1)
     return out
 

@@ -29,7 +29,9 @@ def params():
         f"blocks_{i}": {"fc1": {"kernel": jax.random.normal(key, (64, 64)), "bias": jnp.ones(64)}}
         for i in range(2)
     }
-    return {"image": {"patch_embed": {"kernel": jnp.ones((4, 4))}, **blocks, "norm": jnp.ones(4)}}
+    return {
+        "image": {"patch_embed": {"kernel": jnp.ones((4, 4))}, **blocks, "final_norm": jnp.ones(4)}
+    }
 
 
 def build(cfg, total=10, warmup=0, cooldown=0):
@@ -94,7 +96,7 @@ def test_multipliers_scale_rate_and_decay_by_path():
         out["image"]["blocks_1"]["fc1"]["kernel"], before["image"]["blocks_1"]["fc1"]["kernel"]
     )
     decayed = updates(build(settings(weight_decay=0.5)), grad=0.0)
-    np.testing.assert_allclose(decayed["image"]["norm"], before["image"]["norm"])
+    np.testing.assert_allclose(decayed["image"]["final_norm"], before["image"]["final_norm"])
     kernel = before["image"]["blocks_0"]["fc1"]["kernel"]
     np.testing.assert_allclose(
         decayed["image"]["blocks_0"]["fc1"]["kernel"], kernel * 0.95**3, rtol=1e-5
@@ -107,7 +109,7 @@ def test_layer_decay_gives_each_layer_its_power():
     assert found["image/patch_embed/kernel"] == 0.5**3
     assert found[KERNEL] == 0.5**2
     assert found["image/blocks_1/fc1/bias"] == 0.5
-    assert found["image/norm"] == found["image_head/kernel"] == 1.0
+    assert found["image/final_norm"] == found["image_head/kernel"] == 1.0
     assert found["text/blocks_0/fc1/kernel"] == 0.5
 
 

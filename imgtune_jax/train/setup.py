@@ -1,0 +1,209 @@
+"""From a config and a folder to a run that is ready for its next step, new or resumed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from imgtune_jax import config as config_lib
+from imgtune_jax import data
+from imgtune_jax.config import Config
+from imgtune_jax.train import calibrate, checkpoint, experiment, lock, optim, state
+from imgtune_jax.types import Params, TrainState
+
+log = logging.getLogger("imgtune_jax.train")
+
+Features = Callable[
+    [experiment.Experiment, Params, data.Source], tuple[np.ndarray, np.ndarray]
+]  # -> (image features [views n d], valid [n])
+
+# A resumed run may change these: they do not change what is learnt.
+FREE_ON_RESUME = (
+    "baselines",
+    "cache.dir",
+    "checkpoint.",
+    "data.num_threads",
+    "data.num_workers",
+    "data.prefetch",
+    "eval_every.",
+    "evals",
+    "log_every",
+    "mesh.",
+)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The config's durations in steps; None means never."""
+
+    total: int
+    warmup: int
+    cooldown: int
+    eval_every: int | None
+    checkpoint_every: int | None
+
+    @classmethod
+    def of(cls, c: Config, num_examples: int) -> Steps:
+        """Of a config, on a data set of so many examples."""
+
+        def steps(d: config_lib.Duration) -> int | None:
+            return d.in_steps(batch_size=c.batch_size, num_examples=num_examples)
+
+        return cls(
+            total=steps(c.total) or 0,
+            warmup=steps(c.optim.warmup) or 0,
+            cooldown=steps(c.optim.cooldown) or 0,
+            eval_every=steps(c.eval_every),
+            checkpoint_every=steps(c.checkpoint.every),
+        )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that the loop starts from."""
+
+    experiment: experiment.Experiment
+    optimizer: optim.Optimizer
+    steps: Steps
+    pipeline: data.Pipeline
+    checkpoints: checkpoint.Checkpoints
+    state: TrainState
+    frozen: Params
+    frozen_digest: str
+    resumed: bool
+
+
+def prepare(config: Config, workdir: Path, features: Features | None) -> Prepared:
+    """Build everything, then start at step 0 or at the newest checkpoint of `workdir`.
+
+    Raises ValueError for a config whose parts do not fit, and when `workdir` holds another run.
+    """
+    _refuse_another_run(config, workdir)
+    exp = experiment.build(config)
+    exp.partitioner.check_batch_size(config.batch_size // config.accumulation, "microbatch")
+    source = data.build_source(config.data.source)
+    steps = Steps.of(config, len(source))
+    optimizer = optim.build(
+        config.optim,
+        list(exp.is_frozen),
+        total=steps.total,
+        warmup=steps.warmup,
+        cooldown=steps.cooldown,
+    )
+    _claim(config, workdir)  # only now: a config that cannot be built leaves no folder behind
+    checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint)
+    with_ema = config.optim.ema_decay is not None
+    factory = state.StateFactory(optimizer, exp.partitioner, with_ema=with_ema)
+    saved = checkpoints.latest_step()
+    if saved is None:
+        params = exp.init_params()
+        pipeline = _pipeline(exp, source, params, features)
+        started = _start(exp, factory, params, pipeline, workdir)
+    else:
+        started = _resume(exp, factory, checkpoints, saved, workdir)
+        pipeline = _pipeline(exp, source, started[1], features)
+    resumed = saved is not None
+    return Prepared(exp, optimizer, steps, pipeline, checkpoints, *started, resumed)
+
+
+def _refuse_another_run(config: Config, workdir: Path) -> None:
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    changed = {
+        k: v
+        for k, v in config_lib.differences(config_lib.read(path), config).items()
+        if not k.startswith(FREE_ON_RESUME)
+    }
+    if changed:
+        lines = [f"{k}: {old!r} there, {new!r} now" for k, (old, new) in changed.items()]
+        raise ValueError(
+            f"{workdir} holds a run with other settings; resume it with its own, or choose a new "
+            f"--workdir:\n  " + "\n  ".join(lines)
+        )
+
+
+def _claim(config: Config, workdir: Path) -> None:
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        temporary = workdir / "config.json.tmp"
+        config_lib.save(config, temporary)
+        temporary.replace(workdir / "config.json")
+
+
+def _start(
+    exp: experiment.Experiment,
+    factory: state.StateFactory,
+    params: Params,
+    pipeline: data.Pipeline,
+    workdir: Path,
+) -> tuple[TrainState, Params, str]:
+    """(state at step 0, frozen parameters, their digest); what a run keeps once is saved here."""
+    batches = map(exp.partitioner.put, pipeline.batches(0))
+    params = calibrate.calibrate(exp.model, params, batches, exp.partitioner)
+    trainable, frozen = lock.split(params, exp.is_frozen)
+    if not trainable:
+        raise ValueError("every parameter is locked (config.lock): there is nothing to train")
+    digest = checkpoint.save_frozen(workdir, frozen)
+    exp.tokenizer.save(workdir / "tokenizer")
+    return factory.create(trainable), frozen, digest
+
+
+def _resume(
+    exp: experiment.Experiment,
+    factory: state.StateFactory,
+    checkpoints: checkpoint.Checkpoints,
+    step: int,
+    workdir: Path,
+) -> tuple[TrainState, Params, str]:
+    """(state, frozen parameters, their digest) of a saved step, laid out on today's mesh."""
+    trainable, frozen_target = abstract_split(exp)
+    restored, record = checkpoints.restore(step, factory.abstract(trainable))
+    frozen = checkpoint.read_frozen(workdir, record["frozen"], frozen_target)
+    log.info("resuming %s at step %d", workdir, step)
+    return restored, frozen, record["frozen"]
+
+
+def abstract_split(exp: experiment.Experiment) -> tuple[Params, Params]:
+    """(trainable, frozen) trees of ShapeDtypeStructs with shardings."""
+    shardings = exp.partitioner.shardings(exp.abstract_params)
+    placed = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        exp.abstract_params,
+        shardings,
+    )
+    return lock.split(placed, exp.is_frozen)
+
+
+def _pipeline(
+    exp: experiment.Experiment, source: data.Source, frozen: Params, features: Features | None
+) -> data.Pipeline:
+    c = exp.config
+    values, valid = None, None
+    if c.cache.enabled and exp.image_is_locked():
+        if features is None:
+            raise ValueError("config.cache.enabled, and run() was given no way to compute features")
+        values, valid = features(exp, frozen, source)
+    return data.Pipeline(
+        source=source,
+        transform=data.build_transform(c.data.transforms or c.preprocess),
+        tokenizer=exp.tokenizer,
+        captions=c.data.captions,
+        batch_size=c.batch_size,
+        seed=c.seed,
+        shuffle=True,
+        host_index=jax.process_index(),
+        host_count=jax.process_count(),
+        num_threads=c.data.num_threads,
+        num_workers=c.data.num_workers,
+        prefetch=c.data.prefetch,
+        max_bad_fraction=c.data.max_bad_fraction,
+        min_records=c.data.min_records,
+        features=values,
+        valid=valid,
+    )
