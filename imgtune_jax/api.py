@@ -130,7 +130,7 @@ def load(folder: str | Path, *, step: int | None = None, keep: bool = False) -> 
     With `keep`, the image features of a data set stay in memory for the next evaluator.
     Raises FileNotFoundError when there is no such folder or checkpoint.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     config = config_lib.read(folder / "config.json")
     exp = experiment.build(config, tokenizer_dir=folder / "tokenizer")
     if (exported := folder / "params.safetensors").is_file():

@@ -100,6 +100,8 @@ def test_a_saved_step_can_be_chosen(run, model):
     first = imgtune_jax.load(run, step=1)
     assert (first.step, model.step) == (1, 2)
     assert np.any(first.encode_text("a dog") != model.encode_text("a dog"))
+    nearby = Path(os.path.relpath(run, ROOT))
+    assert np.all(imgtune_jax.load(nearby).encode_text("a dog") == model.encode_text("a dog"))
     with pytest.raises(FileNotFoundError, match=r"saved steps: \[1, 2\]"):
         imgtune_jax.load(run, step=7)
 

@@ -56,6 +56,7 @@ def run(
     Raises ValueError when `workdir` holds another run, NotFiniteError when the loss is not finite,
     data.TooManyBadRecords when the data is.
     """
+    workdir = workdir.absolute()  # Orbax takes no other
     p = setup.prepare(config, workdir, features)
     start, is_first_host = int(p.state.step), jax.process_index() == 0
     checkpoint.truncate_jsonl(workdir / "results.jsonl", start if p.resumed else -1)

@@ -20,6 +20,7 @@ EXAMPLES = {
     "grayscale": {"p": 0.5},
     "rotate": {"degrees": 20},
     "pad": {"padding": 3},
+    "random_apply": {"p": 0.5, "transforms": [{"name": "rotate", "degrees": 20}]},
 }
 
 
@@ -53,6 +54,18 @@ def test_clip_preprocessing_is_equal_to_the_bit(shape, size):
          {"name": "center_crop", "size": size}]
     )  # fmt: skip
     np.testing.assert_array_equal(ours(decode(out.getvalue())), clip_eval(image, size))
+
+
+def test_random_apply_does_all_or_nothing():
+    inner = [{"name": "pad", "padding": 3}, {"name": "center_crop", "size": 32}]
+    changed = build_transform(inner)(WIDE)
+    for p, wanted in ((0.0, WIDE), (1.0, changed)):
+        ours = build_transform([{"name": "random_apply", "p": p, "transforms": inner}])
+        np.testing.assert_array_equal(ours(WIDE, rng(0)), wanted)
+    half = build_transform([{"name": "random_apply", "p": 0.5, "transforms": inner}])
+    shapes = [half(WIDE, rng(i)).shape for i in range(60)]
+    assert set(shapes) == {WIDE.shape, changed.shape}
+    assert 15 < shapes.count(WIDE.shape) < 45
 
 
 def test_every_transform_of_the_table_has_an_example():

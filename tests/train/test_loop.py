@@ -148,6 +148,13 @@ def test_checkpoints_hold_no_locked_parameter(tmp_path):
     assert list((tmp_path / "frozen").iterdir())
 
 
+def test_a_relative_workdir_works(tmp_path, monkeypatch):
+    os.symlink(ROOT / "corpora", tmp_path / "corpora")
+    monkeypatch.chdir(tmp_path)
+    loop.run(settings(**{"total.steps": 1}), Path("runs/here"))
+    assert checkpoint.saved_steps(tmp_path / "runs" / "here") == [1]
+
+
 def test_another_config_in_the_same_folder_is_refused(tmp_path):
     loop.run(settings(**{"total.steps": 1}), tmp_path)
     with pytest.raises(ValueError, match=r"optim\.lr: 0\.001 there, 0\.5 now"):
