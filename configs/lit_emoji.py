@@ -48,7 +48,7 @@ def get_config() -> Any:
     c.batch_size = 512
     c.total = base.duration(epochs=15)
     c.optim.args.b2 = 0.98
-    c.optim.warmup = base.duration(steps=9)
+    c.optim.warmup = base.duration(epochs=1.5)
     c.optim.weight_decay = 0.05
     c.optim.lr_multipliers = (("(image|text)/.*", 0.1), (".*", 1.0))
     c.checkpoint.every = base.duration(steps=50)
