@@ -45,5 +45,7 @@ def use(c: Any) -> None:
 
 def ridge(c: Any) -> Any:
     """The ridge baseline on each test, from the same towers and training data."""
-    fields = dict(name="ridge_retrieval", train_source=c.data.source, caption_set="name")
+    fields = dict(
+        name="ridge_retrieval", train_source=c.data.source, caption_set="name", standardize=False
+    )
     return ConfigDict({k: dict(fields, source=v) for k, v in tests().items()})

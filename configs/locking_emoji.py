@@ -25,8 +25,8 @@ def get_config(arm: str = "locked") -> Any:
     c.preprocess = (dict(name="resize", size=64, mode="squash"),)
     c.data.transforms = (dict(name="random_resized_crop", size=64, scale=(0.7, 1.0)),)
     c.batch_size = 256
-    c.total = base.duration(epochs=4)
-    c.cache.views = 4
+    c.total = base.duration(epochs=3)
+    c.cache.views = 3
     c.baselines = ConfigDict()
     if arm != "locked":
         c["lock"].image = False
