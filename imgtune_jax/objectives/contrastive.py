@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -48,6 +49,7 @@ def embeddings(outputs: Outputs, term: str) -> tuple[Float[Array, "b d"], Float[
         raise ValueError(
             f"objective {term!r} needs both embeddings; the model gave no {missing}_emb"
         )
+    chex.assert_equal_shape([outputs.image_emb, outputs.text_emb])
     return outputs.image_emb, outputs.text_emb
 
 
