@@ -37,7 +37,22 @@ def train(argv: Sequence[str] | None = None) -> None:
     config_flags.DEFINE_config_file("config", None, "the experiment, e.g. configs/lit_emoji.py")
     flags.DEFINE_string("workdir", None, "folder of this run; an existing run in it is resumed")
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(_train, argv=arguments)
+    app.run(_train, argv=arguments, flags_parser=_parse_flags)
+
+
+def _parse_flags(arguments: list[str]) -> list[str]:
+    """absl's parsing, with a wrong config file or key as one message."""
+    from absl import flags
+
+    for argument in arguments:
+        if argument.startswith("--config="):
+            path = argument.removeprefix("--config=").partition(":")[0]
+            if not Path(path).is_file():
+                raise SystemExit(f"imgtune: no config at {path!r}; try configs/debug.py")
+    try:
+        return flags.FLAGS(arguments)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise SystemExit(f"imgtune: {' '.join(str(error).split())}") from None
 
 
 def _train(argv: Sequence[str]) -> None:

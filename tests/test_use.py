@@ -163,6 +163,22 @@ def test_a_mistake_ends_in_one_message(arguments, says):
         cli.main(arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--config=configs/nope.py"], "no config at 'configs/nope.py'"),
+        (["--config=configs/debug.py", "--config.batch_sze=3"], 'Did you mean "batch_size"'),
+        (["--config=configs/debug.py", "--config.optim.name=adm"], "known: adamw"),
+    ],
+)
+def test_a_mistake_in_training_ends_in_one_message(arguments, says, tmp_path):
+    command = [sys.executable, "train.py", f"--workdir={tmp_path / 'run'}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode != 0
+    assert says in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("command", ["train", "eval", "embed", "search", "classify", "info"])
 def test_every_command_has_help(command):
     code = f"from imgtune_jax.cli import main; main(['{command}', '--help'])"
