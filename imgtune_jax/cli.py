@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import logging
 import os
 import sys
@@ -49,9 +50,15 @@ def _parse_flags(arguments: list[str]) -> list[str]:
             path = argument.removeprefix("--config=").partition(":")[0]
             if not Path(path).is_file():
                 raise SystemExit(f"imgtune: no config at {path!r}; try configs/debug.py")
+    # `lock` is a method of ConfigDict, which its flags would find in place of our group.
+    prefix = "--config.lock."
+    ours = [a.removeprefix(prefix).partition("=") for a in arguments if a.startswith(prefix)]
     try:
-        return flags.FLAGS(arguments)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        rest = flags.FLAGS([a for a in arguments if not a.startswith(prefix)])
+        for key, _, value in ours:
+            flags.FLAGS.config["lock"][key] = ast.literal_eval(value)
+        return rest
+    except (AttributeError, KeyError, SyntaxError, TypeError, ValueError) as error:
         raise SystemExit(f"imgtune: {' '.join(str(error).split())}") from None
 
 
