@@ -54,7 +54,9 @@ def _parse_flags(arguments: list[str]) -> list[str]:
     prefix = "--config.lock."
     ours = [a.removeprefix(prefix).partition("=") for a in arguments if a.startswith(prefix)]
     try:
-        rest = flags.FLAGS([a for a in arguments if not a.startswith(prefix)])
+        # config_flags looks for overrides in sys.argv itself, whatever it is given.
+        sys.argv = [a for a in arguments if not a.startswith(prefix)]
+        rest = flags.FLAGS(sys.argv)
         for key, _, value in ours:
             flags.FLAGS.config["lock"][key] = ast.literal_eval(value)
         return rest
