@@ -11,6 +11,15 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 
+class Settings(ConfigDict):
+    """A ConfigDict whose `lock` is our group, on the command line too, not the method `lock()`."""
+
+    @property
+    def lock(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """What does not train."""
+        return self["lock"]
+
+
 def duration(steps=None, epochs=None, examples=None) -> Any:
     """A length in one of three units; all three None means never."""
     d: Any = ConfigDict()
@@ -22,7 +31,7 @@ def duration(steps=None, epochs=None, examples=None) -> Any:
 
 def get_config() -> Any:
     """The base config."""
-    c: Any = ConfigDict()
+    c: Any = Settings()
     c.name = "base"
     c.seed = 0
     c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
@@ -42,7 +51,6 @@ def get_config() -> Any:
     c.model.image_std = (127.5, 127.5, 127.5)
     c.weights = ConfigDict(dict(image={}, text={}))  # {} = random
 
-    # By item: `c.lock` is ConfigDict's own method. On the command line it is --config.lock.image.
     c["lock"] = ConfigDict(
         dict(
             image=False,

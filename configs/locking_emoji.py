@@ -29,7 +29,7 @@ def get_config(arm: str = "locked") -> Any:
     c.cache.views = 3
     c.baselines = ConfigDict()
     if arm != "locked":
-        c["lock"].image = False
+        c.lock.image = False
     if arm == "scratch":
         c.optim.lr_multipliers = (("text/.*", 0.1), (".*", 1.0))
         c.model.image = ConfigDict(dict(name="vit", variant="Ti/16", pool="mean"))

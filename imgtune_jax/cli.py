@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,38 +29,34 @@ Train, or go on training: the same command resumes the run in DIR.
 def train(argv: Sequence[str] | None = None) -> None:
     """Entry of `train.py` and `imgtune train`: flags → config → train.loop.run → report."""
     from absl import app, flags
-    from ml_collections import config_flags
 
     arguments = list(sys.argv if argv is None else argv)
     if {"-h", "--help"} & set(arguments):
         print(TRAIN_HELP)
         return
-    config_flags.DEFINE_config_file("config", None, "the experiment, e.g. configs/lit_emoji.py")
-    flags.DEFINE_string("workdir", None, "folder of this run; an existing run in it is resumed")
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(_train, argv=arguments, flags_parser=_parse_flags)
+    app.run(_train, argv=arguments, flags_parser=partial(parse_flags, flags.FLAGS))
 
 
-def _parse_flags(arguments: list[str]) -> list[str]:
-    """absl's parsing, with a wrong config file or key as one message."""
+def parse_flags(values: Any, arguments: list[str]) -> list[str]:
+    """Set absl's `values.config` and `values.workdir`; return what is left of the arguments.
+
+    Raises SystemExit with one message when the config's file, or a key, does not exist.
+    """
     from absl import flags
+    from ml_collections import config_flags
 
+    example = "the experiment, e.g. configs/lit_emoji.py"
+    config_flags.DEFINE_config_file("config", None, example, flag_values=values, sys_argv=arguments)
+    flags.DEFINE_string("workdir", None, "this run's folder; a run in it is resumed", values)
+    flags.mark_flags_as_required(["config", "workdir"], values)
     for argument in arguments:
         if argument.startswith("--config="):
             path = argument.removeprefix("--config=").partition(":")[0]
             if not Path(path).is_file():
                 raise SystemExit(f"imgtune: no config at {path!r}; try configs/debug.py")
-    # `lock` is a method of ConfigDict, which its flags would find in place of our group.
-    prefix = "--config.lock."
-    ours = [a.removeprefix(prefix).partition("=") for a in arguments if a.startswith(prefix)]
     try:
-        # config_flags looks for overrides in sys.argv itself, whatever it is given.
-        sys.argv = [a for a in arguments if not a.startswith(prefix)]
-        rest = flags.FLAGS(sys.argv)
-        for key, _, value in ours:
-            flags.FLAGS.config["lock"][key] = ast.literal_eval(value)
-        return rest
-    except (AttributeError, KeyError, SyntaxError, TypeError, ValueError) as error:
+        return values(arguments)
+    except (flags.Error, AttributeError, KeyError, SyntaxError, TypeError, ValueError) as error:
         raise SystemExit(f"imgtune: {' '.join(str(error).split())}") from None
 
 

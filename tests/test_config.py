@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
+from absl import flags
 
-from imgtune_jax import config
+from imgtune_jax import cli, config
 
 ROOT = Path(__file__).parents[1]
 # emoji.py is what configs share, not one itself
@@ -38,6 +39,21 @@ def test_a_variant_states_only_its_difference(path):
     assert path.stem == "base" or ".get_config()" in source
     assert path.stem == "base" or len(source.splitlines()) <= 60
     assert '"""' in source[:3], "a config's docstring says command, time and expected result"
+
+
+@pytest.mark.parametrize("given", [["--config.lock.image=False"], ["--noconfig.lock.image"]])
+def test_every_group_can_be_set_on_the_command_line(given):
+    """`lock` too, though ConfigDict has a method of that name."""
+    values = flags.FlagValues()
+    command = ["train.py", f"--config={ROOT / 'configs' / 'lit_emoji.py'}", "--workdir=w"]
+    rest = cli.parse_flags(values, [*command, *given, "--config.optim.lr=0.5", "rest"])
+    found = config.parse(values.config)
+    plain = config.parse(load(ROOT / "configs" / "lit_emoji.py"))
+    assert rest == ["train.py", "rest"] and values.workdir == "w"
+    assert config.differences(plain, found) == {
+        "lock.image": (True, False),
+        "optim.lr": (0.001, 0.5),
+    }
 
 
 def test_json_round_trip_is_the_identity(tmp_path):

@@ -168,6 +168,9 @@ def test_a_mistake_ends_in_one_message(arguments, says):
     [
         (["--config=configs/nope.py"], "no config at 'configs/nope.py'"),
         (["--config=configs/debug.py", "--config.batch_sze=3"], 'Did you mean "batch_size"'),
+        (["--config=configs/debug.py", "--config.lock.imag=True"], 'Did you mean "image"'),
+        (["--config=configs/debug.py", "--config.lock.image=maybe"], "lock.image"),
+        (["--config=configs/debug.py", "--wrkdir=x"], "wrkdir"),
         (["--config=configs/debug.py", "--config.optim.name=adm"], "known: adamw"),
     ],
 )
