@@ -1,9 +1,9 @@
 """How much locking helps: all arms of configs/locking_emoji.py, several seeds.
 
-python benchmarks/locking.py [--seeds 3] [--output runs/locking]
+python benchmarks/locking.py [--seeds 3] [--full] [--output runs/locking]
 
 Prints a Markdown table of means and standard deviations over seeds, with the median wall time of a
-run, and writes it as JSON. A finished run is not run again.
+run, and writes it as JSON. A finished run is not run again. --full: as long as the demo.
 """
 
 import argparse
@@ -50,14 +50,16 @@ def main() -> None:
     """Run all arms and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--full", action="store_true", help="the demo's size; an hour a seed")
     parser.add_argument("--output", type=Path, default=Path("runs/locking"))
     options = parser.parse_args()
     rows: dict[str, list[list[float]]] = {}
     seconds: dict[str, list[float]] = {}
     for seed in range(options.seeds):
         for arm in ARMS:
-            workdir = options.output / f"{arm}_seed{seed}"
-            run(arm, workdir, seed)
+            form = f"{arm}-full" if options.full else arm
+            workdir = options.output / f"{form}_seed{seed}"
+            run(form, workdir, seed)
             rows.setdefault(arm, []).append(recalls(workdir))
             seconds.setdefault(arm, []).append(float((workdir / "seconds").read_text()))
     print("| image tower | " + " | ".join(c[2] for c in COLUMNS) + " | seconds a run |")

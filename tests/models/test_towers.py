@@ -193,19 +193,6 @@ def test_positions_resize_keeps_a_constant_and_refuses_no_square():
         positions.resize(constant, 24)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("kernel", [3, 5])
-@pytest.mark.parametrize("size", [7, 8])
-def test_shifted_and_grouped_depthwise_convolutions_are_equal(size, kernel, stride):
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(2, size, size + 1, 6)), jnp.float32)
-    w = jnp.asarray(rng.normal(size=(kernel, kernel, 1, 6)), jnp.float32)
-    shifted, grouped = (
-        conv.depthwise(x, w, stride=stride, mode=mode) for mode in ("shifted", "grouped")
-    )
-    np.testing.assert_allclose(shifted, grouped, rtol=1e-5, atol=1e-5)
-
-
 def test_group_norm_equals_numpy():
     x = np.random.default_rng(0).normal(3, 2, (2, 4, 5, 12)).astype(np.float32)
     norm = conv.GroupNorm(group_size=4)
