@@ -130,6 +130,7 @@ class _Side:
 
     @classmethod
     def of(cls, emb: np.ndarray, group: np.ndarray, *, chunk: int, multiple: int) -> _Side:
+        """Blocks of at most `chunk` rows, rounded up to a `multiple` that the devices divide."""
         rows = len(emb)
         size = -(-rows // -(-rows // chunk))  # even blocks: the last is not mostly padding
         size = -(-size // multiple) * multiple

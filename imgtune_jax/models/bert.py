@@ -9,12 +9,12 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from imgtune_jax.models import init, layers, pooling, sizes
-from imgtune_jax.models.stack import Stack
+from imgtune_jax.models.transformer import Transformer
 
 INIT = init.normal(0.02)
 
 
-class Bert(nn.Module):
+class Bert(Transformer):
     """Token ids to a vector: masked mean of the last layer (MiniLM) or its first token.
 
     Padding, where `text_mask` is False, is seen by no token. The embedding of token type 0 is part
@@ -38,12 +38,6 @@ class Bert(nn.Module):
     pool: Literal["mean", "cls"] = "mean"
     act: str = "gelu"
     norm_epsilon: float = 1e-12
-    dropout: float = 0.0
-    dtype: layers.Dtype = jnp.float32
-    remat: bool = False
-    scan: bool = False
-    num_frozen_layers: int = 0
-    constrain: layers.Constrain = layers.no_constraint
 
     @classmethod
     def variant_fields(cls, variant: str) -> dict[str, Any]:
@@ -60,19 +54,7 @@ class Bert(nn.Module):
                 "truncate in the tokenizer"
             )
         x = self._embed(text, train=train and self.num_frozen_layers == 0)
-        stack = Stack(self.depth, self.scan, self.remat, self.num_frozen_layers, self.constrain)
-        block = layers.Block(
-            self.num_heads,
-            self.mlp_dim,
-            post_norm=True,
-            act=self.act,
-            norm_epsilon=self.norm_epsilon,
-            dropout=self.dropout,
-            dtype=self.dtype,
-            kernel_init=INIT,
-            parent=None,
-        )
-        x = stack(self, block, x, text_mask, train=train)
+        x = self.run_blocks(x, text_mask, train=train, post_norm=True, kernel_init=INIT)
         if self.pool not in ("mean", "cls"):
             raise ValueError(f"bert pool={self.pool!r}; want 'mean' or 'cls'")
         pooled = pooling.masked_mean(x, text_mask) if self.pool == "mean" else x[:, 0]

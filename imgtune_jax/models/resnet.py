@@ -73,6 +73,7 @@ class ResNet(nn.Module):
         return sizes.lookup(cls.VARIANTS, variant, "resnet")
 
     def setup(self):
+        """Declares the stem, four stages of blocks and, where asked for, the classifier."""
         self.stem = conv.ConvNorm(
             self.width,
             7,

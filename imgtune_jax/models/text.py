@@ -9,10 +9,10 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from imgtune_jax.models import init, layers, pooling, sizes
-from imgtune_jax.models.stack import Stack
+from imgtune_jax.models.transformer import Transformer
 
 
-class TextTransformer(nn.Module):
+class TextTransformer(Transformer):
     """Token ids to a vector.
 
     `pool` is one of
@@ -42,12 +42,6 @@ class TextTransformer(nn.Module):
     pool: Literal["eot", "last", "first", "mean", "attention"] = "eot"
     act: str = "gelu"
     norm_epsilon: float = 1e-5
-    dropout: float = 0.0
-    dtype: layers.Dtype = jnp.float32
-    remat: bool = False
-    scan: bool = False
-    num_frozen_layers: int = 0
-    constrain: layers.Constrain = layers.no_constraint
 
     @classmethod
     def variant_fields(cls, variant: str) -> dict[str, Any]:
@@ -60,18 +54,8 @@ class TextTransformer(nn.Module):
     ) -> pooling.TowerOutput:
         self._check(text)
         x = self._embed(text, train=train and self.num_frozen_layers == 0)
-        stack = Stack(self.depth, self.scan, self.remat, self.num_frozen_layers, self.constrain)
-        block = layers.Block(
-            self.num_heads,
-            self.mlp_dim,
-            causal=self.causal,
-            act=self.act,
-            norm_epsilon=self.norm_epsilon,
-            dropout=self.dropout,
-            dtype=self.dtype,
-            parent=None,
-        )
-        x = stack(self, block, x, text_mask if self.mask_padding else None, train=train)
+        mask = text_mask if self.mask_padding else None
+        x = self.run_blocks(x, mask, train=train, causal=self.causal)
         x = layers.LayerNorm(self.norm_epsilon, name="final_norm")(x)
         pooled = self._pool(x, text_mask, train=train and self.num_frozen_layers != -1)
         return pooling.TowerOutput(pooled, x)
@@ -106,15 +90,7 @@ class TextTransformer(nn.Module):
         if self.pool == "mean":
             return pooling.masked_mean(x, mask)
         if self.pool == "attention":
-            return pooling.AttentionPool(
-                self.num_heads,
-                self.mlp_dim,
-                self.act,
-                self.norm_epsilon,
-                self.dropout,
-                self.dtype,
-                name="pool",
-            )(x, mask, train=train)
+            return self.attention_pool(x, mask, train=train)
         raise ValueError(
             f"text_transformer pool={self.pool!r}; want 'eot', 'last', 'first', 'mean' or "
             "'attention'"

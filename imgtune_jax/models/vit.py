@@ -10,12 +10,12 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from imgtune_jax.models import init, layers, pooling, positions, sizes
-from imgtune_jax.models.stack import Stack
+from imgtune_jax.models.transformer import Transformer
 
 POOLS = ("cls", "mean", "mean_all", "attention")
 
 
-class ViT(nn.Module):
+class ViT(Transformer):
     """Normalised square images to a vector; tokens are [cls, registers, patches].
 
     `pool` is "cls", "mean" (patches only), "mean_all" (class token and registers too) or
@@ -49,13 +49,7 @@ class ViT(nn.Module):
     final_norm: Literal["before_pool", "after_pool", "none"] = "before_pool"
     act: str = "gelu_tanh"
     norm_epsilon: float = 1e-6
-    dropout: float = 0.0
     patch_dropout: float = 0.0
-    dtype: layers.Dtype = jnp.float32
-    remat: bool = False
-    scan: bool = False
-    num_frozen_layers: int = 0
-    constrain: layers.Constrain = layers.no_constraint
 
     @classmethod
     def variant_fields(cls, variant: str) -> dict[str, Any]:
@@ -66,17 +60,7 @@ class ViT(nn.Module):
     def __call__(self, image: Float[Array, "b h w c"], *, train: bool) -> pooling.TowerOutput:
         self._check(image)
         x = self._embed(image, train=train and self.num_frozen_layers == 0)
-        stack = Stack(self.depth, self.scan, self.remat, self.num_frozen_layers, self.constrain)
-        block = layers.Block(
-            self.num_heads,
-            self.mlp_dim,
-            act=self.act,
-            norm_epsilon=self.norm_epsilon,
-            dropout=self.dropout,
-            dtype=self.dtype,
-            parent=None,
-        )
-        x = stack(self, block, x, train=train)
+        x = self.run_blocks(x, train=train)
         return self._pool(x, train=train and self.num_frozen_layers != -1)
 
     def _check(self, image: Float[Array, "b h w c"]) -> None:
@@ -139,15 +123,7 @@ class ViT(nn.Module):
         if self.pool == "cls":
             pooled = x[:, 0]
         elif self.pool == "attention":
-            pooled = pooling.AttentionPool(
-                self.num_heads,
-                self.mlp_dim,
-                self.act,
-                self.norm_epsilon,
-                self.dropout,
-                self.dtype,
-                name="pool",
-            )(x, train=train)
+            pooled = self.attention_pool(x, train=train)
         else:
             skip = self.class_token + self.num_registers if self.pool == "mean" else 0
             pooled = x[:, skip:].mean(1)

@@ -37,6 +37,7 @@ def make_train_step(
     """
 
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Scalars]:
+        """Gradients, update, averaged weights, metrics."""
         rng = jax.random.fold_in(key, state.step)
 
         def trainable_forward(params: Params, batch: Batch, rng: jax.Array) -> Outputs:

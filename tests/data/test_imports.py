@@ -29,9 +29,15 @@ assert batch["image"].shape == (4, 8, 8, 3)
 """
 
 
+def run(code, *arguments):
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+
+
 def test_importing_the_room_claims_no_device_and_loads_no_framework():
-    subprocess.run([sys.executable, "-c", CODE], check=True)
+    done = run(CODE)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_room_works_where_jax_is_not_installed(source):
-    subprocess.run([sys.executable, "-c", WITHOUT_JAX, source.path], check=True)
+    done = run(WITHOUT_JAX, source.path)
+    assert done.returncode == 0, done.stderr
