@@ -77,7 +77,7 @@ def get_config() -> Any:
     c.data.prefetch = 4
     c.data.max_bad_fraction = 0.1
     c.data.min_records = 1000
-    c.cache = ConfigDict(dict(enabled=False, views=1, dir="runs/cache"))
+    c.cache = ConfigDict(dict(path=placeholder(str), dtype="bfloat16", image_views=1, text_views=0))
 
     c.batch_size = 256
     c.accumulation = 1

@@ -43,4 +43,4 @@ def _shorten(c: Any) -> None:
     c.data.transforms = (dict(name="random_resized_crop", size=64, scale=(0.7, 1.0)),)
     c.batch_size = 256
     c.total = base.duration(epochs=3)
-    c.cache.views = 3
+    c.cache.image_views = 3

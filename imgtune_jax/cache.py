@@ -1,105 +1,231 @@
-"""The locked tower is a function of its input, so compute it once.
+"""The locked part of a tower is a function of its input, so compute it once.
 
-`features` returns the image tower's pooled outputs for `views` seeded augmentations of every
-training image. The stored file is named by a digest of all that the values depend on: locked
-weights, architecture, preprocessing, augmentation, seed, views and data. A wrong one cannot be
-served, and every run with the same key shares it.
+What it gives is stored under a digest of all that it depends on: the locked weights, the
+architecture, preprocessing and augmentation, the views and their seed, and the data. A wrong store
+cannot be served, and every run with the same key shares one. Training fills it on its way: in the
+first epoch of each view the locked part is run batch by batch, later its rows are read. `build`
+does the same ahead of time.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import json
 import logging
 import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from imgtune_jax import data
-from imgtune_jax.train import checkpoint
-from imgtune_jax.train.experiment import Experiment
-from imgtune_jax.types import Params
+from imgtune_jax.data.store import differing
+from imgtune_jax.train import checkpoint, lock
+from imgtune_jax.train.experiment import TOWERS, Experiment
+from imgtune_jax.train.feed import PlainFeed
+from imgtune_jax.types import Batch, Params
 
 log = logging.getLogger("imgtune_jax.cache")
 
 
-def key(experiment: Experiment, params: Params, source: data.Source) -> str:
-    """Digest of everything that a cached value depends on."""
-    c = experiment.config
+@dataclass(frozen=True)
+class CachedFeed:
+    """A Feed whose batches bring what the locked part of each tower in `pipeline.stores` gave."""
+
+    pipeline: data.Pipeline
+    programs: Mapping[str, Callable[[Batch], jax.Array]]
+    exp: Experiment
+
+    @property
+    def stores(self) -> Mapping[str, data.FeatureStore]:
+        """The stores, by tower."""
+        return self.pipeline.stores
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """Where the stores are, by tower."""
+        return {tower: str(store.folder.absolute()) for tower, store in self.stores.items()}
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """Batches start, start + 1, … without end, filling the stores where rows are missing.
+
+        Whether a batch is read or computed is decided epoch by epoch, alike on all hosts.
+        """
+        while True:
+            stop = self.pipeline.epoch_end(start)
+            if all(store.complete().all() for store in self.stores.values()):
+                stop = data.ENDLESS
+            for local in self.pipeline.batches(start, stop):
+                yield self._with_features(local)
+            self.flush()
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("features are on disk")
+            for store in self.stores.values():
+                store.refresh()
+            start = stop
+
+    def flush(self) -> None:
+        """Put the rows that were computed on disk."""
+        for store in self.stores.values():
+            store.flush()
+
+    def needs(self, path: str) -> bool:
+        """Not the parameters of a cached part."""
+        return path.partition("/")[0] not in self.stores or not self.exp.model.is_front(path)
+
+    def _with_features(self, local: data.NumpyBatch) -> Batch:
+        put = self.exp.partitioner.put
+        missing = [t for t in self.stores if f"{t}_features" not in local]
+        if missing:
+            placed = put(local)
+            local |= {f"{t}_features": self._computed(t, local, placed) for t in missing}
+        if "image" in self.stores:
+            local.pop("image", None)
+        return put(local)
+
+    def _computed(self, tower: str, local: data.NumpyBatch, placed: Batch) -> np.ndarray:
+        """This host's rows, as they will be read from the store they go into."""
+        store, views, good = self.stores[tower], local[f"{tower}_view"], local[f"{tower}_good"]
+        if jax.process_count() == 1 and store.has(views, local["index"]):
+            return store.read(views, local["index"])[0]  # by calibration, or before a restart
+        began = time.perf_counter()
+        values = self.exp.partitioner.local(self.programs[tower](placed))
+        seconds = time.perf_counter() - began
+        return store.write(views, local["index"], values, good, seconds=seconds)
+
+
+def feed(exp: Experiment, locked: Params, pipeline: data.Pipeline) -> CachedFeed | PlainFeed:
+    """A `train.feed.MakeFeed`: with stores for what config.cache names and is locked."""
+    found = stores(exp, locked, pipeline)
+    if not found:
+        return PlainFeed(pipeline, exp.partitioner)
+    programs = {t: _program(exp, locked, t) for t in found}
+    return CachedFeed(dataclasses.replace(pipeline, stores=found), programs, exp)
+
+
+def build(exp: Experiment, locked: Params, pipeline: data.Pipeline) -> dict[str, data.FeatureStore]:
+    """Fill the stores ahead of training, in source order; a second call goes on where one stopped.
+
+    Raises ValueError when nothing can be cached.
+    """
+    ordered = feed(exp, locked, dataclasses.replace(pipeline, shuffle=False))
+    if not isinstance(ordered, CachedFeed):
+        raise ValueError(
+            "nothing to cache: set config.cache.path, and lock a tower whose config.cache views "
+            "are not 0"
+        )
+    for tower, store in ordered.stores.items():
+        unused = {"tokenizer": None} if tower == "image" else {"transform": None}
+        alone = dataclasses.replace(ordered.pipeline, stores={tower: store}, **unused)
+        one = dataclasses.replace(ordered, pipeline=alone)
+        total, size = store.views * store.n, one.pipeline.batch_size
+        first = store.first_missing // size
+        with tqdm(total=total, initial=first * size, unit="row", desc=f"locked {tower} tower") as b:
+            for step, _ in zip(range(first, -(-total // size)), one.batches(first), strict=False):
+                b.update(min(size, total - step * size))
+        one.flush()
+    return dict(ordered.stores)
+
+
+def stores(
+    exp: Experiment, locked: Params, pipeline: data.Pipeline
+) -> dict[str, data.FeatureStore]:
+    """The opened store of each tower that is to be cached and has a locked part."""
+    c, out = exp.config.cache, {}
+    if c.path is None:
+        return out
+    for tower, views in {"image": c.image_views, "text": c.text_views}.items():
+        if views and exp.model.cut(tower) is not None:
+            parts = key_parts(exp, locked, tower, pipeline.source)
+            shape = _shape(exp, tower)
+            name = _digest([parts, views, shape, c.dtype])
+            path = root(c.path) / f"{tower}-{name}"
+            if not path.exists():
+                _say_why(path, parts)
+            out[tower] = data.FeatureStore.open(
+                path, views=views, n=len(pipeline.source), shape=shape, dtype=c.dtype, parts=parts
+            )
+    return out
+
+
+def root(path: str) -> Path:
+    """The folder that `config.cache.path` means."""
+    if path != "auto":
+        return Path(path)
+    base = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
+    return Path(base) / "imgtune_jax" / "features"
+
+
+def key_parts(exp: Experiment, locked: Params, tower: str, source: data.Source) -> dict[str, Any]:
+    """Everything that a cached value depends on, by name, ready for JSON."""
+    c = exp.config
     parts: dict[str, Any] = {
-        "weights": checkpoint.digest(params["image"]),
-        "tower": c.model["image"],
-        "normalisation": {k: v for k, v in c.model.items() if k.startswith("image_")},
-        "dtype": c.model.get("dtype"),
-        "preprocess": c.preprocess,
-        "transforms": c.data.transforms,
-        "seed": c.seed,
-        "views": c.cache.views,
+        "weights": checkpoint.digest(_front(exp, locked, tower)),
+        "architecture": c.model[tower],
+        "layers": exp.model.cut(tower),
+        "compute_dtype": c.model.get("dtype"),
         "source": source.fingerprint,
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+    if tower == "image":
+        parts["normalisation"] = {k: v for k, v in c.model.items() if k.startswith("image_")}
+        del parts["normalisation"]["image_head"]
+        parts["preprocess"] = c.data.transforms or c.preprocess
+        parts["seed"] = c.seed if c.data.transforms else None  # preprocessing draws nothing
+    else:
+        parts["tokenizer"] = exp.tokenizer.fingerprint
+        parts["captions"], parts["seed"] = c.data.captions, c.seed
+    return json.loads(json.dumps(parts))
 
 
-def features(
-    experiment: Experiment, params: Params, source: data.Source
-) -> tuple[np.ndarray, np.ndarray]:
-    """(features f32[views n d], valid bool[n]) of the training images, read from disk or computed.
-
-    View v of image i is drawn as epoch v of an uncached run draws it, so with as many views as
-    epochs the cached run sees what the uncached one does.
-    """
-    folder = Path(experiment.config.cache.dir)
-    name = key(experiment, params, source)
-    found, valid_path = folder / f"{name}.npy", folder / f"{name}.valid.npy"
-    if not found.exists():
-        values, valid = _compute(experiment, params, source)
-        if jax.process_index() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write(valid_path, valid)
-            _write(found, values)  # last: its presence says that both are whole
-        return values, valid
-    log.info("using cached image features %s", found)
-    return np.load(found, mmap_mode="r"), np.load(valid_path)
+def _say_why(path: Path, parts: Mapping[str, Any]) -> None:
+    """Name what is new about a key, against the store that resembles it most."""
+    tower = path.name.partition("-")[0]
+    old = [json.loads(p.read_text()) for p in path.parent.glob(f"{tower}-*/manifest.json")]
+    changes = [differing({k: m[k] for k in parts if k in m}, parts) for m in old]
+    if changes:
+        log.info("no cache of these features: new are %s", ", ".join(min(changes, key=len)))
 
 
-def _compute(
-    experiment: Experiment, params: Params, source: data.Source
-) -> tuple[np.ndarray, np.ndarray]:
-    c, n = experiment.config, len(source)
-    pipeline = data.Pipeline.for_views(
-        source=source,
-        transform=data.build_transform(c.data.transforms or c.preprocess),
-        batch_size=c.batch_size,
-        seed=c.seed,
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
-        num_threads=c.data.num_threads,
-        num_workers=c.data.num_workers,
-        max_bad_fraction=c.data.max_bad_fraction,
-        min_records=c.data.min_records,
+def _program(exp: Experiment, locked: Params, tower: str) -> Callable[[Batch], jax.Array]:
+    run = jax.jit(
+        functools.partial(exp.model.front, tower=tower),
+        out_shardings=exp.partitioner.by_batch,
     )
-    put, whole = experiment.partitioner.put, experiment.partitioner.replicated
-    program = jax.jit(experiment.model.features_image, out_shardings=whole)
-    total = c.cache.views * n
-    rows, masks = [], []
-    batches = pipeline.batches(0)
-    with tqdm(total=total, unit="img", desc="locked tower, once", dynamic_ncols=True) as bar:
-        for start in range(0, total, c.batch_size):
-            batch = put(next(batches))
-            rows.append(np.asarray(program({"image": params["image"]}, batch.image)))
-            masks.append(np.asarray(jax.device_put(batch.example_mask, whole)))
-            bar.update(min(c.batch_size, total - start))
-    values = np.concatenate(rows)[:total]
-    valid = np.asarray(np.concatenate(masks)[:total].reshape(c.cache.views, n).all(0))
-    return values.reshape(c.cache.views, n, -1), valid
+    params = _front(exp, locked, tower)
+    return lambda batch: run(params, batch=batch)
 
 
-def _write(path: Path, array: np.ndarray) -> None:
-    temporary = path.with_suffix(f".tmp{os.getpid()}")
-    with temporary.open("wb") as f:
-        np.save(f, array)
-    temporary.replace(path)
+def _front(exp: Experiment, locked: Params, tower: str) -> Params:
+    return lock.select(locked, lambda p: p.startswith(f"{tower}/") and exp.model.is_front(p))
+
+
+def _shape(exp: Experiment, tower: str) -> tuple[int, ...]:
+    size, length = exp.config.model["image_size"], exp.tokenizer.length
+    channels = len(exp.model.image_mean)
+
+    def one_row(params: Params) -> jax.Array:
+        batch = Batch(
+            example_mask=jnp.ones(1, bool),
+            image=jnp.zeros((1, size, size, channels), jnp.uint8),
+            text=jnp.zeros((1, length), jnp.int32),
+            text_mask=jnp.ones((1, length), bool),
+        )
+        return exp.model.front(params, tower=tower, batch=batch)
+
+    return jax.eval_shape(one_row, exp.abstract_params).shape[1:]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:24]
+
+
+__all__ = ["TOWERS", "CachedFeed", "build", "feed", "key_parts", "root", "stores"]

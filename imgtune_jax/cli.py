@@ -1,4 +1,4 @@
-"""`imgtune train | eval | embed | search | classify | info`."""
+"""`imgtune train | cache | eval | embed | search | classify | info`."""
 
 from __future__ import annotations
 
@@ -26,18 +26,40 @@ Train, or go on training: the same command resumes the run in DIR.
 """
 
 
+CACHE_HELP = """\
+usage: imgtune cache --config=FILE.py[:ARG] [--config.KEY=VALUE ...]
+
+Compute what the locked towers give on the training data, ahead of training. Not needed: training
+fills the cache on its way. Stopped, the same command goes on. Settings as for imgtune train.
+"""
+
+
 def train(argv: Sequence[str] | None = None) -> None:
     """Entry of `train.py` and `imgtune train`: flags → config → train.loop.run → report."""
+    _with_config(list(sys.argv if argv is None else argv), TRAIN_HELP, _train, ["workdir"])
+
+
+def _with_config(
+    arguments: list[str], usage: str, run: Callable[[Any], None], required: Sequence[str] = ()
+) -> None:
     from absl import app, flags
 
-    arguments = list(sys.argv if argv is None else argv)
     if {"-h", "--help"} & set(arguments):
-        print(TRAIN_HELP)
+        print(usage)
         return
-    app.run(_train, argv=arguments, flags_parser=partial(parse_flags, flags.FLAGS))
+    parse = partial(parse_flags, flags.FLAGS, required=required)
+
+    def main(rest: Sequence[str]) -> None:
+        if len(rest) > 1:
+            raise SystemExit(f"unknown arguments {rest[1:]}; settings look like --config.seed=1")
+        _set_up()
+        with _clear_errors():
+            run(flags.FLAGS)
+
+    app.run(main, argv=arguments, flags_parser=parse)
 
 
-def parse_flags(values: Any, arguments: list[str]) -> list[str]:
+def parse_flags(values: Any, arguments: list[str], *, required: Sequence[str] = ()) -> list[str]:
     """Set absl's `values.config` and `values.workdir`; return what is left of the arguments.
 
     Raises SystemExit with one message when the config's file, or a key, does not exist.
@@ -48,7 +70,7 @@ def parse_flags(values: Any, arguments: list[str]) -> list[str]:
     example = "the experiment, e.g. configs/lit_emoji.py"
     config_flags.DEFINE_config_file("config", None, example, flag_values=values, sys_argv=arguments)
     flags.DEFINE_string("workdir", None, "this run's folder; a run in it is resumed", values)
-    flags.mark_flags_as_required(["config", "workdir"], values)
+    flags.mark_flags_as_required(["config", *required], values)
     for argument in arguments:
         if argument.startswith("--config="):
             path = argument.removeprefix("--config=").partition(":")[0]
@@ -60,23 +82,28 @@ def parse_flags(values: Any, arguments: list[str]) -> list[str]:
         raise SystemExit(f"imgtune: {' '.join(str(error).split())}") from None
 
 
-def _train(argv: Sequence[str]) -> None:
+def _train(given: Any) -> None:
     import jax
-    from absl import flags
 
     from imgtune_jax import cache, config, report
     from imgtune_jax.train import loop
 
-    if len(argv) > 1:
-        raise SystemExit(f"unknown arguments {argv[1:]}; settings look like --config.batch_size=64")
-    _set_up()
-    workdir = Path(flags.FLAGS.workdir)
-    with _clear_errors():
-        settings = config.parse(flags.FLAGS.config)
-        encoders = loop.run(settings, workdir, features=cache.features)
-        page = report.report_run(workdir, encoders)
-        if jax.process_index() == 0:
-            print(f"\n{report.summary(workdir)}\n\nReport: {page}")
+    workdir = Path(given.workdir)
+    encoders = loop.run(config.parse(given.config), workdir, make_feed=cache.feed)
+    page = report.report_run(workdir, encoders)
+    if jax.process_index() == 0:
+        print(f"\n{report.summary(workdir)}\n\nReport: {page}")
+
+
+def _cache(given: Any) -> None:
+    from imgtune_jax import cache, config, data
+    from imgtune_jax.train import experiment, lock, setup
+
+    exp = experiment.build(config.parse(given.config))
+    pipeline = setup.training_pipeline(exp, data.build_source(exp.config.data.source))
+    locked = lock.split(exp.init_params(), exp.is_frozen)[1]
+    for tower, store in cache.build(exp, locked, pipeline).items():
+        print(f"{tower}: {store.computed} rows, {store.bytes / 1e6:.1f} MB in {store.folder}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -84,6 +111,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] == "train":  # absl parses --config.key=value
         train(["imgtune train", *arguments[1:]])
+        return
+    if arguments and arguments[0] == "cache":
+        _with_config(["imgtune cache", *arguments[1:]], CACHE_HELP, _cache)
         return
     options = _parser().parse_args(arguments)
     _set_up()
@@ -98,6 +128,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     commands.add_parser(
         "train", help="train, or resume: imgtune train --config=configs/lit_emoji.py --workdir=DIR"
+    )
+
+    commands.add_parser(
+        "cache", help="compute the locked towers ahead of training: imgtune cache --config=…"
     )
 
     p = _command(commands, "eval", _eval, "run a trained model's evaluators and rewrite its report")

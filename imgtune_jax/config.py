@@ -91,14 +91,18 @@ class Data:
 
 @dataclass(frozen=True)
 class Cache:
-    """The image tower's features of `views` seeded augmentations an image, computed once.
+    """What locked towers give, computed once: `*_views` seeded augmentations of an image, or
+    captions drawn of a record. 0 views: that tower is run at every step.
 
-    Used wherever that tower is wholly locked; a tower that trains is run at every step.
+    `path` is a folder that runs may share, "auto" for the user's cache folder, None for no cache.
+    A tower is cached from its input to its first layer that trains; one that trains from its input
+    on is run at every step. `dtype` is float32, bfloat16 or int8 (one scale a vector).
     """
 
-    enabled: bool
-    views: int
-    dir: str
+    path: str | None
+    dtype: str
+    image_views: int
+    text_views: int
 
 
 @dataclass(frozen=True)
@@ -263,8 +267,8 @@ def _contradictions(c: Config) -> Iterable[str]:
         )
     if not c.objectives:
         yield "config.objectives is empty; name at least one, e.g. dict(softmax=dict(weight=1.0))"
-    if c.cache.views < 1:
-        yield f"config.cache.views = {c.cache.views}; at least 1 is needed"
+    if min(c.cache.image_views, c.cache.text_views) < 0:
+        yield f"config.cache has {dataclasses.asdict(c.cache)}; views are not negative"
 
 
 def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:

@@ -11,6 +11,7 @@ from typing import Any
 from flax import traverse_util
 
 from imgtune_jax import config as config_lib
+from imgtune_jax import data
 from imgtune_jax.train import checkpoint, experiment
 
 PARTS = ("image", "image_head", "text", "text_head", "logit_scale", "logit_bias")
@@ -28,12 +29,30 @@ def describe(workdir: Path) -> str:
     length = {k: v for k, v in vars(config.total).items() if v is not None}
     lines.append(f"objectives   {', '.join(config.objectives)}; batch {config.batch_size}")
     lines.append(f"length       {length}; saved steps: {', '.join(map(str, steps)) or 'none'}")
-    if config.cache.enabled:
-        lines.append(f"cache        {config.cache.views} views an image, in {config.cache.dir}")
+    lines += _caches(workdir)
     results = _results(workdir / "results.jsonl")
     if results:
         lines += ["", *_table(results)]
     return "\n".join(lines)
+
+
+def _caches(workdir: Path) -> Iterable[str]:
+    """Of each cached tower: what is stored, where, under which key, and what it spares."""
+    path = workdir / "cache.json"
+    folders = json.loads(path.read_text()) if path.exists() else {}
+    for tower, folder in folders.items():
+        if not Path(folder).is_dir():
+            yield f"cache        {tower}: was in {folder}, which is gone; training makes it anew"
+            continue
+        store = data.FeatureStore.load(Path(folder))
+        what = "×".join(map(str, store.shape))
+        spared = store.seconds / max(store.computed, 1) * store.n
+        yield (
+            f"cache        {tower}: {store.computed} of {store.views * store.n} rows "
+            f"({store.views} × {store.n} records), {what} {store.dtype}, "
+            f"{store.bytes / 1e6:.1f} MB; an epoch read from it spares {spared:.1f} s"
+        )
+        yield f"             in {folder}"
 
 
 def _parameters(exp: experiment.Experiment) -> Iterable[str]:

@@ -21,14 +21,16 @@ class Batch:
     """One global batch, on device. A field that a run does not use is None.
 
     `image` is uint8 RGB: normalisation happens on the device, inside the model, because mean and
-    std belong to the weights. With a cached locked tower, `image_features` (the tower's pooled
-    output, before the head) comes in its place. Rows with `example_mask == False` are padding or
+    std belong to the weights. Where a locked tower is cached, `image_features` or `text_features`
+    come in: its pooled output before the head or, if its last layers train, the tokens that the
+    locked ones gave. Rows with `example_mask == False` are padding or
     broken records: no loss, metric or gradient may depend on them.
     """
 
     example_mask: Bool[Array, " b"]
     image: UInt8[Array, "b h w c"] | None = None
-    image_features: Float[Array, "b d"] | None = None
+    image_features: Float[Array, "b ..."] | None = None
+    text_features: Float[Array, "b ..."] | None = None
     text: Int[Array, "b l"] | None = None
     text_mask: Bool[Array, "b l"] | None = None
     group: Int[Array, " b"] | None = None  # same value: any of the group's captions is right

@@ -83,7 +83,7 @@ def test_all_wrong_keys_are_named_together():
         (lambda c: c["total"].update(epochs=None), "config.total has no length"),
         (lambda c: c.update(accumulation=7), "does not divide"),
         (lambda c: c.update(objectives={}), "objectives is empty"),
-        (lambda c: c["cache"].update(views=0), "at least 1"),
+        (lambda c: c["cache"].update(image_views=-1), "not negative"),
         (lambda c: c["optim"]["warmup"].update(steps=-1), "not negative"),
     ],
 )

@@ -122,6 +122,7 @@ HELPERS: dict[str, set[str]] = {
         "pipeline.py",
         "record.py",
         "sources.py",
+        "store.py",
         "tar_index.py",
         "text.py",
     },

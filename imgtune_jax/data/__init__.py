@@ -4,7 +4,7 @@ from imgtune_jax.data.captions import CaptionDraw
 from imgtune_jax.data.folder import Folder
 from imgtune_jax.data.image import decode
 from imgtune_jax.data.mixture import Mixture
-from imgtune_jax.data.pipeline import Pipeline
+from imgtune_jax.data.pipeline import ENDLESS, NumpyBatch, Pipeline
 from imgtune_jax.data.record import (
     BadRecord,
     BadRecordCounter,
@@ -16,12 +16,14 @@ from imgtune_jax.data.record import (
     describe,
 )
 from imgtune_jax.data.sources import SOURCES, build_source
+from imgtune_jax.data.store import FeatureStore
 from imgtune_jax.data.text import Tokenizer, build_tokenizer, load_tokenizer, train_tokenizer
 from imgtune_jax.data.tfds import TFDS
 from imgtune_jax.data.transforms import TRANSFORMS, Compose, Transform, build_transform
 from imgtune_jax.data.webdataset import WebDataset
 
 __all__ = [
+    "ENDLESS",
     "SOURCES",
     "TFDS",
     "TRANSFORMS",
@@ -31,8 +33,10 @@ __all__ = [
     "Cause",
     "Compose",
     "Fault",
+    "FeatureStore",
     "Folder",
     "Mixture",
+    "NumpyBatch",
     "Pipeline",
     "Record",
     "Source",

@@ -17,7 +17,6 @@ from typing import Any
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import Bool, Float
 
 from imgtune_jax.data import image as image_lib
 from imgtune_jax.data.captions import CaptionDraw
@@ -30,6 +29,7 @@ from imgtune_jax.data.record import (
     Source,
     describe,
 )
+from imgtune_jax.data.store import FeatureStore
 from imgtune_jax.data.text import Tokenizer
 from imgtune_jax.data.transforms import Transform
 
@@ -47,8 +47,11 @@ class Pipeline:
     tokenizer, with group i32[b] if the source has groups; always example_mask bool[b] and index
     i64[b] (-1 is padding). `captions` weighs caption sets, `templates` gives prompts to a set.
 
-    features f32[views n d] and valid bool[n] replace decoding: no image is opened, and the batch
-    has image_features f32[b d], view epoch % views of each record.
+    `stores` of features, by tower ("image", "text"), replace what the towers read: a batch whose
+    rows a store holds has image_features or text_features f32[b …] in the place of its image (none
+    is opened), or beside its text. With a store, a record is augmented, or its caption drawn, as
+    in epoch `view` = epoch % views, and image_good and text_good bool[b] say which rows to store.
+    What a store holds is read once, when iteration begins.
 
     Raises ValueError when fields do not fit each other or the source.
     """
@@ -70,8 +73,7 @@ class Pipeline:
     min_records: int = 1000
     max_pixels: int = image_lib.MAX_PIXELS
     background: tuple[int, int, int] = image_lib.WHITE
-    features: Float[np.ndarray, "views n d"] | None = field(default=None, repr=False)
-    valid: Bool[np.ndarray, " n"] | None = field(default=None, repr=False)
+    stores: Mapping[str, FeatureStore] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         n = len(self.source)
@@ -84,25 +86,16 @@ class Pipeline:
             )
         if not 0 <= self.host_index < self.host_count:
             raise ValueError(f"host_index = {self.host_index} of host_count = {self.host_count}")
-        if self.features is not None and self.features.shape[1] != n:
-            raise ValueError(
-                f"features {self.features.shape} are of {self.features.shape[1]} records, and the "
-                f"source has {n}; compute them from this source"
-            )
-        if self.valid is not None and self.valid.shape != (n,):
-            raise ValueError(f"valid {self.valid.shape}; wanted one entry for {n} records")
+        for tower, store in self.stores.items():
+            if store.n != n:
+                raise ValueError(
+                    f"{tower} features of {store.n} records, and the source has {n}; compute them "
+                    "from this source"
+                )
         if self.tokenizer is not None:
             CaptionDraw(self.captions, self.templates).check(
                 getattr(self.source, "caption_sets", tuple(self.captions))
             )
-
-    @classmethod
-    def for_views(cls, *, source: Source, transform: Transform, **fields: Any) -> Pipeline:
-        """Images alone, in source order, epoch after epoch: what a feature cache is made from.
-
-        Record i of pass v is augmented exactly as epoch v of a shuffled run augments it.
-        """
-        return cls(source=source, transform=transform, shuffle=False, **fields)
 
     @cached_property
     def _counter(self) -> BadRecordCounter:
@@ -112,13 +105,14 @@ class Pipeline:
         """{"seen": records so far, cause: broken ones, …} of this host, ready for JSON."""
         return self._counter.summary()
 
-    def epoch_of(self, step: int) -> int:
-        """The epoch that batch `step` begins in."""
-        return step * self.batch_size // len(self.source)
+    def epoch_end(self, step: int) -> int:
+        """The first batch that holds nothing of the epoch in which batch `step` begins."""
+        n = len(self.source)
+        return -(-(step * self.batch_size // n + 1) * n // self.batch_size)
 
-    def batches(self, start: int = 0) -> Iterator[NumpyBatch]:
-        """Batches start, start + 1, … without end. Raises TooManyBadRecords past the cap."""
-        return self._run(self._rows(deterministic=False), start, ENDLESS)
+    def batches(self, start: int = 0, stop: int = ENDLESS) -> Iterator[NumpyBatch]:
+        """Batches start, start + 1, … until `stop`. Raises TooManyBadRecords past the cap."""
+        return self._run(self._rows(deterministic=False), start, stop)
 
     def one_pass(self) -> Iterator[NumpyBatch]:
         """Every record once, in source order; the last batch is padded.
@@ -129,10 +123,10 @@ class Pipeline:
         return self._run(self._rows(deterministic=True), 0, -(-len(self.source) // self.batch_size))
 
     def _rows(self, *, deterministic: bool) -> _Rows:
-        with_image = self.features is None and self.transform is not None
+        stores = {} if deterministic else self.stores
         return _Rows(
             source=self.source,
-            transform=self.transform if with_image else None,
+            transform=self.transform,
             captions=CaptionDraw(self.captions, self.templates) if self.tokenizer else None,
             with_group=self.tokenizer is not None and getattr(self.source, "has_group", False),
             seed=self.seed,
@@ -143,17 +137,21 @@ class Pipeline:
             batch_size=self.batch_size,
             host_index=self.host_index,
             host_count=self.host_count,
+            views={tower: store.views for tower, store in stores.items()},
+            complete={tower: tuple(store.complete()) for tower, store in stores.items()},
         )
 
     def _run(self, rows: _Rows, start: int, stop: int) -> Iterator[NumpyBatch]:
         local = self.batch_size // self.host_count
-        collate = _Collate(self.tokenizer, rows.with_group, rows.shape())
+        collate = _Collate(
+            self.tokenizer, rows.with_group, rows.shape(), self.stores if rows.views else {}
+        )
         dataset = grain.MapDataset.range(start * local, stop * local).map(rows)
         batched = dataset.batch(local, drop_remainder=True, batch_fn=collate)
         iterator = iter(self._parallel(batched))
         try:
-            for step in range(start, stop):
-                yield self._finish(next(iterator), rows, step)
+            for _ in range(start, stop):
+                yield self._finish(next(iterator))
         finally:
             iterator.close()
 
@@ -173,38 +171,12 @@ class Pipeline:
             )
         )
 
-    def _finish(self, loaded: dict[str, Any], rows: _Rows, step: int) -> NumpyBatch:
-        """In the main process: count what was broken, and put cached features in."""
-        faults: list[Fault] = list(loaded.pop("faults").faults)
-        keys = loaded.pop("keys").keys
+    def _finish(self, loaded: dict[str, Any]) -> NumpyBatch:
+        """In the main process: count what was broken."""
+        faults: tuple[Fault, ...] = loaded.pop("faults").faults
         batch: NumpyBatch = {k: np.asarray(v) for k, v in loaded.items()}
-        real = batch["index"] != PADDING
-        if self.features is not None:
-            faults += self._put_features(batch, rows, step, keys)
-        self._counter.add(int(real.sum()), faults)
+        self._counter.add(int((batch["index"] != PADDING).sum()), faults)
         return batch
-
-    def _put_features(
-        self, batch: NumpyBatch, rows: _Rows, step: int, keys: Sequence[str]
-    ) -> list[Fault]:
-        assert self.features is not None
-        local = len(batch["index"])
-        epochs = [rows.locate(step * local + j)[0] for j in range(local)]
-        views = np.array(epochs) % len(self.features)
-        usable = batch["example_mask"]
-        if self.valid is not None:
-            usable = usable & self.valid[batch["index"]]
-        faults = [
-            Fault(keys[j], Cause.INVALID_FEATURES, "its image could not be read when cached")
-            for j in np.flatnonzero(batch["example_mask"] & ~usable).tolist()
-        ]
-        found = np.zeros((local, self.features.shape[2]), np.float32)
-        found[usable] = self.features[views[usable], batch["index"][usable]]
-        for name in ("text", "text_mask"):
-            if name in batch:
-                batch[name] = np.where(usable[:, None], batch[name], 0).astype(batch[name].dtype)
-        batch.update(image_features=found, example_mask=usable)
-        return faults
 
 
 @dataclass(frozen=True)
@@ -223,6 +195,8 @@ class _Rows:
     batch_size: int
     host_index: int
     host_count: int
+    views: Mapping[str, int]
+    complete: Mapping[str, tuple[bool, ...]]
 
     @cached_property
     def _order(self) -> grain.MapDataset:
@@ -245,36 +219,56 @@ class _Rows:
             return 0, PADDING
         return epoch, self._shuffled(position) if self.shuffle else index
 
+    def reads(self, tower: str, local: int) -> bool:
+        """Does a position's whole batch, on all hosts, find its features in the store?"""
+        if tower not in self.views:
+            return False
+        first = local // (self.batch_size // self.host_count) * self.batch_size
+        epochs = {p // len(self.source) for p in (first, first + self.batch_size - 1)}
+        return all(self.complete[tower][epoch % self.views[tower]] for epoch in epochs)
+
     def __call__(self, local: int) -> dict[str, Any]:
         epoch, index = self.locate(int(local))
-        row: dict[str, Any] = {"index": index, "key": "", "fault": None}
+        row: dict[str, Any] = {"index": index, "key": "", "fault": None, "epoch": epoch}
+        row["reads"] = [t for t in self.views if self.reads(t, int(local))]
         if index == PADDING:
             return row
-        record = describe(self.source, index) if self.transform is None else self.source[index]
+        with_image = self.transform is not None and "image" not in row["reads"]
+        record = self.source[index] if with_image else describe(self.source, index)
         row["key"] = record.key
-        try:
-            row.update(self._use(record, epoch, index))
-        except BadRecord as bad:
-            row["fault"] = Fault(record.key, bad.cause, bad.detail)
+        parts: dict[str, Any] = {} if self.captions is None else {"text": self._text}
+        parts |= {"image": self._image} if with_image else {}
+        for tower, part in parts.items():  # both, even if one is broken: each has its own store
+            drawn = epoch % self.views[tower] if tower in self.views else epoch
+            try:
+                row.update(part(record, drawn, index))
+                row[f"{tower}_good"] = True
+            except BadRecord as bad:
+                row["fault"] = row["fault"] or Fault(record.key, bad.cause, bad.detail)
+        if row["fault"] is None:
+            row["good"] = True
         return row
 
-    def _use(self, record: Record, epoch: int, index: int) -> dict[str, Any]:
-        values: dict[str, Any] = {"good": True}
-        if self.captions is not None:
-            rng = np.random.default_rng((self.seed, epoch, index, CAPTION_STREAM))
-            draw = self.captions
-            values["caption"] = draw.first(record) if self.one_pass else draw(record, rng)
-            if self.with_group:
-                record.check("group")
-                values["group"] = record.group
-        if self.transform is not None:
-            record.check("image")
-            picture = image_lib.decode(
-                record.image, max_pixels=self.max_pixels, background=self.background
-            )
-            rng = np.random.default_rng((self.seed, epoch, index, IMAGE_STREAM))
-            values["image"] = self.transform(picture, rng)
+    def _text(self, record: Record, epoch: int, index: int) -> dict[str, Any]:
+        assert self.captions is not None
+        rng = np.random.default_rng((self.seed, epoch, index, CAPTION_STREAM))
+        draw = self.captions
+        values: dict[str, Any] = {
+            "caption": draw.first(record) if self.one_pass else draw(record, rng)
+        }
+        if self.with_group:
+            record.check("group")
+            values["group"] = record.group
         return values
+
+    def _image(self, record: Record, epoch: int, index: int) -> dict[str, Any]:
+        assert self.transform is not None
+        record.check("image")
+        picture = image_lib.decode(
+            record.image, max_pixels=self.max_pixels, background=self.background
+        )
+        rng = np.random.default_rng((self.seed, epoch, index, IMAGE_STREAM))
+        return {"image": self.transform(picture, rng)}
 
     def shape(self) -> tuple[int, ...] | None:
         """The pictures' shape, found on two blank ones.
@@ -301,35 +295,42 @@ class _Faults:
 
 
 @dataclass(frozen=True)
-class _Keys:
-    """One leaf to Grain, whatever it holds."""
-
-    keys: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class _Collate:
-    """Rows -> batch. Texts are tokenized together."""
+    """Rows -> batch. Texts are tokenized together, features read together."""
 
     tokenizer: Tokenizer | None
     with_group: bool
     shape: tuple[int, ...] | None
+    stores: Mapping[str, FeatureStore]
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         good = np.array(["good" in row for row in rows])
-        batch: dict[str, Any] = {
-            "example_mask": good,
-            "index": np.array([row["index"] for row in rows], np.int64),
-            "faults": _Faults(tuple(row["fault"] for row in rows if row["fault"] is not None)),
-            "keys": _Keys(tuple(row["key"] for row in rows)),
-        }
-        if self.shape is not None:
+        faults = [row["fault"] for row in rows if row["fault"] is not None]
+        batch: dict[str, Any] = {"index": np.array([row["index"] for row in rows], np.int64)}
+        epochs = np.array([row["epoch"] for row in rows], np.int64)
+        for tower, store in self.stores.items():
+            views = epochs % store.views
+            if tower in rows[0]["reads"]:
+                batch[f"{tower}_features"], usable = store.read(views, batch["index"])
+                for j in np.flatnonzero(good & ~usable).tolist():
+                    what = f"its {tower} could not be read when cached"
+                    faults.append(Fault(rows[j]["key"], Cause.INVALID_FEATURES, what))
+                good = good & usable
+            else:
+                batch[f"{tower}_view"] = views
+                batch[f"{tower}_good"] = np.array([f"{tower}_good" in row for row in rows])
+        batch |= {"example_mask": good, "faults": _Faults(tuple(faults))}
+        if self.shape is not None and "image_features" not in batch:
             blank = np.zeros(self.shape, np.uint8)
-            batch["image"] = np.stack([row.get("image", blank) for row in rows])
+            present = batch.get("image_good", good)
+            pictures = zip(rows, present, strict=True)
+            batch["image"] = np.stack([row["image"] if p else blank for row, p in pictures])
         if self.tokenizer is not None:
             ids, mask = self.tokenizer([row.get("caption", "") for row in rows])
-            batch["text"] = np.where(good[:, None], ids, 0).astype(np.int32)
-            batch["text_mask"] = mask & good[:, None]
+            present = batch.get("text_good", good)[:, None]
+            batch["text"] = np.where(present, ids, 0).astype(np.int32)
+            batch["text_mask"] = mask & present
         if self.with_group:
-            batch["group"] = np.array([row.get("group", -1) for row in rows], np.int32)
+            groups = np.array([row.get("group", -1) for row in rows], np.int32)
+            batch["group"] = np.where(good, groups, np.int32(-1))
         return batch

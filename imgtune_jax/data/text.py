@@ -7,6 +7,7 @@ fields, saved beside the tokenizer, and a saved one is not loaded under other se
 
 from __future__ import annotations
 
+import hashlib
 import json
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -92,6 +93,12 @@ class Tokenizer:
     def settings(self) -> dict[str, Any]:
         """What must match besides the vocabulary, ready for JSON."""
         return {"length": self.length, "pad_id": self.pad_id, "cleaning": self.cleaning}
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of all that determines the ids."""
+        whole = json.dumps([self.backend.to_str(), self.settings], sort_keys=True)
+        return hashlib.sha256(whole.encode()).hexdigest()[:24]
 
     def save(self, folder: str | Path) -> Path:
         """Write `tokenizer.json` and the settings; `load_tokenizer(folder)` reads them."""

@@ -9,6 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from imgtune_jax.models import init, layers, pooling, sizes
+from imgtune_jax.models.stack import Part
 from imgtune_jax.models.transformer import Transformer
 
 INIT = init.normal(0.02)
@@ -46,15 +47,24 @@ class Bert(Transformer):
 
     @nn.compact
     def __call__(
-        self, text: Int[Array, "b l"], text_mask: Bool[Array, "b l"], *, train: bool
-    ) -> pooling.TowerOutput:
+        self,
+        text: Int[Array, "b l"],
+        text_mask: Bool[Array, "b l"],
+        *,
+        train: bool,
+        part: Part = "whole",
+    ) -> pooling.TowerOutput | Array:
         if text.shape[1] > self.max_length:
             raise ValueError(
                 f"text of {text.shape[1]} tokens, but bert has max_length={self.max_length}; "
                 "truncate in the tokenizer"
             )
-        x = self._embed(text, train=train and self.num_frozen_layers == 0)
-        x = self.run_blocks(x, text_mask, train=train, post_norm=True, kernel_init=INIT)
+        x = text
+        if part != "rest":
+            x = self._embed(text, train=train and self.num_frozen_layers == 0)
+        x = self.run_blocks(x, text_mask, train=train, part=part, post_norm=True, kernel_init=INIT)
+        if part == "front":
+            return x
         if self.pool not in ("mean", "cls"):
             raise ValueError(f"bert pool={self.pool!r}; want 'mean' or 'cls'")
         pooled = pooling.masked_mean(x, text_mask) if self.pool == "mean" else x[:, 0]

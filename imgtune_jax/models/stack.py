@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping
-from typing import cast
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from jaxtyping import Array, Bool, Float
 
 from imgtune_jax.models import layers
 from imgtune_jax.types import Params
+
+Part = Literal["whole", "front", "rest"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,22 +53,28 @@ class Stack:
         mask: Bool[Array, "b l"] | None = None,
         *,
         train: bool,
+        part: Part = "whole",
     ) -> Float[Array, "b l d"]:
         """Runs `block` (unbound: parent=None) with the parameters `blocks_i` of `parent`.
 
-        Raises KeyError if a layer's parameters are absent.
+        `part` is the whole stack, its frozen "front", or the "rest" on the front's output. Raises
+        KeyError if the parameters of a layer that runs are absent.
         """
         x = self.constrain(x, layers.RESIDUAL)
         if parent.is_initializing():
             return self._init(parent, block, x, mask)
         tree = parent.variables["params"]
-        params = [tree[f"blocks_{i}"] for i in range(self.depth)]
+        cut = self.depth if self.num_frozen_layers == -1 else self.num_frozen_layers
         key = parent.make_rng("dropout") if train and block.dropout else jax.random.key(0)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(self.depth))
         # Two runs, not one: no gradient is computed through a run whose parameters are all frozen.
-        n = self.depth if self.num_frozen_layers == -1 else self.num_frozen_layers
-        x = self._run(block, x, mask, params[:n], keys[:n], train=False)
-        return self._run(block, x, mask, params[n:], keys[n:], train=train)
+        if part != "rest":
+            params = [tree[f"blocks_{i}"] for i in range(cut)]
+            x = self._run(block, x, mask, params, keys[:cut], train=False)
+        if part != "front":
+            params = [tree[f"blocks_{i}"] for i in range(cut, self.depth)]
+            x = self._run(block, x, mask, params, keys[cut:], train=train)
+        return x
 
     def _init(self, parent: nn.Module, block: layers.Block, x: Array, mask: Array | None) -> Array:
         """Declares every layer's parameters; the values come later, see `init`."""
@@ -119,10 +128,19 @@ def count_frozen_layers(is_frozen: Mapping[str, bool]) -> int:
     for path, frozen in is_frozen.items():
         root = path.partition("/")[0]
         roots[root] = roots.get(root, True) and frozen
-    front = [r for r in roots if not r.startswith("blocks_") and r not in TAIL]
+    front = [r for r in roots if is_front(r, 0)]
     if not all(roots[r] for r in front):
         return 0
     n = 0
     while roots.get(f"blocks_{n}", False):
         n += 1
     return n
+
+
+def is_front(path: str, num_layers: int) -> bool:
+    """Does a tower's parameter stand before or in its first layers (-1: anywhere)?"""
+    root = path.partition("/")[0]
+    if num_layers == -1:
+        return True
+    layer = re.fullmatch(r"blocks_(\d+)", root)
+    return int(layer.group(1)) < num_layers if layer else root not in TAIL

@@ -9,6 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from imgtune_jax.models import init, layers, pooling, sizes
+from imgtune_jax.models.stack import Part
 from imgtune_jax.models.transformer import Transformer
 
 
@@ -50,18 +51,26 @@ class TextTransformer(Transformer):
 
     @nn.compact
     def __call__(
-        self, text: Int[Array, "b l"], text_mask: Bool[Array, "b l"], *, train: bool
-    ) -> pooling.TowerOutput:
-        self._check(text)
-        x = self._embed(text, train=train and self.num_frozen_layers == 0)
+        self,
+        text: Int[Array, "b l"],
+        text_mask: Bool[Array, "b l"],
+        *,
+        train: bool,
+        part: Part = "whole",
+    ) -> pooling.TowerOutput | Array:
+        self._check(text.shape[1])
+        x = text
+        if part != "rest":
+            x = self._embed(text, train=train and self.num_frozen_layers == 0)
         mask = text_mask if self.mask_padding else None
-        x = self.run_blocks(x, mask, train=train, causal=self.causal)
+        x = self.run_blocks(x, mask, train=train, part=part, causal=self.causal)
+        if part == "front":
+            return x
         x = layers.LayerNorm(self.norm_epsilon, name="final_norm")(x)
         pooled = self._pool(x, text_mask, train=train and self.num_frozen_layers != -1)
         return pooling.TowerOutput(pooled, x)
 
-    def _check(self, text: Int[Array, "b l"]) -> None:
-        length = text.shape[1]
+    def _check(self, length: int) -> None:
         if length > self.max_length:
             raise ValueError(
                 f"text of {length} tokens, but text_transformer has max_length={self.max_length}; "

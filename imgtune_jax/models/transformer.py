@@ -9,11 +9,15 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from imgtune_jax.models import layers, pooling
-from imgtune_jax.models.stack import Stack
+from imgtune_jax.models.stack import Part, Stack
 
 
 class Transformer(nn.Module):
-    """A tower around `depth` blocks of one kind; see Stack for the fields that change no value."""
+    """A tower around `depth` blocks of one kind; see Stack for the fields that change no value.
+
+    A tower is called on its input, or, where its first `num_frozen_layers` were run before, with
+    part="rest" on the tokens that part="front" gave.
+    """
 
     width: int
     depth: int
@@ -34,6 +38,7 @@ class Transformer(nn.Module):
         mask: Bool[Array, "b l"] | None = None,
         *,
         train: bool,
+        part: Part,
         **fields: Any,
     ) -> Float[Array, "b l d"]:
         """All blocks, `blocks_0` first; `fields` are further ones of `layers.Block`."""
@@ -48,7 +53,7 @@ class Transformer(nn.Module):
             **fields,
         )
         stack = Stack(self.depth, self.scan, self.remat, self.num_frozen_layers, self.constrain)
-        return stack(self, block, x, mask, train=train)
+        return stack(self, block, x, mask, train=train, part=part)
 
     def attention_pool(
         self, x: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None = None, *, train: bool

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,10 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from imgtune_jax.models import heads, init
-from imgtune_jax.models.stack import count_frozen_layers
+from imgtune_jax.models.stack import count_frozen_layers, is_front
 from imgtune_jax.types import Batch, Outputs, Params
 
+TOWERS = ("image", "text")
 COMPONENTS = ("image", "image_head", "text", "text_head")
 
 
@@ -114,20 +115,61 @@ class TwoTower:
     ) -> Outputs:
         """Embeddings of what the batch holds. `rng` is needed to train with dropout.
 
-        `batch.image_features`, where given, takes the image tower's place.
+        `batch.image_features` and `batch.text_features`, where given, are what `front` gave.
         """
-        image_emb = text_emb = None
-        if batch.image_features is not None:
-            image_emb = self._head(params, "image_head", batch.image_features, rng, train)
-        elif batch.image is not None:
-            features = self._image(params, batch.image, rng, train)
-            image_emb = self._head(params, "image_head", features, rng, train)
-        if batch.text is not None:
-            if batch.text_mask is None:
-                raise ValueError("a batch with text needs its text_mask; the tokenizer gives both")
-            features = self._text(params, batch.text, batch.text_mask, rng, train)
-            text_emb = self._head(params, "text_head", features, rng, train)
+        embs = []
+        for tower in TOWERS:
+            pooled = self._pooled(params, tower, batch, rng, train)
+            head = f"{tower}_head"
+            embs.append(None if pooled is None else self._head(params, head, pooled, rng, train))
+        image_emb, text_emb = embs
         return Outputs(image_emb, text_emb, self.logit_scale(params), self.logit_bias(params))
+
+    def cut(self, tower: str) -> int | None:
+        """What of a tower is locked without a gap from its input on, so that it can be cached.
+
+        -1 is all of it, n its first n layers, None nothing.
+        """
+        if tower in self.frozen:
+            return -1
+        return getattr(getattr(self, tower), "num_frozen_layers", 0) or None
+
+    def is_front(self, path: str) -> bool:
+        """Does a parameter belong to the front of a tower, which `cut` measures?"""
+        tower, _, rest = path.partition("/")
+        cut = self.cut(tower) if tower in TOWERS else None
+        return cut is not None and is_front(rest, cut)
+
+    def front(self, params: Params, *, tower: str, batch: Batch) -> Float[Array, "b ..."]:
+        """What `cut` describes, on a batch, in float32: a pooled vector, or tokens [b l d]."""
+        inputs = self._inputs(tower, batch)
+        assert inputs is not None
+        part = {} if self.cut(tower) == -1 else {"part": "front"}
+        out = self._apply(params, tower, *inputs, rng=None, train=False, **part)
+        return (out if part else out.pooled).astype(jnp.float32)
+
+    def _pooled(
+        self, params: Params, tower: str, batch: Batch, rng: jax.Array | None, train: bool
+    ) -> Float[Array, "b e"] | None:
+        features = getattr(batch, f"{tower}_features")
+        if features is None:
+            inputs = self._inputs(tower, batch)
+            if inputs is None:
+                return None
+            return self._apply(params, tower, *inputs, rng=rng, train=train).pooled
+        if features.ndim == 2:
+            return features
+        mask = [batch.text_mask] if tower == "text" else []
+        return self._apply(params, tower, features, *mask, rng=rng, train=train, part="rest").pooled
+
+    def _inputs(self, tower: str, batch: Batch) -> tuple[Array, ...] | None:
+        if tower == "image":
+            return None if batch.image is None else (self._normalised(batch.image),)
+        if batch.text is None:
+            return None
+        if batch.text_mask is None:
+            raise ValueError("a batch with text needs its text_mask; the tokenizer gives both")
+        return batch.text, batch.text_mask
 
     def logit_scale(self, params: Params) -> Float[Array, ""]:
         """The multiplier of the logits, clamped."""
@@ -144,23 +186,20 @@ class TwoTower:
 
     def features_image(self, params: Params, image: UInt8[Array, "b h w c"]) -> Float[Array, "b e"]:
         """The image tower's pooled vector, before the head, in float32."""
-        return self._image(params, image, None, False).astype(jnp.float32)
+        x = self._normalised(image)
+        return self._apply(params, "image", x, rng=None, train=False).pooled.astype(jnp.float32)
 
     def features_text(
         self, params: Params, text: Int[Array, "b l"], text_mask: Bool[Array, "b l"]
     ) -> Float[Array, "b e"]:
         """The text tower's pooled vector, before the head, in float32."""
-        return self._text(params, text, text_mask, None, False).astype(jnp.float32)
+        out = self._apply(params, "text", text, text_mask, rng=None, train=False)
+        return out.pooled.astype(jnp.float32)
 
     def features(self, params: Params, batch: Batch) -> dict[str, Float[Array, "b e"]]:
         """Both towers' pooled vectors of a batch, before the heads, in float32, by tower."""
-        image, text, mask = batch.image_features, batch.text, batch.text_mask
-        if image is None and batch.image is not None:
-            image = self.features_image(params, batch.image)
-        out = {} if image is None else {"image": image.astype(jnp.float32)}
-        if text is not None and mask is not None:
-            out["text"] = self.features_text(params, text, mask)
-        return out
+        pooled = {t: self._pooled(params, t, batch, None, False) for t in TOWERS}
+        return {t: x.astype(jnp.float32) for t, x in pooled.items() if x is not None}
 
     def encode_image(self, params: Params, image: UInt8[Array, "b h w c"]) -> Float[Array, "b d"]:
         """Unit-norm embeddings of uint8 RGB images."""
@@ -176,9 +215,8 @@ class TwoTower:
         self, params: Params, text: Int[Array, "b l"], text_mask: Bool[Array, "b l"]
     ) -> Float[Array, "b d"]:
         """Unit-norm embeddings of token ids."""
-        return self._head(
-            params, "text_head", self._text(params, text, text_mask, None, False), None, False
-        )
+        features = self.features_text(params, text, text_mask)
+        return self._head(params, "text_head", features, None, False)
 
     def freeze(self, is_frozen: Callable[[str], bool]) -> TwoTower:
         """The model whose locked parts run in eval mode, as locked weights must.
@@ -199,7 +237,7 @@ class TwoTower:
                 towers[name] = module.clone(num_frozen_layers=count_frozen_layers(tails))
         return dataclasses.replace(self, frozen=frozenset(frozen), **towers)
 
-    def _apply(self, params: Params, name: str, *inputs, rng, train: bool):
+    def _apply(self, params: Params, name: str, *inputs, rng, train: bool, **options: Any):
         if name not in params and not isinstance(getattr(self, name), heads.Identity):
             raise ValueError(
                 f"this call runs the component {name!r}, but the parameters hold only "
@@ -210,18 +248,13 @@ class TwoTower:
         if train and rng is not None:
             rngs = {"dropout": jax.random.fold_in(rng, COMPONENTS.index(name))}
         module = getattr(self, name)
-        return module.apply({"params": params.get(name, {})}, *inputs, train=train, rngs=rngs)
+        params = {"params": params.get(name, {})}
+        return module.apply(params, *inputs, train=train, rngs=rngs, **options)
 
-    def _image(self, params: Params, image: Array, rng: jax.Array | None, train: bool) -> Array:
+    def _normalised(self, image: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         mean = jnp.asarray(self.image_mean, jnp.float32).reshape(1, 1, 1, -1)
         std = jnp.asarray(self.image_std, jnp.float32).reshape(1, 1, 1, -1)
-        x = (image.astype(jnp.float32) - mean) / std
-        return self._apply(params, "image", x, rng=rng, train=train).pooled
-
-    def _text(
-        self, params: Params, text: Array, mask: Array, rng: jax.Array | None, train: bool
-    ) -> Array:
-        return self._apply(params, "text", text, mask, rng=rng, train=train).pooled
+        return (image.astype(jnp.float32) - mean) / std
 
     def _head(
         self, params: Params, name: str, features: Array, rng: jax.Array | None, train: bool

@@ -10,6 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from imgtune_jax.models import init, layers, pooling, positions, sizes
+from imgtune_jax.models.stack import Part
 from imgtune_jax.models.transformer import Transformer
 
 POOLS = ("cls", "mean", "mean_all", "attention")
@@ -57,10 +58,16 @@ class ViT(Transformer):
         return sizes.vit_fields(variant)
 
     @nn.compact
-    def __call__(self, image: Float[Array, "b h w c"], *, train: bool) -> pooling.TowerOutput:
-        self._check(image)
-        x = self._embed(image, train=train and self.num_frozen_layers == 0)
-        x = self.run_blocks(x, train=train)
+    def __call__(
+        self, image: Float[Array, "b h w c"], *, train: bool, part: Part = "whole"
+    ) -> pooling.TowerOutput | Array:
+        x = image
+        if part != "rest":
+            self._check(image)
+            x = self._embed(image, train=train and self.num_frozen_layers == 0)
+        x = self.run_blocks(x, train=train, part=part)
+        if part == "front":
+            return x
         return self._pool(x, train=train and self.num_frozen_layers != -1)
 
     def _check(self, image: Float[Array, "b h w c"]) -> None:

@@ -121,6 +121,13 @@ def split(params: Params, is_frozen: dict[str, bool]) -> tuple[Params, Params]:
     return trainable, frozen
 
 
+def select(params: Params, keep: Callable[[str], bool]) -> Params:
+    """The tree of the paths that `keep` accepts."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    kept = {path: value for path, value in flat.items() if keep(path)}
+    return traverse_util.unflatten_dict(kept, sep="/")
+
+
 def merge(trainable: Params, frozen: Params) -> Params:
     """The inverse of `split`."""
     flat = traverse_util.flatten_dict(frozen, sep="/") | traverse_util.flatten_dict(

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from imgtune_jax import evals, objectives
 from imgtune_jax.config import Config
-from imgtune_jax.train import checkpoint, setup, state
+from imgtune_jax.train import checkpoint, feed, lock, setup, state
 from imgtune_jax.train.step import Step, make_train_step
 from imgtune_jax.train.watch import Watch
 from imgtune_jax.types import Params, TrainState
@@ -48,16 +48,16 @@ class Run:
 
 
 def run(
-    config: Config, workdir: Path, *, features: setup.Features | None = None
+    config: Config, workdir: Path, *, make_feed: feed.MakeFeed = feed.PlainFeed.make
 ) -> evals.ModelEncoders:
     """Train, or go on training, and return the encoders of the final model.
 
-    With a locked image tower and `config.cache.enabled`, `features` computes its outputs once.
+    `make_feed` brings the batches: `cache.feed` computes what is locked once.
     Raises ValueError when `workdir` holds another run, NotFiniteError when the loss is not finite,
     data.TooManyBadRecords when the data is.
     """
     workdir = workdir.absolute()  # Orbax takes no other
-    p = setup.prepare(config, workdir, features)
+    p = setup.prepare(config, workdir, make_feed)
     start, is_first_host = int(p.state.step), jax.process_index() == 0
     checkpoint.truncate_jsonl(workdir / "results.jsonl", start if p.resumed else -1)
     r = Run(
@@ -88,19 +88,16 @@ def run(
 def _loop(r: Run, step: Step, start: int) -> None:
     p = r.prepared
     previous_handler = signal.signal(signal.SIGTERM, lambda *_: setattr(r, "stopping", True))
-    # The compiled step holds no locked tower when its features are cached.
-    frozen = p.frozen
-    if p.pipeline.features is not None:
-        frozen = {k: v for k, v in frozen.items() if k != "image"}
-    put = p.experiment.partitioner.put
-    batches = p.pipeline.batches(start)
+    # The compiled step holds no locked tower whose features the batches bring.
+    frozen = lock.select(p.frozen, p.feed.needs)
+    batches = p.feed.batches(start)
     pending: tuple[int, Any] | None = None
     try:
         for n in range(start + 1, p.steps.total + 1):
             waited = time.perf_counter()
             batch = next(batches)
             r.watch.waited(time.perf_counter() - waited)
-            r.state, metrics = step(r.state, frozen, put(batch))
+            r.state, metrics = step(r.state, frozen, batch)
             if pending is not None:
                 _read(r, *pending)  # one step behind: the device is never waited for
             pending = (n, metrics)
@@ -177,8 +174,9 @@ def _save(r: Run, step: int) -> None:
         "frozen": r.prepared.frozen_digest,
         "metrics": r.last_metrics,
         "has_ema": r.state.ema_params is not None,
-        "bad_records": r.prepared.pipeline.bad_records(),
+        "bad_records": r.prepared.feed.pipeline.bad_records(),
     }
+    r.prepared.feed.flush()
     r.prepared.checkpoints.save(step, r.state, record)
     r.last_metrics = {}
 

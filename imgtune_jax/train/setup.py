@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from imgtune_jax import config as config_lib
 from imgtune_jax import data
 from imgtune_jax.config import Config
-from imgtune_jax.train import calibrate, checkpoint, experiment, lock, optim, state
+from imgtune_jax.train import calibrate, checkpoint, experiment, feed, lock, optim, state
 from imgtune_jax.types import Params, TrainState
 
 log = logging.getLogger("imgtune_jax.train")
 
-Features = Callable[
-    [experiment.Experiment, Params, data.Source], tuple[np.ndarray, np.ndarray]
-]  # -> (image features [views n d], valid [n])
-
 # A resumed run may change these: they do not change what is learnt.
 FREE_ON_RESUME = (
     "baselines",
-    "cache.dir",
+    "cache.path",
     "checkpoint.",
     "data.num_threads",
     "data.num_workers",
@@ -70,7 +65,7 @@ class Prepared:
     experiment: experiment.Experiment
     optimizer: optim.Optimizer
     steps: Steps
-    pipeline: data.Pipeline
+    feed: feed.Feed
     checkpoints: checkpoint.Checkpoints
     state: TrainState
     frozen: Params
@@ -78,7 +73,7 @@ class Prepared:
     resumed: bool
 
 
-def prepare(config: Config, workdir: Path, features: Features | None) -> Prepared:
+def prepare(config: Config, workdir: Path, make_feed: feed.MakeFeed) -> Prepared:
     """Build everything, then start at step 0 or at the newest checkpoint of `workdir`.
 
     Raises ValueError for a config whose parts do not fit, and when `workdir` holds another run.
@@ -99,16 +94,19 @@ def prepare(config: Config, workdir: Path, features: Features | None) -> Prepare
     checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint)
     with_ema = config.optim.ema_decay is not None
     factory = state.StateFactory(optimizer, exp.partitioner, with_ema=with_ema)
+    pipeline = training_pipeline(exp, source)
     saved = checkpoints.latest_step()
     if saved is None:
         params = exp.init_params()
-        pipeline = _pipeline(exp, source, params, features)
-        started = _start(exp, factory, params, pipeline, workdir)
+        brought = make_feed(exp, lock.split(params, exp.is_frozen)[1], pipeline)
+        started = _start(exp, factory, params, brought, workdir)
     else:
         started = _resume(exp, factory, checkpoints, saved, workdir)
-        pipeline = _pipeline(exp, source, started[1], features)
+        brought = make_feed(exp, started[1], pipeline)
+    if brought.folders and jax.process_index() == 0:
+        (workdir / "cache.json").write_text(json.dumps(brought.folders, indent=1) + "\n")
     resumed = saved is not None
-    return Prepared(exp, optimizer, steps, pipeline, checkpoints, *started, resumed)
+    return Prepared(exp, optimizer, steps, brought, checkpoints, *started, resumed)
 
 
 def _refuse_another_run(config: Config, workdir: Path) -> None:
@@ -140,12 +138,12 @@ def _start(
     exp: experiment.Experiment,
     factory: state.StateFactory,
     params: Params,
-    pipeline: data.Pipeline,
+    brought: feed.Feed,
     workdir: Path,
 ) -> tuple[TrainState, Params, str]:
     """(state at step 0, frozen parameters, their digest); what a run keeps once is saved here."""
-    batches = map(exp.partitioner.put, pipeline.batches(0))
-    params = calibrate.calibrate(exp.model, params, batches, exp.partitioner)
+    params = calibrate.calibrate(exp.model, params, brought.batches(0), exp.partitioner)
+    brought.flush()
     trainable, frozen = lock.split(params, exp.is_frozen)
     if not trainable:
         raise ValueError("every parameter is locked (config.lock): there is nothing to train")
@@ -180,15 +178,9 @@ def abstract_split(exp: experiment.Experiment) -> tuple[Params, Params]:
     return lock.split(placed, exp.is_frozen)
 
 
-def _pipeline(
-    exp: experiment.Experiment, source: data.Source, frozen: Params, features: Features | None
-) -> data.Pipeline:
+def training_pipeline(exp: experiment.Experiment, source: data.Source) -> data.Pipeline:
+    """The pipeline that a config's training reads."""
     c = exp.config
-    values, valid = None, None
-    if c.cache.enabled and exp.image_is_locked():
-        if features is None:
-            raise ValueError("config.cache.enabled, and run() was given no way to compute features")
-        values, valid = features(exp, frozen, source)
     return data.Pipeline(
         source=source,
         transform=data.build_transform(c.data.transforms or c.preprocess),
@@ -204,6 +196,4 @@ def _pipeline(
         prefetch=c.data.prefetch,
         max_bad_fraction=c.data.max_bad_fraction,
         min_records=c.data.min_records,
-        features=values,
-        valid=valid,
     )

@@ -1,10 +1,11 @@
 import itertools
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from imgtune_jax.data import Pipeline, build_transform, decode
+from imgtune_jax.data import FeatureStore, Pipeline, build_transform, decode
 
 B = 8
 
@@ -92,9 +93,9 @@ def test_orders_differ_by_epoch_and_seed(make):
     assert len(set(orders(3) + orders(4) + orders(5))) == 9
 
 
-def test_epoch_of_a_step(make):
+def test_where_the_epoch_of_a_step_ends(make):
     pipeline = make()
-    assert [pipeline.epoch_of(t) for t in (0, 4, 5, 9, 10)] == [0, 0, 1, 1, 2]
+    assert [pipeline.epoch_end(t) for t in (0, 4, 5, 9, 10)] == [5, 5, 10, 10, 14]
 
 
 def test_augmentation_and_caption_differ_by_epoch_and_not_by_position(make, source, augment):
@@ -157,53 +158,83 @@ def test_images_alone_need_no_tokenizer(make):
     assert set(batch) == {"image", "example_mask", "index"}
 
 
-def test_views_are_the_epochs_of_a_run(make, source, augment):
-    views = Pipeline.for_views(source=source, transform=augment, batch_size=37, seed=3)
-    run = make(batch_size=37)
-    for view, batch in zip(take(views, 0, 3), take(run, 0, 3), strict=True):
-        assert view["index"].tolist() == list(range(37))
-        np.testing.assert_array_equal(view["image"][batch["index"]], batch["image"])
+def filled(folder, values, good=None):
+    """A store of values [views n …] in float32."""
+    views, n = values.shape[:2]
+    store = FeatureStore.open(
+        folder, views=views, n=n, shape=values.shape[2:], dtype="float32", parts={}
+    )
+    for view in range(views):
+        ids = np.arange(n)
+        store.write(np.full(n, view), ids, values[view], np.ones(n, bool) if good is None else good)
+    store.flush()
+    return store
 
 
-def test_cached_features_replace_decoding(make, monkeypatch):
+def test_a_view_is_the_epoch_of_a_run(make, tmp_path):
+    """What fills a store is what the same epoch of a run without one sees, view after view."""
+    store = FeatureStore.open(tmp_path, views=2, n=37, shape=(1,), dtype="int8", parts={})
+    plain, filling = make(batch_size=37), make(batch_size=37, stores={"image": store})
+    for t, batch in enumerate(take(filling, 0, 4)):
+        (other,) = take(plain, t % 2, 1)
+        assert batch["image_view"].tolist() == [t % 2] * 37 and batch["image_good"].all()
+        order = [np.argsort(x["index"]) for x in (batch, other)]
+        np.testing.assert_array_equal(batch["image"][order[0]], other["image"][order[1]])
+
+
+def test_stored_features_replace_decoding(make, monkeypatch, tmp_path):
     plain = take(make(), 0, 15)
-    rng = np.random.default_rng(0)
-    features = rng.standard_normal((2, 37, 5)).astype(np.float32)
+    features = np.random.default_rng(0).standard_normal((2, 37, 5)).astype(np.float32)
 
     def fail(*args, **kwargs):
         raise AssertionError("an image was decoded")
 
     monkeypatch.setattr("imgtune_jax.data.image.decode", fail)
-    cached = make(features=features, valid=np.ones(37, bool))
-    batches = take(cached, 0, 15)
+    stores = {"image": filled(tmp_path, features)}
+    batches = take(make(stores=stores), 0, 15)
     for t, (batch, other) in enumerate(zip(batches, plain, strict=True)):
         assert "image" not in batch and batch["image_features"].dtype == np.float32
         for key in ("text", "text_mask", "index", "group", "example_mask"):
             np.testing.assert_array_equal(batch[key], other[key])
         epochs = (t * B + np.arange(B)) // 37
         np.testing.assert_array_equal(batch["image_features"], features[epochs % 2, batch["index"]])
-    parts = [take(make(features=features, host_index=h, host_count=2), 0, 15) for h in range(2)]
+    parts = [take(make(stores=stores, host_index=h, host_count=2), 0, 15) for h in range(2)]
     for t in range(15):
         joined = np.concatenate([part[t]["image_features"] for part in parts])
         np.testing.assert_array_equal(joined, batches[t]["image_features"])
 
 
-def test_cached_features_leave_image_bytes_unread(make, monkeypatch):
+def test_a_view_that_lacks_a_row_is_decoded_whole(make, tmp_path):
+    """All rows of a batch are read, or none: all hosts must run the same program."""
+    store = FeatureStore.open(tmp_path, views=2, n=37, shape=(1,), dtype="float32", parts={})
+    ids = np.arange(37)
+    for view, rows in ((0, ids), (1, ids[1:])):
+        ones = np.ones(len(rows))
+        store.write(np.full(len(rows), view), rows, ones[:, None], ones > 0)
+    store.flush()
+    pipeline = make(stores={"image": store})
+    for t, batch in enumerate(take(pipeline, 0, 12)):
+        epochs = {p // 37 % 2 for p in (t * B, t * B + B - 1)}
+        assert ("image" in batch) == (1 in epochs) == ("image_features" not in batch)
+
+
+def test_stored_features_leave_image_bytes_unread(make, monkeypatch, tmp_path):
     kind = type(make().source)
     monkeypatch.setattr(kind, "__getitem__", lambda self, i: pytest.fail("bytes were read"))
-    take(make(features=np.zeros((1, 37, 2), np.float32)), 0, 2)
+    stores = {"image": filled(tmp_path, np.ones((1, 37, 2), np.float32))}
+    (batch, _) = take(make(stores=stores), 0, 2)
+    assert (batch["image_features"] == 1).all()
 
 
-def test_a_record_without_features_is_masked_and_counted(make):
-    valid = np.ones(37, bool)
-    valid[[3, 30]] = False
+def test_a_record_that_was_broken_when_stored_is_masked_and_counted(make, tmp_path):
+    good = np.ones(37, bool)
+    good[[3, 30]] = False
     features = np.ones((1, 37, 2), np.float32)
-    features[:, ~valid] = np.nan
-    pipeline = make(features=features, valid=valid, batch_size=37)
+    features[:, ~good] = np.nan
+    pipeline = make(stores={"image": filled(tmp_path, features, good)}, batch_size=37)
     (batch,) = take(pipeline, 0, 1)
-    np.testing.assert_array_equal(batch["example_mask"], valid[batch["index"]])
+    np.testing.assert_array_equal(batch["example_mask"], good[batch["index"]])
     assert not batch["image_features"][~batch["example_mask"]].any()
-    assert not batch["text"][~batch["example_mask"]].any()
     assert pipeline.bad_records() == {"seen": 37, "invalid_features": 2}
 
 
@@ -223,8 +254,9 @@ def test_fields_that_do_not_fit_are_refused(make, source):
         make(batch_size=9, host_count=2)
     with pytest.raises(ValueError, match="host_index = 2 of host_count = 2"):
         make(host_index=2, host_count=2)
-    with pytest.raises(ValueError, match=r"features .* the source has 37"):
-        make(features=np.zeros((1, 36, 2), np.float32))
+    other = FeatureStore(Path("x"), views=1, n=36, shape=(2,), dtype="float32")
+    with pytest.raises(ValueError, match=r"image features of 36 records.* the source has 37"):
+        make(stores={"image": other})
     with pytest.raises(ValueError, match=r"\['nmae'\] are not given by the source"):
         make(captions={"nmae": 1.0})
     with pytest.raises(ValueError, match="wanted a weight above 0"):

@@ -1,71 +1,24 @@
 """The loop from outside: resuming, devices, refusing, stopping. Real corpus, tiny model."""
 
-import importlib.util
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from imgtune_jax import cache, config
 from imgtune_jax.data import TooManyBadRecords
-from imgtune_jax.train import checkpoint, loop
-
-ROOT = Path(__file__).parents[2]
-COMMAND = [sys.executable, "train.py", "--config=configs/debug.py"]
+from imgtune_jax.train import checkpoint, feed, loop
+from tests.debug_run import ROOT, losses, metrics, settings, signal_after, start
 
 
 @pytest.fixture(autouse=True)
 def at_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
-
-
-def settings(**changes):
-    """The debug config with dotted keys changed."""
-    spec = importlib.util.spec_from_file_location("debug", ROOT / "configs" / "debug.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    c = module.get_config()
-    for key, value in changes.items():
-        *parents, leaf = key.split(".")
-        node = c
-        for part in parents:
-            node = node[part]
-        with node.ignore_type():
-            node[leaf] = value
-    return config.parse(c)
-
-
-def metrics(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(workdir):
-    return np.array([m["train/loss"] for m in metrics(workdir) if "train/loss" in m])
-
-
-def start(workdir, devices=1):
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    return subprocess.Popen([*COMMAND, f"--workdir={workdir}"], env=env, cwd=ROOT)
-
-
-def signal_after(process, workdir, lines, which, limit=240):
-    """Send a signal as soon as metrics.jsonl has so many lines; the exit code."""
-    path = workdir / "metrics.jsonl"
-    began = time.monotonic()
-    while not path.exists() or path.read_bytes().count(b"\n") < lines:
-        assert process.poll() is None, "the run ended before it could be stopped"
-        assert time.monotonic() - began < limit, "the run makes no progress"
-        time.sleep(0.02)
-    process.send_signal(which)
-    return process.wait(timeout=limit)
 
 
 def test_a_killed_run_ends_as_if_it_had_never_been_killed(tmp_path):
@@ -106,42 +59,8 @@ def test_accumulated_run_equals_whole_run(one_device, tmp_path):
     assert not np.allclose(a, one_device[:8], rtol=1e-5), "dropout makes no difference"
 
 
-LIT = {
-    "lock.image": True,
-    "total.steps": 8,
-    "data.transforms": (),
-    "model.image_head": dict(name="linear", standardize=True),
-}
-
-
-def test_cached_run_equals_uncached_run(tmp_path):
-    cached = {"cache.enabled": True, "cache.dir": str(tmp_path / "cache")}
-    loop.run(settings(**LIT), tmp_path / "uncached")
-    loop.run(settings(**LIT, **cached), tmp_path / "cached", features=cache.features)
-    # the tower sees other batches when it fills the cache, so float32 sums round otherwise
-    np.testing.assert_allclose(
-        losses(tmp_path / "cached"), losses(tmp_path / "uncached"), rtol=2e-5
-    )
-
-
-def test_cache_is_shared_and_its_key_covers_weights_views_and_preprocessing(tmp_path):
-    folder = tmp_path / "cache"
-    base = {**LIT, "total.steps": 1, "cache.enabled": True, "cache.dir": str(folder)}
-
-    def entries(name, **changes):
-        loop.run(settings(**{**base, **changes}), tmp_path / name, features=cache.features)
-        return {p.name for p in folder.glob("*.npy") if "valid" not in p.name}
-
-    first = entries("a")
-    assert entries("b", **{"optim.lr": 0.5}) == first, "another rate is another run, one cache"
-    assert len(entries("c", seed=1)) == 2, "other (random) weights"
-    assert len(entries("d", **{"cache.views": 2})) == 3
-    other = (dict(name="resize", size=64, mode="squash", interpolation="bilinear"),)
-    assert len(entries("e", preprocess=other)) == 4
-
-
 def test_checkpoints_hold_no_locked_parameter(tmp_path):
-    loop.run(settings(**{**LIT, "total.steps": 2}), tmp_path)
+    loop.run(settings(**{"lock.image": True, "total.steps": 2}), tmp_path)
     saved = {p.name for p in (tmp_path / "checkpoints" / "2" / "state").rglob("*")}
     text = " ".join(saved) + (tmp_path / "checkpoints/2/state/_METADATA").read_text()
     assert "patch_embed" not in text and "token_embed" in text
@@ -163,17 +82,17 @@ def test_another_config_in_the_same_folder_is_refused(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_names_step_and_last_good_checkpoint(tmp_path):
-    """Features of the second epoch are poisoned: step 3 has no finite loss."""
+    """The features of the third batch are poisoned."""
 
-    def poisoned(exp, params, source):
-        values = np.ones((2, len(source), exp.model.feature_dim()), np.float32)
-        values[1] = np.nan
-        return values, np.ones(len(source), bool)
+    class Poisoned(feed.PlainFeed):
+        def batches(self, start):
+            for t, batch in enumerate(super().batches(start), start):
+                poison = jnp.full((64, 32), jnp.nan)
+                yield batch if t < 2 else batch.replace(image=None, image_features=poison)
 
-    changes = {"lock.image": True, "cache.enabled": True, "batch_size": 1568}
-    changes |= {"checkpoint.every.steps": 1, "model.image_head": dict(name="linear")}
+    changes = {"lock.image": True, "checkpoint.every.steps": 1}
     with pytest.raises(loop.NotFiniteError, match=r"loss is nan at step 3; .*checkpoints/1\."):
-        loop.run(settings(**changes), tmp_path, features=poisoned)
+        loop.run(settings(**changes), tmp_path, make_feed=Poisoned.make)
 
 
 def test_locking_everything_is_refused(tmp_path):

@@ -1,0 +1,57 @@
+"""Runs of configs/debug.py, with changes: what several tests train."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from imgtune_jax import config
+
+ROOT = Path(__file__).parents[1]
+COMMAND = [sys.executable, "train.py", "--config=configs/debug.py"]
+
+
+def settings(**changes):
+    """The debug config with dotted keys changed."""
+    spec = importlib.util.spec_from_file_location("debug", ROOT / "configs" / "debug.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    c = module.get_config()
+    for key, value in changes.items():
+        *parents, leaf = key.split(".")
+        node = c
+        for part in parents:
+            node = node[part]
+        with node.ignore_type():
+            node[leaf] = value
+    return config.parse(c)
+
+
+def metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(workdir):
+    return np.array([m["train/loss"] for m in metrics(workdir) if "train/loss" in m])
+
+
+def start(workdir, *changes, devices=1):
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    return subprocess.Popen([*COMMAND, f"--workdir={workdir}", *changes], env=env, cwd=ROOT)
+
+
+def signal_after(process, workdir, lines, which, limit=240):
+    """Send a signal as soon as metrics.jsonl has so many lines; the exit code."""
+    path = workdir / "metrics.jsonl"
+    began = time.monotonic()
+    while not path.exists() or path.read_bytes().count(b"\n") < lines:
+        assert process.poll() is None, "the run ended before it could be stopped"
+        assert time.monotonic() - began < limit, "the run makes no progress"
+        time.sleep(0.02)
+    process.send_signal(which)
+    return process.wait(timeout=limit)
