@@ -89,6 +89,8 @@ class EfficientNetLite(nn.Module):
         "lite4": dict(width_factor=1.4, depth_factor=1.8),
     }
 
+    CPU_BATCH: ClassVar[int] = 16  # see TwoTower; 1.35 times the images a second of 512 at once
+
     width_factor: float = 1.0
     depth_factor: float = 1.0
     norm: conv.Norm = "folded"

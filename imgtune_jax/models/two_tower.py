@@ -144,9 +144,10 @@ class TwoTower:
         """What `cut` describes, on a batch, in float32: a pooled vector, or tokens [b l d]."""
         inputs = self._inputs(tower, batch)
         assert inputs is not None
-        part = {} if self.cut(tower) == -1 else {"part": "front"}
-        out = self._apply(params, tower, *inputs, rng=None, train=False, **part)
-        return (out if part else out.pooled).astype(jnp.float32)
+        if self.cut(tower) == -1:
+            return self._inferred(params, tower, *inputs)
+        out = self._apply(params, tower, *inputs, rng=None, train=False, part="front")
+        return out.astype(jnp.float32)
 
     def _pooled(
         self, params: Params, tower: str, batch: Batch, rng: jax.Array | None, train: bool
@@ -186,15 +187,13 @@ class TwoTower:
 
     def features_image(self, params: Params, image: UInt8[Array, "b h w c"]) -> Float[Array, "b e"]:
         """The image tower's pooled vector, before the head, in float32."""
-        x = self._normalised(image)
-        return self._apply(params, "image", x, rng=None, train=False).pooled.astype(jnp.float32)
+        return self._inferred(params, "image", self._normalised(image))
 
     def features_text(
         self, params: Params, text: Int[Array, "b l"], text_mask: Bool[Array, "b l"]
     ) -> Float[Array, "b e"]:
         """The text tower's pooled vector, before the head, in float32."""
-        out = self._apply(params, "text", text, text_mask, rng=None, train=False)
-        return out.pooled.astype(jnp.float32)
+        return self._inferred(params, "text", text, text_mask)
 
     def features(self, params: Params, batch: Batch) -> dict[str, Float[Array, "b e"]]:
         """Both towers' pooled vectors of a batch, before the heads, in float32, by tower."""
@@ -250,6 +249,24 @@ class TwoTower:
         module = getattr(self, name)
         params = {"params": params.get(name, {})}
         return module.apply(params, *inputs, train=train, rngs=rngs, **options)
+
+    def _inferred(self, params: Params, tower: str, *inputs: Array) -> Float[Array, "b e"]:
+        """The pooled vector in eval mode, in float32.
+
+        A convolutional tower runs on a CPU by parts of a batch whose maps fit the processor's
+        cache; rows do not depend on each other, so the values are the same.
+        """
+
+        def run(*part: Array) -> Array:
+            out = self._apply(params, tower, *part, rng=None, train=False)
+            return out.pooled.astype(jnp.float32)
+
+        size, b = getattr(getattr(self, tower), "CPU_BATCH", 0), len(inputs[0])
+        one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
+        if not (one_cpu and size and b > size and b % size == 0):
+            return run(*inputs)
+        parts = [x.reshape(b // size, size, *x.shape[1:]) for x in inputs]
+        return jax.lax.map(lambda part: run(*part), parts).reshape(b, -1)
 
     def _normalised(self, image: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         mean = jnp.asarray(self.image_mean, jnp.float32).reshape(1, 1, 1, -1)
