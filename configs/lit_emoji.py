@@ -42,6 +42,7 @@ def get_config() -> Any:
         dict(name="color_jitter", brightness=0.2, contrast=0.3, saturation=0.6, hue=0.05),
     )
     c.data.transforms = (dict(name="random_apply", p=0.75, transforms=augment), *c.preprocess)
+    c.data.num_threads = 1  # small pictures: more threads wait for each other
     c.cache.update(path="runs/cache", image_views=4, text_views=1)
 
     c.objectives = ConfigDict(dict(softmax=dict(weight=1.0, positives="group")))

@@ -90,12 +90,11 @@ def _loop(r: Run, step: Step, start: int) -> None:
     previous_handler = signal.signal(signal.SIGTERM, lambda *_: setattr(r, "stopping", True))
     # The compiled step holds no locked tower whose features the batches bring.
     frozen = lock.select(p.frozen, p.feed.needs)
-    batches = p.feed.batches(start)
     pending: tuple[int, Any] | None = None
     try:
         for n in range(start + 1, p.steps.total + 1):
             waited = time.perf_counter()
-            batch = next(batches)
+            batch = next(p.batches)
             r.watch.waited(time.perf_counter() - waited)
             r.state, metrics = step(r.state, frozen, batch)
             if pending is not None:

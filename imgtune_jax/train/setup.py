@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from imgtune_jax import config as config_lib
 from imgtune_jax import data
 from imgtune_jax.config import Config
 from imgtune_jax.train import calibrate, checkpoint, experiment, feed, lock, optim, state
-from imgtune_jax.types import Params, TrainState
+from imgtune_jax.types import Batch, Params, TrainState
 
 log = logging.getLogger("imgtune_jax.train")
 
@@ -66,6 +68,7 @@ class Prepared:
     optimizer: optim.Optimizer
     steps: Steps
     feed: feed.Feed
+    batches: Iterator[Batch]
     checkpoints: checkpoint.Checkpoints
     state: TrainState
     frozen: Params
@@ -99,14 +102,17 @@ def prepare(config: Config, workdir: Path, make_feed: feed.MakeFeed) -> Prepared
     if saved is None:
         params = exp.init_params()
         brought = make_feed(exp, lock.split(params, exp.is_frozen)[1], pipeline)
-        started = _start(exp, factory, params, brought, workdir)
+        batches, seen = brought.batches(0), collections.deque[Batch]()
+        started = _start(exp, factory, params, _keeping(batches, seen), workdir)
+        batches = _replay(seen, batches)
     else:
         started = _resume(exp, factory, checkpoints, saved, workdir)
         brought = make_feed(exp, started[1], pipeline)
+        batches = brought.batches(saved)
     if brought.folders and jax.process_index() == 0:
         (workdir / "cache.json").write_text(json.dumps(brought.folders, indent=1) + "\n")
     resumed = saved is not None
-    return Prepared(exp, optimizer, steps, brought, checkpoints, *started, resumed)
+    return Prepared(exp, optimizer, steps, brought, batches, checkpoints, *started, resumed)
 
 
 def _refuse_another_run(config: Config, workdir: Path) -> None:
@@ -138,18 +144,31 @@ def _start(
     exp: experiment.Experiment,
     factory: state.StateFactory,
     params: Params,
-    brought: feed.Feed,
+    batches: Iterator[Batch],
     workdir: Path,
 ) -> tuple[TrainState, Params, str]:
     """(state at step 0, frozen parameters, their digest); what a run keeps once is saved here."""
-    params = calibrate.calibrate(exp.model, params, brought.batches(0), exp.partitioner)
-    brought.flush()
+    params = calibrate.calibrate(exp.model, params, batches, exp.partitioner)
     trainable, frozen = lock.split(params, exp.is_frozen)
     if not trainable:
         raise ValueError("every parameter is locked (config.lock): there is nothing to train")
     digest = checkpoint.save_frozen(workdir, frozen)
     exp.tokenizer.save(workdir / "tokenizer")
     return factory.create(trainable), frozen, digest
+
+
+def _keeping(batches: Iterator[Batch], seen: collections.deque[Batch]) -> Iterator[Batch]:
+    """The batches, each of which `seen` remembers."""
+    for batch in batches:
+        seen.append(batch)
+        yield batch
+
+
+def _replay(seen: collections.deque[Batch], batches: Iterator[Batch]) -> Iterator[Batch]:
+    """What was seen, each let go of when it comes, then the rest."""
+    while seen:
+        yield seen.popleft()
+    yield from batches
 
 
 def _resume(

@@ -1,6 +1,7 @@
 """Laws of the model: what it needs, what it ignores, what runs in eval mode."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -195,3 +196,35 @@ def test_every_residual_stream_is_constrained():
     seen.clear()
     jax.eval_shape(model.apply, abstract, batch())
     assert seen == [(3, ("batch", "length", "embed"))] * (2 * (1 + 2))
+
+
+def test_a_convolutional_tower_in_parts_gives_what_the_whole_batch_gives(monkeypatch):
+    cfg = CFG | dict(image=dict(name="efficientnet_lite", variant="lite0"), image_size=32)
+    model = models.build(cfg)
+    params = model.init(jax.random.key(0))
+    size = type(model.image).CPU_BATCH
+    x = np.random.default_rng(0).integers(0, 256, (3 * size, 32, 32, 3), np.uint8)
+    whole = jax.jit(lambda p, x: model.features_image(p, x))
+    assert "while" not in whole.lower(params, x).as_text()
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    parts = jax.jit(model.features_image)
+    assert "while" in parts.lower(params, x).as_text()
+    np.testing.assert_allclose(parts(params, x), whole(params, x), rtol=1e-5, atol=1e-6)
+
+
+def test_the_front_and_the_rest_make_the_whole(model):
+    """Of a tower whose first layer is locked, on its own and together."""
+    locked = model.freeze(lambda path: not re.search("head|blocks_1|final_norm|pool|logit", path))
+    assert [locked.cut(t) for t in two_tower.TOWERS] == [1, 1]
+    params = model.init(jax.random.key(1))
+    b = batch()
+    fronts = {t: locked.front(params, tower=t, batch=b) for t in two_tower.TOWERS}
+    cached = b.replace(image=None, image_features=fronts["image"], text_features=fronts["text"])
+    needed = {
+        t: {k: v for k, v in params[t].items() if not locked.is_front(f"{t}/{k}")}
+        for t in two_tower.TOWERS
+    }
+    assert "blocks_0" not in needed["image"] and "blocks_1" in needed["image"]
+    found, wanted = locked.apply(params | needed, cached), locked.apply(params, b)
+    np.testing.assert_allclose(found.image_emb, wanted.image_emb, rtol=1e-6)
+    np.testing.assert_allclose(found.text_emb, wanted.text_emb, rtol=1e-6)
