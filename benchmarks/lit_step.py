@@ -57,7 +57,7 @@ def ours(variant: str, batch_size: int, dtype: str) -> dict[str, Callable[[], No
     params = model.init(jax.random.key(0))
     tx = optax.adamw(1e-4)
     optimizer = Optimizer(tx=tx, schedule=optax.constant_schedule(1e-4))
-    objective = objectives.build({"softmax": dict(name="softmax", weight=1.0)})
+    objective = objectives.build({"softmax": dict(weight=1.0)})
 
     def forward(params: Any, batch: Batch, rng: jax.Array) -> Any:
         return model.apply(params, batch, rng=rng, train=True)
@@ -93,8 +93,14 @@ def ours(variant: str, batch_size: int, dtype: str) -> dict[str, Callable[[], No
 
 def open_clip_step(variant: str, batch_size: int, bf16: bool) -> Callable[[], None]:
     """One step of open_clip with its image tower locked, as `--lock-image` does it."""
-    import open_clip
     import torch
+
+    # torchvision's CUDA build lacks these on a CPU torch, and fails at import without them.
+    for op in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, op):
+            signature = "(Tensor dets, Tensor scores, float t) -> Tensor"
+            torch.library.define(f"torchvision::{op}", signature)
+    import open_clip
 
     name, pixels, *_ = VARIANTS[variant]
     config = open_clip.get_model_config(name)
