@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -258,6 +260,21 @@ def test_info_says_what_was_cached(tmp_path):
     assert folder.name in told and "an epoch read from it spares" in told
     folder.rename(tmp_path / "elsewhere")
     assert "which is gone" in info.describe(tmp_path / "run")
+
+
+def test_the_command_builds_ahead_and_says_what_it_made(tmp_path):
+    code = "from imgtune_jax.cli import main; import sys; main(['cache', *sys.argv[1:]])"
+    flags = [*FLAGS, f"--config.cache.path={tmp_path}"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--config=configs/debug.py", *flags],
+        capture_output=True,
+        text=True,
+    )
+    assert "image: 3146 rows, " in done.stdout, done.stderr
+    assert stored(tmp_path)["image"].shape == (3146, 32)
+
+
+FLAGS = ["--config.lock.image=True", "--config.batch_size=1024"]
 
 
 def test_nothing_to_cache_is_an_error(tmp_path):

@@ -182,9 +182,11 @@ def test_a_mistake_in_training_ends_in_one_message(arguments, says, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "embed", "search", "classify", "info"])
+@pytest.mark.parametrize(
+    "command", ["train", "cache", "eval", "embed", "search", "classify", "info"]
+)
 def test_every_command_has_help(command):
     code = f"from imgtune_jax.cli import main; main(['{command}', '--help'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    wanted = "--config" if command == "train" else "usage: imgtune"
+    wanted = f"usage: imgtune {command}"
     assert wanted in done.stdout
