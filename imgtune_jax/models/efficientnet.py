@@ -78,7 +78,8 @@ class EfficientNetLite(nn.Module):
     `pool_stages` appends to the vector, for each of those stages (0 to 6), the mean of the expanded
     (6× wide) map of its first block: coarse classes live at the end of the network, textures and
     shapes before it. `num_classes` adds the `classifier` that `classify` needs. Padding is
-    TensorFlow's SAME.
+    TensorFlow's SAME. `remat` recomputes blocks in the backward pass; on a CPU, XLA merges
+    the recomputation away.
     """
 
     VARIANTS: ClassVar[dict[str, dict[str, float]]] = {

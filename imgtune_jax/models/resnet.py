@@ -49,7 +49,7 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """Normalised NHWC images to a 2048-d mean-pooled vector; tokens are the last map.
 
-    `norm` and `num_classes` as in EfficientNetLite. Blocks are `stage1_0`, `stage1_1`, … Padding
+    `norm`, `num_classes` and `remat` as in EfficientNetLite. Blocks are `stage1_0`, `stage1_1`, … Padding
     is torch's (symmetric), which differs from SAME at stride 2.
     """
 

@@ -101,10 +101,12 @@ class Stack:
             y = block.apply({"params": layer_params}, x, mask, train=train, rngs=rngs)
             return self.constrain(cast(Array, y), layers.RESIDUAL)
 
+        # XLA:CPU drops the barriers that keep a recomputation apart; a scan's iterations stay so.
+        scan = self.scan or (self.remat and jax.default_backend() == "cpu")
         if self.remat:
             # Inside a scan nothing can be merged across iterations, so no barrier is needed.
-            layer = functools.partial(jax.checkpoint, prevent_cse=not self.scan)(layer)
-        if self.scan and len(params) > 1:
+            layer = functools.partial(jax.checkpoint, prevent_cse=not scan)(layer)
+        if scan and len(params) > 1:
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
             return jax.lax.scan(lambda x, p: (layer(x, *p), None), x, (stacked, keys))[0]
         for i, layer_params in enumerate(params):
