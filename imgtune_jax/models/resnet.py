@@ -49,8 +49,8 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """Normalised NHWC images to a 2048-d mean-pooled vector; tokens are the last map.
 
-    `norm`, `num_classes` and `remat` as in EfficientNetLite. Blocks are `stage1_0`, `stage1_1`, … Padding
-    is torch's (symmetric), which differs from SAME at stride 2.
+    `norm`, `num_classes` and `remat` as in EfficientNetLite. Blocks are `stage1_0`, `stage1_1`, …
+    Padding is torch's (symmetric), which differs from SAME at stride 2.
     """
 
     VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {
