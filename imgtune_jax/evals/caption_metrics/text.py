@@ -10,7 +10,8 @@ from imgtune_jax.evals.caption_metrics.tokens import normalised
 def chrf(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """`chrF`, 0 to 100: F2 of character 1- to 6-grams of the corpus, by sacrebleu (W15-3049).
 
-    Of an image's references the best one counts. Case does not matter, nor white space (sacrebleu's case:lc, space:no).
+    Of an image's references the best one counts. Neither case nor white space matters
+    (sacrebleu's case:lc, space:no).
     """
     from sacrebleu.metrics.chrf import CHRF  # only who asks for it waits for its import
 
