@@ -1,0 +1,115 @@
+"""What the benchmarks share: interleaved timing, tables, and the peers' imports."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+import types
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+Arms = Mapping[str, Callable[[], object]]
+
+
+def interleaved(arms: Arms, rounds: int, *, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of each arm, one round of all arms after another.
+
+    A machine that drifts then drifts for all. The `warmup` rounds, which compile, are not counted.
+    """
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for turn in range(rounds + warmup):
+        for name, run in arms.items():
+            began = time.perf_counter()
+            jax.block_until_ready(run())
+            if turn >= warmup:
+                times[name].append(time.perf_counter() - began)
+    return times
+
+
+def medians(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The median of each arm."""
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def machine() -> dict[str, Any]:
+    """What a figure was measured on."""
+    info: dict[str, Any] = {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "devices": sorted({d.device_kind for d in jax.devices()}),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        names = [x.partition(":")[2].strip() for x in lines if x.startswith("model name")]
+        flags = next((x.partition(":")[2].split() for x in lines if x.startswith("flags")), [])
+        wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+        info |= {"cpu": names[0] if names else info["cpu"], "flags": sorted({*wanted} & {*flags})}
+    return info
+
+
+def table(times: Mapping[str, Sequence[float]], reference: str, unit: str = "s") -> str:
+    """Medians, ranges and how many times the reference's median each is, in Markdown."""
+    m = medians(times)
+    lines = [
+        f"| | median {unit} | least to most | times {reference} |",
+        "|---|---|---|---|",
+    ]
+    for name, values in times.items():
+        spread = f"{min(values):.3g} to {max(values):.3g}"
+        lines.append(f"| {name} | {m[name]:.3g} | {spread} | {m[name] / m[reference]:.2f} |")
+    return "\n".join(lines)
+
+
+def write(output: Path | None, **result: Any) -> None:
+    """Print the machine, and write everything as JSON where a file is named."""
+    print(f"\n{json.dumps(machine())}")
+    if output is not None:
+        output.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
+
+
+def arguments(doc: str, *, rounds: int = 5) -> argparse.ArgumentParser:
+    """A parser with what every benchmark takes."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--output", type=Path, help="a JSON file to write")
+    return parser
+
+
+def open_clip() -> Any:
+    """The open_clip module. Raises ImportError where it is not installed."""
+    import torch
+
+    # torchvision's CUDA build lacks these on a CPU torch, and fails at import without them.
+    for op in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, op):
+            signature = "(Tensor dets, Tensor scores, float t) -> Tensor"
+            torch.library.define(f"torchvision::{op}", signature)
+    import open_clip
+
+    return open_clip
+
+
+def add_big_vision(checkout: Path) -> None:
+    """Make `big_vision.models` importable from a checkout. Its TensorFlow is never called."""
+    if not (checkout / "big_vision" / "models").is_dir():
+        raise ValueError(f"{checkout} is no checkout of big_vision: no big_vision/models in it")
+    # Flax looks for a real TensorFlow when this is first imported: before ours stands in for it.
+    importlib.import_module("flax.training.checkpoints")
+    sys.path.insert(0, str(checkout))
+    for name in ("tensorflow", "tensorflow.io", "tensorflow.io.gfile"):
+        if name not in sys.modules:
+            sys.modules[name] = types.ModuleType(name)
+    sys.modules["tensorflow"].io = sys.modules["tensorflow.io"]  # pyright: ignore
+    sys.modules["tensorflow.io"].gfile = sys.modules["tensorflow.io.gfile"]  # pyright: ignore

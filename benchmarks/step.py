@@ -1,0 +1,244 @@
+"""A full contrastive training step: ours, open_clip's, and big_vision's modules.
+
+.venv-peers/bin/python benchmarks/step.py --model {clip-b32,siglip-ti16} [--dtype bfloat16]
+    [--big-vision CHECKOUT] [--rounds 5] [--output FILE.json]
+
+clip-b32: ViT-B/32 at 224 pixels and a 12-layer text tower of width 512 with 77 tokens, softmax.
+siglip-ti16: ViT-Ti/16 at 224 pixels and a Ti text tower with 64 tokens, sigmoid. Random weights,
+AdamW, one process, one round after another. bfloat16 is the type of matrix-product operands: in
+open_clip by autocast, in big_vision by its `dtype_mm` (which its text tower lacks: it stays
+float32).
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from side_by_side import add_big_vision, arguments, interleaved, open_clip, table, write
+
+from imgtune_jax import models, objectives
+from imgtune_jax.train.optim import Optimizer
+from imgtune_jax.train.step import make_train_step
+from imgtune_jax.types import Batch, TrainState
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Both towers of a benchmark."""
+
+    patch_size: int
+    width: int
+    num_heads: int
+    text_width: int
+    text_heads: int
+    length: int
+    vocab_size: int
+    embed_dim: int
+    sigmoid: bool
+    depth: int = 12
+    image_size: int = 224
+
+
+MODELS = {
+    "clip-b32": Sizes(32, 768, 12, 512, 8, 77, 49408, 512, sigmoid=False),
+    "siglip-ti16": Sizes(16, 192, 3, 192, 3, 64, 32000, 192, sigmoid=True),
+}
+LEARNING_RATE = 1e-4
+Run = Callable[[], object]
+
+
+def ours(s: Sizes, batch_size: int, dtype: str) -> Run:
+    """A step of our trainer, compiled at its first call."""
+    text = dict(width=s.text_width, depth=s.depth, mlp_dim=4 * s.text_width)
+    causal = dict(causal=True, pool="eot") if not s.sigmoid else dict(causal=False, pool="last")
+    model = models.build(
+        dict(
+            image=dict(
+                name="vit",
+                width=s.width,
+                depth=s.depth,
+                mlp_dim=4 * s.width,
+                num_heads=s.num_heads,
+                patch_size=s.patch_size,
+                pre_norm=not s.sigmoid,
+                class_token=not s.sigmoid,
+                pool="attention" if s.sigmoid else "cls",
+            ),
+            text=dict(
+                name="text_transformer",
+                num_heads=s.text_heads,
+                max_length=s.length,
+                vocab_size=s.vocab_size,
+                mask_padding=not s.sigmoid,
+                **text,
+                **causal,
+            ),
+            embed_dim=s.embed_dim,
+            image_size=s.image_size,
+            logit_bias_init=-10.0 if s.sigmoid else None,
+            dtype=dtype,
+        )
+    )
+    tx = optax.adamw(LEARNING_RATE)
+    optimizer = Optimizer(tx=tx, schedule=optax.constant_schedule(LEARNING_RATE))
+    objective = objectives.build({"sigmoid" if s.sigmoid else "softmax": dict(weight=1.0)})
+
+    def forward(params: Any, batch: Batch, rng: jax.Array) -> Any:
+        return model.apply(params, batch, rng=rng, train=True)
+
+    step = jax.jit(
+        make_train_step(forward, objective, optimizer, key=jax.random.key(1)), donate_argnums=0
+    )
+    image, ids = inputs(s, batch_size)
+    batch = Batch(jnp.ones(batch_size, bool), text=ids, text_mask=ids >= 0, image=image)
+    params = model.init(jax.random.key(0))
+    state = [TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))]
+
+    def run() -> object:
+        state[0], metrics = step(state[0], {}, batch)
+        return metrics
+
+    return run
+
+
+def inputs(s: Sizes, batch_size: int) -> tuple[Any, jax.Array]:
+    """Random uint8 pictures and token ids."""
+    rng = np.random.default_rng(0)
+    shape = (batch_size, s.image_size, s.image_size, 3)
+    ids = rng.integers(1, s.vocab_size, (batch_size, s.length))
+    return jnp.asarray(rng.integers(0, 256, shape), jnp.uint8), jnp.asarray(ids, jnp.int32)
+
+
+def open_clip_step(s: Sizes, batch_size: int, dtype: str) -> Run:
+    """A step as open_clip's trainer does it, without its gradient scaler."""
+    library = open_clip()
+    import torch
+
+    torch.manual_seed(0)
+    vision = dict(
+        layers=s.depth,
+        width=s.width,
+        head_width=s.width // s.num_heads,
+        patch_size=s.patch_size,
+        image_size=s.image_size,
+    )
+    text = dict(
+        context_length=s.length,
+        vocab_size=s.vocab_size,
+        width=s.text_width,
+        heads=s.text_heads,
+        layers=s.depth,
+    )
+    bias = dict(init_logit_bias=-10.0) if s.sigmoid else {}
+    if s.sigmoid:
+        vision |= dict(attentional_pool=False, pool_type="avg")
+        text |= dict(no_causal_mask=True, pool_type="last")
+    model = library.CLIP(s.embed_dim, vision, text, **bias)
+    model.train()
+    loss = library.SigLipLoss() if s.sigmoid else library.ClipLoss()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    image = torch.randn(batch_size, 3, s.image_size, s.image_size)
+    ids = torch.randint(1, s.vocab_size, (batch_size, s.length))
+
+    def run() -> object:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            value = loss(*model(image, ids))
+        value.backward()
+        optimizer.step()
+        return None
+
+    return run
+
+
+def big_vision_step(s: Sizes, batch_size: int, dtype: str, checkout: Path) -> Run:
+    """A step over big_vision's two-tower module, with its loss written out."""
+    add_big_vision(checkout)
+    from big_vision.models.proj.image_text import two_towers  # pyright: ignore
+
+    size = dict(depth=s.depth)
+    model = two_towers.Model(
+        image=dict(
+            width=s.width,
+            mlp_dim=4 * s.width,
+            num_heads=s.num_heads,
+            patch_size=(s.patch_size, s.patch_size),
+            pool_type="map" if s.sigmoid else "tok",
+            dtype_mm=dtype,
+            **size,
+        ),
+        text=dict(
+            width=s.text_width,
+            mlp_dim=4 * s.text_width,
+            num_heads=s.text_heads,
+            vocab_size=s.vocab_size,
+            **size,
+        ),
+        out_dim=s.embed_dim,
+        temperature_init=10.0,
+        bias_init=-10.0 if s.sigmoid else None,
+    )
+    pictures, ids = inputs(s, batch_size)
+    image = pictures.astype(jnp.float32) / 127.5 - 1
+    tx = optax.adamw(LEARNING_RATE)
+
+    def loss(params: Any) -> jax.Array:
+        img, txt, out = model.apply({"params": params}, image, ids, train=True)
+        logits = img @ txt.T * out["t"]
+        if s.sigmoid:
+            sign = 2 * jnp.eye(batch_size) - 1
+            return -jnp.sum(jax.nn.log_sigmoid(sign * (logits + out["b"])), -1).mean()
+        diagonal = jnp.arange(batch_size)
+        rows = jax.nn.log_softmax(logits, 1)[diagonal, diagonal].mean()
+        return -(rows + jax.nn.log_softmax(logits, 0)[diagonal, diagonal].mean()) / 2
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: Any, opt_state: Any) -> Any:
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    params = jax.jit(model.init)(jax.random.key(0), image, ids)["params"]
+    state = [(params, tx.init(params))]
+
+    def run() -> object:
+        *new, value = step(*state[0])
+        state[0] = tuple(new)
+        return value
+
+    return run
+
+
+def main() -> None:
+    """Time all arms, interleaved, and print a table."""
+    parser = arguments(__doc__)
+    parser.add_argument("--model", choices=MODELS, default="clip-b32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--big-vision", type=Path, help="a checkout of google-research/big_vision")
+    parser.add_argument("--only", nargs="*", default=["ours", "open_clip", "big_vision"])
+    o = parser.parse_args()
+    given = (MODELS[o.model], o.batch_size, o.dtype)
+    arms: dict[str, Run] = {}
+    if "ours" in o.only:
+        arms["ours"] = ours(*given)
+    if "open_clip" in o.only:
+        try:
+            arms["open_clip"] = open_clip_step(*given)
+        except ImportError:
+            print("open_clip is not installed here (make test-peers installs it); left out")
+    if o.big_vision and "big_vision" in o.only:
+        arms["big_vision modules"] = big_vision_step(*given, o.big_vision)
+    times = interleaved(arms, o.rounds)
+    print(f"\n{o.model}, batch {o.batch_size}, {o.dtype}\n\n{table(times, next(iter(arms)))}")
+    write(o.output, model=o.model, dtype=o.dtype, batch_size=o.batch_size, seconds=times)
+
+
+if __name__ == "__main__":
+    main()
