@@ -15,7 +15,7 @@ FLOORS = (
     {"types"},
     {"config", "packages"},
     {"partition"},
-    {"models", "objectives", "data"},
+    {"models", "objectives", "data", "decoding"},
     {"evals", "interop"},
     {"train"},
     {"cache"},
@@ -77,10 +77,11 @@ def test_importing_the_package_imports_no_jax():
     assert done.stdout == "False\n", done.stderr
 
 
-@pytest.mark.parametrize("room", ["objectives", "evals", "data", "models"])
+@pytest.mark.parametrize("room", ["objectives", "evals", "data", "models", "decoding"])
 def test_every_component_is_in_its_rooms_table(room):
     """A dataclass or module with `__call__` that a config could name must be reachable by name."""
     import imgtune_jax.data
+    import imgtune_jax.decoding
     import imgtune_jax.evals
     import imgtune_jax.models
     import imgtune_jax.objectives
@@ -90,6 +91,7 @@ def test_every_component_is_in_its_rooms_table(room):
         "evals": [imgtune_jax.evals.EVALUATORS],
         "data": [imgtune_jax.data.SOURCES, imgtune_jax.data.TRANSFORMS],
         "models": [imgtune_jax.models.TOWERS, imgtune_jax.models.HEADS],
+        "decoding": [imgtune_jax.decoding.METHODS],
     }
     files = {
         Path(sys.modules[v.__module__].__file__).name for t in tables[room] for v in t.values()
@@ -125,6 +127,16 @@ HELPERS: dict[str, set[str]] = {
         "store.py",
         "tar_index.py",
         "text.py",
+    },
+    "decoding": {
+        "__init__.py",
+        "answers.py",
+        "beam.py",
+        "generate.py",
+        "rules.py",
+        "sampling.py",
+        "start.py",
+        "top_k.py",
     },
     "models": {
         "__init__.py",

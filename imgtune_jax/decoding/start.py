@@ -1,0 +1,132 @@
+"""What every search starts from: prompts read into the cache, and a step over n texts a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from imgtune_jax.types import PyTree
+
+# (cache, token i32[b]) -> (logits f32[b v], cache); every leaf of the cache has b rows, and rows
+# may stand at different positions.
+Step = Callable[[PyTree, Int[Array, " b"]], tuple[Float[Array, "b v"], PyTree]]
+# The same over n texts a row: (own leaves [b n ...], token i32[b n]) -> (log p f32[b n v], own).
+NStep = Callable[[PyTree, Int[Array, "b n"]], tuple[Float[Array, "b n v"], PyTree]]
+
+
+class Start(NamedTuple):
+    """Rows that have read all but the last token of their prompt."""
+
+    step: NStep
+    own: PyTree  # what a text changes in the cache, [b n ...]
+    context: Int[Array, "b n t"]  # the prompt, with room for the text
+    length: Int[Array, " b"]  # tokens of the prompt
+
+
+def start(
+    step: Step,
+    cache: PyTree,
+    prompt: Int[Array, "b p"],
+    prompt_mask: Bool[Array, "b p"],
+    *,
+    n: int,
+    room: int,
+) -> Start:
+    """Read the prompts, row by row as long as they are, then lay out n texts a row.
+
+    A leaf that `step` hands back as it came (keys and values of the image, say) exists once a row,
+    not once a text, and no beam moves it.
+    """
+    length = prompt_mask.sum(1, dtype=jnp.int32)
+    leaves, tree = jax.tree.flatten(cache)
+    changes = _changed(step, cache, prompt[:, 0])
+
+    def whole(own: list[Array]) -> PyTree:
+        mine = iter(own)
+        return tree.unflatten(
+            [next(mine) if c else leaf for c, leaf in zip(changes, leaves, strict=True)]
+        )
+
+    def own_of(cache: PyTree) -> list[Array]:
+        return [x for c, x in zip(changes, tree.flatten_up_to(cache), strict=True) if c]
+
+    def read(i: Int[Array, ""], own: list[Array]) -> list[Array]:
+        new = own_of(step(whole(own), prompt[:, i])[1])
+        reads = i < length - 1
+        return [jnp.where(_like(reads, x), x, old) for x, old in zip(new, own, strict=True)]
+
+    def one(own: list[Array], token: Int[Array, " b"]) -> tuple[Float[Array, "b v"], list[Array]]:
+        logits, cache = step(whole(own), token)
+        return jax.nn.log_softmax(logits.astype(jnp.float32)), own_of(cache)
+
+    own = jax.lax.fori_loop(0, jnp.max(length) - 1, read, own_of(cache))
+    context = jnp.pad(jnp.where(prompt_mask, prompt, 0), ((0, 0), (0, room)))
+    return Start(
+        step=jax.vmap(one, in_axes=1, out_axes=1),
+        own=[jnp.repeat(x[:, None], n, axis=1) for x in own],
+        context=jnp.repeat(context[:, None], n, axis=1),
+        length=length,
+    )
+
+
+def write(
+    context: Int[Array, "b n t"], position: Int[Array, "b n"], token: Int[Array, "b n"]
+) -> Int[Array, "b n t"]:
+    """The context with one token more; a position past its end writes nothing."""
+    here = jnp.arange(context.shape[-1])[None, None] == position[..., None]
+    return jnp.where(here, token[..., None], context)
+
+
+def last(context: Int[Array, "b n t"], length: Int[Array, "b n"]) -> Int[Array, "b n"]:
+    """The last token of every context."""
+    return jnp.take_along_axis(context, length[..., None] - 1, axis=-1)[..., 0]
+
+
+def new_tokens(
+    context: Int[Array, "b n t"],
+    prompt_length: Int[Array, " b"],
+    length: Int[Array, "b n"],
+    *,
+    room: int,
+    pad: int,
+) -> tuple[Int[Array, "b n l"], Bool[Array, "b n l"]]:
+    """What stands after the prompt, and where."""
+    index = prompt_length[:, None, None] + jnp.arange(room, dtype=jnp.int32)[None, None]
+    index = jnp.broadcast_to(index, (*context.shape[:2], room))
+    mask = index < length[..., None]
+    return jnp.where(mask, jnp.take_along_axis(context, index, axis=-1), pad), mask
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """(i32[b p], bool[b p]) of token lists, padded on the right to the bucket of the longest.
+
+    Raises ValueError for an empty prompt: a text starts after one token at least.
+    """
+    if empty := [i for i, p in enumerate(prompts) if not len(p)]:
+        raise ValueError(f"prompts {empty[:5]} are empty; start each with one token at least (BOS)")
+    lengths = np.array([len(p) for p in prompts])
+    mask = np.arange(bucket(int(lengths.max()), least=1))[None] < lengths[:, None]
+    tokens = np.zeros(mask.shape, np.int32)
+    tokens[mask] = np.concatenate([np.asarray(p, np.int32) for p in prompts])
+    return tokens, mask
+
+
+def bucket(length: int, *, least: int = 8) -> int:
+    """The compiled length that serves `length`: the next power of two."""
+    return max(least, 1 << (length - 1).bit_length())
+
+
+def _changed(step: Step, cache: PyTree, token: Int[Array, " b"]) -> list[bool]:
+    """Which leaves of the cache a step changes, read from its program."""
+    program = jax.make_jaxpr(step)(cache, token).jaxpr
+    count = len(jax.tree.leaves(cache))
+    return [o is not i for o, i in zip(program.outvars[-count:], program.invars, strict=False)]
+
+
+def _like(rows: Bool[Array, " b"], x: Array) -> Bool[Array, "b ..."]:
+    return rows.reshape(-1, *[1] * (x.ndim - 1))

@@ -1,0 +1,73 @@
+"""A small recurrent model whose next token depends on all tokens before it, and on its image."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+WIDTH = 6
+
+
+def make_toy(vocabulary, *, seed=0, sharpness=2.0):
+    rng = np.random.default_rng(seed)
+    params = {
+        "embed": jnp.asarray(rng.normal(size=(vocabulary, WIDTH)), jnp.float32),
+        "mix": jnp.asarray(rng.normal(size=(WIDTH, WIDTH)), jnp.float32),
+        "out": jnp.asarray(sharpness * rng.normal(size=(WIDTH, vocabulary)), jnp.float32),
+    }
+
+    def start(params, image, *, length):
+        b = len(image)
+        return {
+            "image": image,
+            "hidden": jnp.zeros((b, WIDTH)),
+            "seen": jnp.full((b, length), -1, jnp.int32),
+            "position": jnp.zeros(b, jnp.int32),
+        }
+
+    def step(params, cache, token):
+        position = cache["position"]
+        hidden = jnp.tanh(cache["hidden"] @ params["mix"] + params["embed"][token])
+        logits = (hidden + cache["image"]) @ params["out"]
+        seen = jax.vmap(lambda row, i, x: row.at[i].set(x))(cache["seen"], position, token)
+        return logits, cache | {"hidden": hidden, "seen": seen, "position": position + 1}
+
+    def images(b, seed=1):
+        rng = np.random.default_rng(seed)
+        return jnp.asarray(rng.normal(size=(b, WIDTH)), jnp.float32)
+
+    def next_logp(image, context):
+        """log p of the next token, in NumPy: the reference."""
+        p = {name: np.asarray(x) for name, x in params.items()}
+        hidden = np.zeros(WIDTH, np.float32)
+        for token in context:
+            hidden = np.tanh(hidden @ p["mix"] + p["embed"][token])
+        logits = (hidden + np.asarray(image)) @ p["out"]
+        return logits - np.logaddexp.reduce(logits)
+
+    def logp(image, prompt, text):
+        """log p of every token of a text."""
+        return [next_logp(image, [*prompt, *text[:i]])[token] for i, token in enumerate(text)]
+
+    return SimpleNamespace(
+        params=params, start=start, step=step, images=images, logp=logp, next_logp=next_logp
+    )
+
+
+@pytest.fixture(scope="session")
+def toy():
+    """`toy(vocabulary, seed=…)`."""
+    return make_toy
+
+
+@pytest.fixture(scope="session")
+def texts():
+    """Turns a Generated into lists: the tokens of the texts of the rows."""
+
+    def convert(out):
+        rows = zip(np.asarray(out.tokens), np.asarray(out.mask), strict=True)
+        return [[t[m].tolist() for t, m in zip(*row, strict=True)] for row in rows]
+
+    return convert
