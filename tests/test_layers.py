@@ -123,6 +123,7 @@ HELPERS: dict[str, set[str]] = {
         "image.py",
         "pipeline.py",
         "record.py",
+        "resample.py",
         "sources.py",
         "store.py",
         "tar_index.py",

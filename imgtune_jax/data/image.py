@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import simplejpeg
 from jaxtyping import Shaped, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -14,6 +16,34 @@ from imgtune_jax.data.record import BadRecord, Cause
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning threshold
 WHITE = (255, 255, 255)
+ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
+
+
+@dataclass(frozen=True, eq=False)
+class Jpeg:
+    """An upright JPEG in colour or gray that waits to be decoded, whole or smaller."""
+
+    data: bytes
+    opened: Image.Image  # Pillow has read its header
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the whole picture: height, width, 3."""
+        return self.opened.height, self.opened.width, 3
+
+    def decode(self, reduction: int = 1) -> UInt8[np.ndarray, "h w 3"]:
+        """RGB by libjpeg-turbo, whole the same to the bit as Pillow's.
+
+        A `reduction` of 2, 4 or 8 divides both sides, rounded up: each pixel comes from the lower
+        frequencies of its block. Raises BadRecord.
+        """
+        height, width = (-(-side // reduction) for side in self.shape[:2])
+        try:
+            return simplejpeg.decode_jpeg(
+                self.data, min_height=height, min_width=width, min_factor=reduction, strict=True
+            )
+        except ValueError:  # Pillow says what is wrong, or forgives it
+            return _guarded(self.opened, WHITE, self.data)
 
 
 def decode(
@@ -22,7 +52,18 @@ def decode(
     max_pixels: int = MAX_PIXELS,
     background: tuple[int, int, int] = WHITE,
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """RGB of encoded bytes, a path, a PIL image or an array.
+    """RGB of encoded bytes, a path, a PIL image or an array: `peek`, decoded whole."""
+    found = peek(image, max_pixels=max_pixels, background=background)
+    return found.decode() if isinstance(found, Jpeg) else found
+
+
+def peek(
+    image: Any,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    background: tuple[int, int, int] = WHITE,
+) -> UInt8[np.ndarray, "h w 3"] | Jpeg:
+    """RGB, or a Jpeg that is not decoded yet, of encoded bytes, a path, a PIL image or an array.
 
     EXIF rotation is applied, an animation gives its first frame, alpha is composited on
     `background`, 16 bits are scaled to 8 (not clipped). The number of pixels is checked in the
@@ -48,7 +89,17 @@ def decode(
     except Exception as error:  # Pillow's parsers raise anything on hostile bytes
         raise _unreadable(data, error) from error
     _check_size(opened, max_pixels)
-    return _guarded(opened, background, data)
+    return Jpeg(data, opened) if _is_plain_jpeg(opened) else _guarded(opened, background, data)
+
+
+def _is_plain_jpeg(opened: Image.Image) -> bool:
+    """Does libjpeg-turbo alone give what Pillow would? Not for CMYK, several pictures, rotation."""
+    if opened.format != "JPEG" or opened.mode not in ("RGB", "L"):
+        return False
+    try:
+        return opened.getexif().get(ORIENTATION, 1) == 1
+    except Exception:  # Pillow's parsers raise anything on hostile bytes; `_guarded` says so
+        return False
 
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:

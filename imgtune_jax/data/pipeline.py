@@ -31,7 +31,7 @@ from imgtune_jax.data.record import (
 )
 from imgtune_jax.data.store import FeatureStore
 from imgtune_jax.data.text import Tokenizer
-from imgtune_jax.data.transforms import Transform
+from imgtune_jax.data.transforms import Compose
 
 NumpyBatch = dict[str, np.ndarray]
 CAPTION_STREAM, IMAGE_STREAM = 0, 1  # apart, so a run without decoding draws the same captions
@@ -58,7 +58,7 @@ class Pipeline:
 
     source: Source
     batch_size: int
-    transform: Transform | None = None
+    transform: Compose | None = None
     tokenizer: Tokenizer | None = None
     captions: Mapping[str, float] = field(default_factory=dict)
     templates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -184,7 +184,7 @@ class _Rows:
     """Local stream position -> one row. Pure, and what worker processes run."""
 
     source: Source
-    transform: Transform | None
+    transform: Compose | None
     captions: CaptionDraw | None
     with_group: bool
     seed: int
@@ -264,7 +264,7 @@ class _Rows:
     def _image(self, record: Record, epoch: int, index: int) -> dict[str, Any]:
         assert self.transform is not None
         record.check("image")
-        picture = image_lib.decode(
+        picture = image_lib.peek(
             record.image, max_pixels=self.max_pixels, background=self.background
         )
         rng = np.random.default_rng((self.seed, epoch, index, IMAGE_STREAM))

@@ -31,7 +31,7 @@ class ModelEncoders:
 
     model: models.Model
     params: Params
-    preprocess: Callable[..., np.ndarray]
+    preprocess: data.Compose
     tokenizer: data.Tokenizer
     partitioner: Partitioner
     image_is_locked: bool
@@ -44,7 +44,7 @@ class ModelEncoders:
         model: models.Model,
         params: Params,
         *,
-        preprocess: Callable[..., np.ndarray],
+        preprocess: data.Compose,
         tokenizer: data.Tokenizer,
         partitioner: Partitioner,
         image_is_locked: bool,

@@ -6,13 +6,12 @@ Training, evaluation and use all start here, so a run is judged and used by exac
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from imgtune_jax import data, evals, interop, models
 from imgtune_jax.config import Component, Config
@@ -32,7 +31,7 @@ class Experiment:
     partitioner: Partitioner
     model: models.Model  # locked layers run in eval mode
     is_frozen: dict[str, bool]  # by parameter path
-    preprocess: Callable[..., np.ndarray]  # PIL image or array -> u8[h w 3], deterministic
+    preprocess: data.Compose  # PIL image or array -> u8[h w 3], deterministic
     tokenizer: data.Tokenizer
 
     @functools.cached_property

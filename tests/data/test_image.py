@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from imgtune_jax.data import BadRecord, Cause, decode
+from imgtune_jax.data.image import Jpeg, peek
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (60, 80, 3), dtype=np.uint8)
@@ -151,3 +152,63 @@ def test_animation_gives_its_first_frame(kind):
 def test_missing_image_and_missing_file(tmp_path):
     assert cause_of(None) is Cause.MISSING_IMAGE
     assert cause_of(tmp_path / "no.png") is Cause.MISSING_IMAGE
+
+
+SMOOTH = np.asarray(
+    Image.fromarray(RNG.integers(0, 256, (12, 17, 3), dtype=np.uint8)).resize((131, 93))
+)
+JPEGS = {
+    "4:2:0": encode(SMOOTH, "JPEG", subsampling="4:2:0"),
+    "4:2:2": encode(SMOOTH, "JPEG", subsampling="4:2:2"),
+    "4:4:4": encode(SMOOTH, "JPEG", subsampling="4:4:4", quality=98),
+    "progressive": encode(SMOOTH, "JPEG", progressive=True),
+    "stored as RGB": encode(SMOOTH, "JPEG", keep_rgb=True),
+    "gray": encode(np.ascontiguousarray(SMOOTH[..., 0]), "JPEG"),
+    "cmyk": encode(Image.fromarray(SMOOTH).convert("CMYK"), "JPEG"),
+}
+
+
+def by_pillow(data):
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_jpeg_is_decoded_as_pillow_decodes_it_to_the_bit(kind):
+    assert isinstance(peek(JPEGS[kind]), Jpeg) == (kind != "cmyk")
+    np.testing.assert_array_equal(decode(JPEGS[kind]), by_pillow(JPEGS[kind]))
+
+
+def test_damage_that_pillow_forgives_is_forgiven():
+    data = bytearray(JPEGS["4:2:0"])
+    data[-60:-50] = bytes(10)
+    want = by_pillow(bytes(data))
+    assert (want != by_pillow(JPEGS["4:2:0"])).any()
+    np.testing.assert_array_equal(decode(bytes(data)), want)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_rotated_jpeg_is_upright(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(SMOOTH, "JPEG", exif=exif)
+    turns = {1: 0, 3: 2, 6: 3}[orientation]  # quarter turns to the left
+    np.testing.assert_array_equal(decode(data), np.rot90(by_pillow(data), turns))
+
+
+def test_jpeg_of_too_many_pixels_is_refused_by_its_header(monkeypatch):
+    monkeypatch.setattr("simplejpeg.decode_jpeg", lambda *a, **k: pytest.fail("decoded"))
+    assert cause_of(JPEGS["4:2:0"], max_pixels=93 * 131 - 1) is Cause.TOO_MANY_PIXELS
+
+
+@pytest.mark.parametrize("reduction", [2, 4, 8])
+def test_reduced_jpeg_is_the_mean_of_its_pixels(reduction):
+    data = JPEGS["4:4:4"]
+    found = peek(data).decode(reduction)
+    assert found.shape == (-(-93 // reduction), -(-131 // reduction), 3)
+    h, w = 93 // reduction, 131 // reduction
+    whole = decode(data)[: h * reduction, : w * reduction].astype(float)
+    means = whole.reshape(h, reduction, w, reduction, 3).mean((1, 3))
+    # At an eighth a pixel is its block's mean, but for the roundings of two conversions of colour;
+    # else lower frequencies come close to a mean.
+    np.testing.assert_allclose(found[:h, :w], means, atol=2 if reduction == 8 else 8)
+    assert np.abs(found[:h, :w] - means).mean() < 1.5

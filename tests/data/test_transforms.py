@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imgtune_jax.data import TRANSFORMS, build_transform, decode, transforms
+from imgtune_jax.data import TRANSFORMS, build_transform, colour, decode, transforms
 
 RNG = np.random.default_rng(0)
 WIDE = RNG.integers(0, 256, (61, 97, 3), dtype=np.uint8)
@@ -149,7 +149,7 @@ def test_jitter_of_nothing_is_the_identity():
 
 def test_hue_turns_red_to_another_hue_of_equal_strength():
     red = np.full((4, 4, 3), (255, 0, 0), np.uint8)
-    turned = np.asarray(transforms._shift_hue(Image.fromarray(red), 1 / 3))
+    turned = np.asarray(colour._shift_hue(Image.fromarray(red), 1 / 3))
     np.testing.assert_allclose(turned[0, 0], (0, 255, 0), atol=6)  # Pillow's hue has 256 steps
 
 

@@ -1,0 +1,135 @@
+"""Windows of a picture, u8[h w 3] -> u8[h w 3]."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from imgtune_jax.data.image import Jpeg
+from imgtune_jax.data.resample import (
+    INTERPOLATIONS,
+    WHITE,
+    Colour,
+    Interpolation,
+    Picture,
+    choose,
+    need,
+    padded,
+    pair,
+    resampled,
+)
+
+
+@dataclass(frozen=True)
+class CenterCrop:
+    """The middle `size` pixels; a smaller picture is padded with `fill` (torchvision's: black)."""
+
+    size: int | tuple[int, int]
+    fill: Colour = (0, 0, 0)
+
+    def __post_init__(self) -> None:
+        pair(self.size)
+
+    def __call__(self, image: Picture, rng: np.random.Generator | None = None) -> Picture:
+        height, width = pair(self.size)
+        image = padded(image, height, width, self.fill)
+        top = round((image.shape[0] - height) / 2.0)
+        left = round((image.shape[1] - width) / 2.0)
+        return image[top : top + height, left : left + width]
+
+
+@dataclass(frozen=True)
+class Pad:
+    """`padding` pixels of `fill` on each side."""
+
+    padding: int
+    fill: Colour = WHITE
+
+    def __call__(self, image: Picture, rng: np.random.Generator | None = None) -> Picture:
+        h, w = image.shape[:2]
+        return padded(image, h + 2 * self.padding, w + 2 * self.padding, self.fill)
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """A uniformly drawn window of `size` pixels, after `padding` pixels of `fill` on each side."""
+
+    size: int | tuple[int, int]
+    padding: int = 0
+    fill: Colour = WHITE
+
+    def __post_init__(self) -> None:
+        pair(self.size)
+
+    def __call__(self, image: Picture, rng: np.random.Generator | None = None) -> Picture:
+        rng = need(rng, self)
+        height, width = pair(self.size)
+        image = Pad(self.padding, fill=self.fill)(image)
+        image = padded(image, height, width, self.fill)
+        top = int(rng.integers(image.shape[0] - height + 1))
+        left = int(rng.integers(image.shape[1] - width + 1))
+        return image[top : top + height, left : left + width]
+
+
+@dataclass(frozen=True)
+class RandomResizedCrop:
+    """A window of a drawn area (`scale`, a share) and aspect (`ratio`, w/h), resized to `size`.
+
+    Inception's crop: ten tries, then the largest middle window whose aspect is allowed. The resize
+    is Pillow's filter of that name, antialiased, to a rounding (SIMD).
+
+    `scaled_decode`: a JPEG whose window is 4, 8 or 16 times `size` or more is decoded at a half, a
+    quarter or an eighth, so that the window still has twice `size` for the filter. It changes
+    pixels by less than another interpolation would, which augmentation does not mind, and reads a
+    camera's picture several times faster: so it is on.
+    """
+
+    size: int | tuple[int, int]
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: Interpolation = "bicubic"
+    scaled_decode: bool = True
+
+    def __post_init__(self) -> None:
+        pair(self.size)
+        choose("interpolation", self.interpolation, INTERPOLATIONS)
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale = {self.scale}; wanted shares (low, high) in (0, 1]")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio = {self.ratio}; wanted aspects (low, high) above 0")
+
+    def __call__(self, image: Picture | Jpeg, rng: np.random.Generator | None = None) -> Picture:
+        height, width = image.shape[:2]
+        top, left, h, w = self._window(height, width, need(rng, self))
+        if isinstance(image, Jpeg):
+            image = image.decode(self.reduction(h, w))
+        y, x = image.shape[0] / height, image.shape[1] / width  # below 1 when reduced
+        box = top * y, left * x, h * y, w * x
+        return resampled(image, box, *pair(self.size), self.interpolation)
+
+    def reduction(self, h: int, w: int) -> int:
+        """By what a JPEG with a window of h x w pixels may be reduced in decoding: 1, 2, 4 or 8."""
+        height, width = pair(self.size)
+        times = min(h / height, w / width)
+        fits = [r for r in (8, 4, 2) if times >= 2 * r]
+        return fits[0] if fits and self.scaled_decode else 1
+
+    def _window(
+        self, height: int, width: int, rng: np.random.Generator
+    ) -> tuple[int, int, int, int]:
+        for _ in range(10):
+            area = height * width * rng.uniform(*self.scale)
+            aspect = math.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
+            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                return (
+                    int(rng.integers(height - h + 1)),
+                    int(rng.integers(width - w + 1)),
+                    h,
+                    w,
+                )
+        w = max(1, min(width, round(height * self.ratio[1])))
+        h = max(1, min(height, round(width / self.ratio[0])))
+        return (height - h) // 2, (width - w) // 2, h, w
