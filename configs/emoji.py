@@ -8,6 +8,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+LANGUAGES = ("en", "zh", "de", "es", "fr", "ar", "hi", "sw", "ja", "ru")
+PREFIXES = {language: f"<{language}>" for language in LANGUAGES}  # what a captioner is told
 MAX_TOKENS = 12  # the longest English name has 12, begin and end included
 
 
@@ -22,6 +24,13 @@ def source(split: str, *vendors: str) -> Any:
             group=("concept",),
         )
     )
+
+
+def captions_source(split: str, *vendors: str) -> Any:
+    """The same with a caption set a language: the concept's name in it."""
+    c = source(split, *vendors)
+    c.captions = ConfigDict({language: ("name", language) for language in LANGUAGES})
+    return c
 
 
 def tests() -> dict[str, Any]:

@@ -176,13 +176,15 @@ def key_parts(exp: Experiment, locked: Params, tower: str, source: data.Source) 
         "source": source.fingerprint,
     }
     if tower == "image":
-        parts["normalisation"] = {k: v for k, v in c.model.items() if k.startswith("image_")}
-        del parts["normalisation"]["image_head"]
+        keys = ("image_size", "image_mean", "image_std")
+        parts["normalisation"] = {k: v for k, v in c.model.items() if k in keys}
         parts["preprocess"] = c.data.transforms or c.preprocess
         parts["seed"] = c.seed if c.data.transforms else None  # preprocessing draws nothing
     else:
         parts["tokenizer"] = exp.tokenizer.fingerprint
         parts["captions"], parts["seed"] = c.data.captions, c.seed
+        if c.data.prefixes:
+            parts["prefixes"] = c.data.prefixes
     return json.loads(json.dumps(parts))
 
 

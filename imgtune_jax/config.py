@@ -77,10 +77,12 @@ class Lock:
 
 @dataclass(frozen=True)
 class Data:
-    """Training data. `captions` weighs the caption sets of a record; `transforms` augment."""
+    """Training data. `captions` weighs the caption sets of a record, `prefixes` says what stands
+    before a set's captions and carries no loss ("<de>"); `transforms` augment."""
 
     source: Component
     captions: dict[str, float]
+    prefixes: dict[str, str]
     transforms: tuple[Component, ...]
     num_threads: int
     num_workers: int

@@ -11,10 +11,10 @@ from typing import Any
 from flax import traverse_util
 
 from imgtune_jax import config as config_lib
-from imgtune_jax import data
+from imgtune_jax import data, models
 from imgtune_jax.train import checkpoint, experiment
 
-PARTS = ("image", "image_head", "text", "text_head", "logit_scale", "logit_bias")
+PARTS = (*models.COMPONENTS, "logit_scale", "logit_bias")
 
 
 def describe(workdir: Path) -> str:
@@ -61,7 +61,7 @@ def _parameters(exp: experiment.Experiment) -> Iterable[str]:
     yield f"{'part':<12} {'component':<20} {'parameters':>12} {'locked':>12} {'trained':>12}"
     for part in PARTS:
         mine = {p: n for p, n in sizes.items() if p == part or p.startswith(f"{part}/")}
-        if not mine and part.startswith("logit"):
+        if not mine and not exp.config.model.get(part):
             continue
         component = exp.config.model.get(part) or {}
         label = " ".join(str(component[k]) for k in ("name", "variant") if k in component)

@@ -26,12 +26,13 @@ ACTIVATION_AXES: dict[str, str | tuple[str, ...] | None] = {
     "embed": None,
     "heads": "tensor",
     "mlp": "tensor",
+    "vocab": "tensor",
 }
 
 # (regex found in a parameter's path, mesh axis of each dimension). The first match whose rank
 # fits wins; what no rule fits has its largest divisible dimension laid over `fsdp`.
 PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"/(q|k|v|fc1)/kernel$", ("fsdp", "tensor")),
+    (r"/(q|k|v|fc1|vocabulary)/kernel$", ("fsdp", "tensor")),
     (r"/(out|fc2)/kernel$", ("tensor", "fsdp")),
     (r"/(q|k|v|fc1)/bias$", ("tensor",)),
     (r"/(token_embed|word_embeddings)/embedding$", ("tensor", "fsdp")),

@@ -6,9 +6,10 @@ d width of features, k heads, v vocabulary, n examples of a whole data set.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
@@ -33,17 +34,35 @@ class Batch:
     text_features: Float[Array, "b ..."] | None = None
     text: Int[Array, "b l"] | None = None
     text_mask: Bool[Array, "b l"] | None = None
+    target_mask: Bool[Array, "b l"] | None = None  # the text's tokens but begin and prompt
     group: Int[Array, " b"] | None = None  # same value: any of the group's captions is right
+
+
+class TokenScores(NamedTuple):
+    """What a captioner says of each token but the first, given those before it; t = l - 1.
+
+    Float32, in nats, over the vocabulary v: the token's log probability, the logsumexp of the
+    logits, the mean log probability of all v tokens, and 1 where none has a higher logit, else 0.
+    """
+
+    log_prob: Float[Array, "b t"]
+    logsumexp: Float[Array, "b t"]
+    mean_log_prob: Float[Array, "b t"]
+    correct: Float[Array, "b t"]
 
 
 @struct.dataclass
 class Outputs:
-    """What a model says of one batch. Embeddings have unit L2 norm, in float32."""
+    """What a model says of one batch. Embeddings have unit L2 norm, in float32.
 
-    image_emb: Float[Array, "b d"] | None
-    text_emb: Float[Array, "b d"] | None
-    logit_scale: Float[Array, ""]  # the multiplier itself, after exp
+    Each is None where the model lacks the part, or the batch its input.
+    """
+
+    image_emb: Float[Array, "b d"] | None = None
+    text_emb: Float[Array, "b d"] | None = None
+    logit_scale: Float[Array, ""] | None = None  # the multiplier itself, after exp
     logit_bias: Float[Array, ""] | None = None
+    captions: TokenScores | None = None
 
 
 @struct.dataclass
@@ -59,5 +78,20 @@ class TrainState:
     ema_params: Params | None = None
 
 
+class Exp(NamedTuple):
+    """A metric that is the exponential of a mean, such as perplexity."""
+
+    total: jax.Array
+    count: jax.Array
+
+
 # A metric is (sum, count): summed over microbatches, hosts and log intervals, divided last.
-Metrics = dict[str, tuple[jax.Array, jax.Array]]
+Metric = tuple[jax.Array, jax.Array] | Exp
+Metrics = dict[str, Metric]
+
+
+def divided(metric: Metric) -> jax.Array:
+    """A metric's value: its sum over its count, and the exponential of that for an Exp."""
+    total, count = metric
+    mean = total / jnp.maximum(count, 1)
+    return jnp.exp(mean) if isinstance(metric, Exp) else mean

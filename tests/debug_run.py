@@ -13,15 +13,14 @@ import numpy as np
 from imgtune_jax import config
 
 ROOT = Path(__file__).parents[1]
-COMMAND = [sys.executable, "train.py", "--config=configs/debug.py"]
 
 
-def settings(**changes):
+def settings(kind="", **changes):
     """The debug config with dotted keys changed."""
     spec = importlib.util.spec_from_file_location("debug", ROOT / "configs" / "debug.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    c = module.get_config()
+    c = module.get_config(kind)
     for key, value in changes.items():
         *parents, leaf = key.split(".")
         node = c
@@ -40,9 +39,10 @@ def losses(workdir):
     return np.array([m["train/loss"] for m in metrics(workdir) if "train/loss" in m])
 
 
-def start(workdir, *changes, devices=1):
+def start(workdir, *changes, devices=1, kind=""):
     env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    return subprocess.Popen([*COMMAND, f"--workdir={workdir}", *changes], env=env, cwd=ROOT)
+    command = [sys.executable, "train.py", f"--config=configs/debug.py{kind and ':' + kind}"]
+    return subprocess.Popen([*command, f"--workdir={workdir}", *changes], env=env, cwd=ROOT)
 
 
 def signal_after(process, workdir, lines, which, limit=240):

@@ -51,6 +51,7 @@ DEEP = {
     f"model.{tower}": dict(settings().model[tower], depth=2, **dropout)
     for tower, dropout in (("image", {"dropout": 0.0}), ("text", {}))
 }
+DECODER = dict(name="transformer", variant="mu", vocab_size=30522, max_length=12, chunk=1)
 LOCKS = {
     "image": {"lock.image": True},
     "text": {"lock.text": True},
@@ -61,6 +62,16 @@ LOCKS = {
         "lock.image_unlocked_layers": 1,
         "lock.text": True,
         "lock.text_unlocked_layers": 1,
+    },
+    "a whole tower whose tokens a decoder reads": {
+        "lock.image": True,
+        "model.decoder": DECODER,
+        "objectives": dict(softmax=dict(weight=1.0), captioning=dict(weight=1.0)),
+    },
+    "a whole convolutional tower whose tokens a pooler reads": {
+        "lock.image": True,
+        "model.image": dict(name="resnet", stage_sizes=(1, 1), width=8, norm="group"),
+        "model.image_pooler": dict(name="attentional", width=32, num_queries=3),
     },
     "all but the attention pooling: tokens": {"lock.patterns": (r"image/(?!pool/).*",)},
 }

@@ -83,14 +83,14 @@ def test_every_component_is_in_its_rooms_table(room):
     import imgtune_jax.data
     import imgtune_jax.decoding
     import imgtune_jax.evals
-    import imgtune_jax.models
     import imgtune_jax.objectives
+    from imgtune_jax import models
 
     tables = {
         "objectives": [imgtune_jax.objectives.OBJECTIVES],
         "evals": [imgtune_jax.evals.EVALUATORS],
         "data": [imgtune_jax.data.SOURCES, imgtune_jax.data.TRANSFORMS],
-        "models": [imgtune_jax.models.TOWERS, imgtune_jax.models.HEADS],
+        "models": [models.TOWERS, models.HEADS, models.DECODERS, models.POOLERS],
         "decoding": [imgtune_jax.decoding.METHODS],
     }
     files = {
@@ -141,15 +141,18 @@ HELPERS: dict[str, set[str]] = {
     },
     "models": {
         "__init__.py",
+        "block.py",
         "build.py",
         "conv.py",
+        "image_text.py",
         "init.py",
         "layers.py",
+        "parts.py",
         "pooling.py",
         "positions.py",
         "sizes.py",
         "stack.py",
         "transformer.py",
-        "two_tower.py",
+        "vocabulary.py",
     },
 }

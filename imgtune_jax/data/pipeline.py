@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 
 from imgtune_jax.data import image as image_lib
-from imgtune_jax.data.captions import CaptionDraw
+from imgtune_jax.data.captions import Caption, CaptionDraw
 from imgtune_jax.data.record import (
     BadRecord,
     BadRecordCounter,
@@ -43,9 +43,10 @@ PADDING = -1
 class Pipeline:
     """Batches as dicts of NumPy arrays, for this host.
 
-    image u8[b h w 3] if there is a transform; text i32[b l] and text_mask bool[b l] if there is a
-    tokenizer, with group i32[b] if the source has groups; always example_mask bool[b] and index
-    i64[b] (-1 is padding). `captions` weighs caption sets, `templates` gives prompts to a set.
+    image u8[b h w 3] if there is a transform; text i32[b l], text_mask and target_mask bool[b l] if
+    there is a tokenizer, with group i32[b] if the source has groups; always example_mask bool[b]
+    and index i64[b] (-1 is padding). `captions` weighs caption sets; `templates` and `prefixes` as
+    in CaptionDraw.
 
     `stores` of features, by tower ("image", "text"), replace what the towers read: a batch whose
     rows a store holds has image_features or text_features f32[b …] in the place of its image (none
@@ -62,6 +63,7 @@ class Pipeline:
     tokenizer: Tokenizer | None = None
     captions: Mapping[str, float] = field(default_factory=dict)
     templates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    prefixes: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
     shuffle: bool = False
     host_index: int = 0
@@ -93,13 +95,14 @@ class Pipeline:
                     "from this source"
                 )
         if self.tokenizer is not None:
-            CaptionDraw(self.captions, self.templates).check(
-                getattr(self.source, "caption_sets", tuple(self.captions))
-            )
+            self._draw().check(getattr(self.source, "caption_sets", tuple(self.captions)))
 
     @cached_property
     def _counter(self) -> BadRecordCounter:
         return BadRecordCounter(self.max_bad_fraction, self.min_records)
+
+    def _draw(self) -> CaptionDraw:
+        return CaptionDraw(self.captions, self.templates, self.prefixes)
 
     def bad_records(self) -> dict[str, int]:
         """{"seen": records so far, cause: broken ones, …} of this host, ready for JSON."""
@@ -127,7 +130,7 @@ class Pipeline:
         return _Rows(
             source=self.source,
             transform=self.transform,
-            captions=CaptionDraw(self.captions, self.templates) if self.tokenizer else None,
+            captions=self._draw() if self.tokenizer else None,
             with_group=self.tokenizer is not None and getattr(self.source, "has_group", False),
             seed=self.seed,
             shuffle=self.shuffle and not deterministic,
@@ -326,10 +329,14 @@ class _Collate:
             pictures = zip(rows, present, strict=True)
             batch["image"] = np.stack([row["image"] if p else blank for row, p in pictures])
         if self.tokenizer is not None:
-            ids, mask = self.tokenizer([row.get("caption", "") for row in rows])
+            captions = [row.get("caption", Caption("")) for row in rows]
+            ids, mask, targets = self.tokenizer.prompted(
+                [c.prefix for c in captions], [c.text for c in captions]
+            )
             present = batch.get("text_good", good)[:, None]
             batch["text"] = np.where(present, ids, 0).astype(np.int32)
             batch["text_mask"] = mask & present
+            batch["target_mask"] = targets & present
         if self.with_group:
             groups = np.array([row.get("group", -1) for row in rows], np.int32)
             batch["group"] = np.where(good, groups, np.int32(-1))

@@ -12,6 +12,7 @@ import json
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,59 @@ class Tokenizer:
             ids[i, : len(row)] = row
             mask[i, : len(row)] = True
         return ids, mask
+
+    def prompted(
+        self, prefixes: Sequence[str], texts: Sequence[str]
+    ) -> tuple[Int32[np.ndarray, "b l"], Bool[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:
+        """(ids, mask, target mask) of begin, prefix, text, end.
+
+        The target mask is True on a text and its end: what a captioner is to write. A prefix is
+        tokenized apart from its text, so that it is the same tokens before every text.
+        """
+        plain, mask = self(texts)
+        targets = mask.copy()
+        begin, end = len(self.begin), len(self.end)
+        targets[:, :begin] = False
+        for i, prefix in enumerate(prefixes):
+            if not prefix:
+                continue
+            inner = self.prompt(prefix)[begin:]
+            row = plain[i][mask[i]].tolist()
+            body = row[begin : len(row) - end][: self.length - begin - end - len(inner)]
+            row = [*self.begin, *inner, *body, *self.end]
+            plain[i] = row + [self.pad_id] * (self.length - len(row))
+            mask[i] = np.arange(self.length) < len(row)
+            targets[i] = mask[i] & (np.arange(self.length) >= begin + len(inner))
+        return plain, mask, targets
+
+    def prompt(self, prefix: str = "") -> list[int]:
+        """What generation starts from: the begin tokens and the prefix.
+
+        Raises ValueError for a prefix that leaves no room for a text.
+        """
+        inner = self.backend.encode(CLEANINGS[self.cleaning](prefix), add_special_tokens=False).ids
+        if len(self.begin) + len(inner) + len(self.end) >= self.length:
+            raise ValueError(f"the prefix {prefix!r} fills all {self.length} tokens of a text")
+        return [*self.begin, *inner]
+
+    @cached_property
+    def begin(self) -> tuple[int, ...]:
+        """The tokens in front of every text."""
+        return self._wrapping[0]
+
+    @cached_property
+    def end(self) -> tuple[int, ...]:
+        """The tokens behind every text."""
+        return self._wrapping[1]
+
+    @cached_property
+    def _wrapping(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        bare = self.backend.encode("a", add_special_tokens=False).ids
+        whole = self.backend.encode("a").ids
+        starts = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
+        if not bare or not starts:
+            raise ValueError("this tokenizer changes a text when it adds its begin and end tokens")
+        return tuple(whole[: starts[0]]), tuple(whole[starts[0] + len(bare) :])
 
     @property
     def vocab_size(self) -> int:
@@ -213,16 +267,19 @@ def train_tokenizer(
     kind: str = "bpe",
     length: int = 64,
     cleaning: str = "lower",
+    prompts: Sequence[str] = (),
 ) -> Tokenizer:
     """Learn a tokenizer from texts and save it. The same texts give the same file.
 
     kind: "bpe" (byte-level, so no text is unknown) or "wordpiece". Ids 0 to 3 are <pad>, <bos>,
-    <eos>, <unk>; every text is wrapped in <bos> and <eos>.
+    <eos>, <unk>; every text is wrapped in <bos> and <eos>. Each of `prompts` ("<de>") is one token,
+    and none of what decoding shows.
     """
     if kind not in KINDS:
         raise ValueError(f"kind = {kind!r}; known: {', '.join(KINDS)}")
     corpus = sorted(CLEANINGS[cleaning](t) for t in texts)
-    backend = KINDS[kind](corpus, vocab_size)
+    backend = KINDS[kind](corpus, vocab_size - len(prompts))
+    backend.add_special_tokens(list(prompts))
     backend.post_processor = tokenizers.processors.TemplateProcessing(
         single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
     )

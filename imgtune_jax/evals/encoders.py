@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from imgtune_jax import data, models
-from imgtune_jax.evals.protocol import Source
+from imgtune_jax.evals.protocol import CaptionScores, Source
 from imgtune_jax.partition import Partitioner
-from imgtune_jax.types import Params
+from imgtune_jax.types import Batch, Params
 
 BATCH_SIZE = 128
 Rows = Float[np.ndarray, "n d"]
@@ -57,6 +57,10 @@ class ModelEncoders:
             "text": model.encode_text,
             "text_features": model.features_text,
         }
+        if model.decoder is not None:
+            functions["captions"] = lambda params, image, text, mask: model.caption_scores(
+                params, model.image_tokens(params, image), text, mask
+            )
         programs = {
             name: jax.jit(f, out_shardings=partitioner.replicated) for name, f in functions.items()
         }
@@ -77,9 +81,10 @@ class ModelEncoders:
         return dataclasses.replace(self, params=params, kept=self.kept if keep_old else {})
 
     @property
-    def logit_scale(self) -> float:
-        """The multiplier of cosine similarities, after exp."""
-        return float(self.model.logit_scale(self.params))
+    def logit_scale(self) -> float | None:
+        """The multiplier of cosine similarities, after exp; None for a mere captioner."""
+        scale = self.model.logit_scale(self.params)
+        return None if scale is None else float(scale)
 
     @property
     def logit_bias(self) -> float | None:
@@ -112,7 +117,36 @@ class ModelEncoders:
         n = self.partitioner.batch_devices
         return -(-BATCH_SIZE // n) * n
 
+    def caption_scores(
+        self, source: Source, texts: Sequence[str], prefix: str = "", /
+    ) -> CaptionScores | None:
+        """How likely each image's text is, behind a prefix; None for a model without a decoder."""
+        if self.model.decoder is None:
+            return None
+        ids, mask, targets = self.tokenizer.prompted([prefix] * len(texts), texts)
+        size, rows, valid = self._batch_size, [], []
+        for i, placed in enumerate(self._pictures(source)):
+            part = [_padded(x[i * size : (i + 1) * size], size) for x in (ids, mask)]
+            arrays = [placed.image, *map(self.partitioner.put_global, part)]
+            rows.append(jax.device_get(self.programs["captions"](self.params, *arrays)))
+            valid.append(self._whole(placed.example_mask))
+        n = len(texts)
+        scores = jax.tree.map(lambda *parts: np.concatenate(parts)[:n], *rows)
+        return CaptionScores(scores, mask, targets, np.concatenate(valid)[:n])
+
     def _pass(self, source: Source) -> tuple[Rows, Bool[np.ndarray, " n"]]:
+        rows, valid = [], []
+        for placed in self._pictures(source):
+            rows.append(np.asarray(self.programs["features"](self.params, placed.image)))
+            valid.append(self._whole(placed.example_mask))
+        n = len(source)
+        return np.concatenate(rows)[:n], np.concatenate(valid)[:n]
+
+    def _whole(self, x: jax.Array) -> np.ndarray:
+        return np.asarray(jax.device_put(x, self.partitioner.replicated))
+
+    def _pictures(self, source: Source) -> Iterator[Batch]:
+        """A source's images in order, in batches on the mesh; the last one is padded."""
         pipeline = data.Pipeline(
             source=source,
             transform=self.preprocess,
@@ -121,15 +155,7 @@ class ModelEncoders:
             host_count=jax.process_count(),
             max_bad_fraction=1.0,  # an evaluator reports what it could not read; it does not stop
         )
-        rows, valid = [], []
-        for batch in pipeline.one_pass():
-            placed = self.partitioner.put(batch)
-            rows.append(np.asarray(self.programs["features"](self.params, placed.image)))
-            valid.append(
-                np.asarray(jax.device_put(placed.example_mask, self.partitioner.replicated))
-            )
-        n = len(source)
-        return np.concatenate(rows)[:n], np.concatenate(valid)[:n]
+        return map(self.partitioner.put, pipeline.one_pass())
 
     def _rows(self, program: str, arrays: tuple[np.ndarray, ...]) -> Rows:
         """Run a program over rows that every host holds, padded to whole batches."""
@@ -137,9 +163,12 @@ class ModelEncoders:
         out = []
         for start in range(0, n, size):
             part = [a[start : start + size] for a in arrays]
-            padded = [np.pad(a, [(0, size - len(a))] + [(0, 0)] * (a.ndim - 1)) for a in part]
-            placed = [self.partitioner.put_global(a) for a in padded]
+            placed = [self.partitioner.put_global(_padded(a, size)) for a in part]
             out.append(np.asarray(self.programs[program](self.params, *placed))[: len(part[0])])
         if not out:
             raise ValueError("nothing to encode: got an empty list")
         return np.concatenate(out)
+
+
+def _padded(rows: np.ndarray, size: int) -> np.ndarray:
+    return np.pad(rows, [(0, size - len(rows))] + [(0, 0)] * (rows.ndim - 1))

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from imgtune_jax.data import Source
+from imgtune_jax.types import TokenScores
+
+
+class CaptionScores(NamedTuple):
+    """What a captioner says of one given caption an image, NumPy rows in order.
+
+    `valid` is False for images that could not be read.
+    """
+
+    scores: TokenScores
+    text_mask: Bool[np.ndarray, "n l"]
+    target_mask: Bool[np.ndarray, "n l"]
+    valid: Bool[np.ndarray, " n"]
 
 
 class Encoders(Protocol):
@@ -19,8 +32,8 @@ class Encoders(Protocol):
     """
 
     @property
-    def logit_scale(self) -> float:
-        """The multiplier of the cosine similarities, after exp."""
+    def logit_scale(self) -> float | None:
+        """The multiplier of the cosine similarities, after exp; None for a mere captioner."""
         ...
 
     @property
@@ -44,6 +57,12 @@ class Encoders(Protocol):
 
     def text_features(self, texts: Sequence[str], /) -> Float[np.ndarray, "n d"]:
         """The text tower's pooled output, before the head."""
+        ...
+
+    def caption_scores(
+        self, source: Source, texts: Sequence[str], prefix: str = "", /
+    ) -> CaptionScores | None:
+        """How likely each image's text is, behind a prefix; None for a model without a decoder."""
         ...
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors.numpy import load_file, save_file
 
 from imgtune_jax import models
-from imgtune_jax.interop import open_clip_map
+from imgtune_jax.interop import open_clip_coca, open_clip_map
 from imgtune_jax.models.heads import Identity, Linear
 from imgtune_jax.models.text import TextTransformer
 from imgtune_jax.models.vit import ViT
@@ -30,12 +30,14 @@ EPSILON = 1e-5
 VISION = {
     *("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "patch_dropout"),
     *("no_ln_pre", "pos_embed_type", "final_ln_after_pool", "pool_type", "output_tokens"),
+    *("attentional_pool", "attn_pooler_queries", "attn_pooler_heads"),
     *("act_kwargs", "norm_kwargs"),
 }
 TEXT = {
     *("context_length", "vocab_size", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"),
     *("width", "heads", "layers", "mlp_ratio", "pad_id", "eos_id", "no_causal_mask", "pool_type"),
     *("proj_bias", "proj_type", "output_tokens", "act_kwargs", "norm_kwargs"),
+    "embed_cls",
 }
 IMAGE_POOLS = {"tok": "cls", "avg": "mean"}
 TEXT_POOLS = {"argmax": "eot", "eos": "eot", "last": "last", "first": "first"}
@@ -49,6 +51,8 @@ def from_open_clip(
     Raises ValueError that lists the features which have no counterpart here.
     """
     vision, text = dict(cfg["vision_cfg"]), dict(cfg["text_cfg"])
+    if "multimodal_cfg" not in cfg and (vision.get("attentional_pool") or text.get("embed_cls")):
+        raise ValueError("open_clip: attentional_pool and embed_cls outside of a CoCa; unsupported")
     _refuse("vision_cfg", vision, VISION)
     _refuse("text_cfg", text, TEXT)
     preprocess = preprocess or {}
@@ -64,6 +68,7 @@ def from_open_clip(
         text=_text_fields(text, quick),
         image_head=dict(name="linear"),
         text_head=_text_head(text),
+        **open_clip_coca.fields_from(cfg, _epsilon(vision)),
     )
 
 
@@ -83,7 +88,7 @@ def _image_fields(vision: Mapping[str, Any], quick: bool) -> dict[str, Any]:
         num_heads=width // vision.get("head_width", 64),
         patch_size=vision.get("patch_size", 16),
         pool=IMAGE_POOLS[pool],
-        final_norm="after_pool" if vision.get("final_ln_after_pool") else "before_pool",
+        final_norm=_final_norm(vision),
         pre_norm=not vision.get("no_ln_pre", False),
         patch_bias=False,
         patch_dropout=vision.get("patch_dropout", 0.0),
@@ -92,9 +97,17 @@ def _image_fields(vision: Mapping[str, Any], quick: bool) -> dict[str, Any]:
     )
 
 
+def _final_norm(vision: Mapping[str, Any]) -> str:
+    if vision.get("attentional_pool") is True:
+        return "none"  # the norm stands behind the pooler
+    after = vision.get("final_ln_after_pool") and not vision.get("attentional_pool")
+    return "after_pool" if after else "before_pool"
+
+
 def _text_fields(text: Mapping[str, Any], quick: bool) -> dict[str, Any]:
     width = text.get("width", 512)
     pool = text.get("pool_type", "argmax")
+    with_class = bool(text.get("embed_cls"))
     if pool not in TEXT_POOLS:
         raise ValueError(f"open_clip text_cfg: pool_type={pool!r}; want one of {list(TEXT_POOLS)}")
     return dict(
@@ -106,8 +119,9 @@ def _text_fields(text: Mapping[str, Any], quick: bool) -> dict[str, Any]:
         vocab_size=text.get("vocab_size", 49408),
         max_length=text.get("context_length", 77),
         causal=not text.get("no_causal_mask", False),
-        mask_padding=False,  # open_clip's models are built without a padding mask
-        pool=TEXT_POOLS[pool],
+        mask_padding=with_class,  # open_clip's other models are built without a padding mask
+        pool="class" if with_class else TEXT_POOLS[pool],
+        shifted_class_mask=with_class,  # no config of theirs asks for the mended mask
         act=_act(text, quick),
         norm_epsilon=_epsilon(text),
     )
@@ -140,7 +154,7 @@ def _epsilon(cfg: Mapping[str, Any]) -> float:
     return (cfg.get("norm_kwargs") or {}).get("eps", EPSILON)
 
 
-def to_open_clip(model: models.TwoTower) -> dict[str, Any]:
+def to_open_clip(model: models.Model) -> dict[str, Any]:
     """The open_clip model config under which our exported weights mean the same.
 
     Raises ValueError for a model that open_clip's CLIP cannot express.
@@ -149,7 +163,9 @@ def to_open_clip(model: models.TwoTower) -> dict[str, Any]:
     open_clip_map.weight_map(model)  # raises for what has no names there
     assert isinstance(image, ViT) and isinstance(text, TextTransformer)
     quick = {tower.act == "quick_gelu" for tower in (image, text)}
-    if len(quick) > 1 or (text.mask_padding and not text.causal) or image.final_norm == "none":
+    shared = getattr(model.image_pooler, "layout", None) == "shared"
+    unnormed = (image.final_norm == "none") != shared
+    if len(quick) > 1 or (text.mask_padding and not text.causal) or unnormed:
         raise ValueError(
             "open_clip cannot express: quick_gelu in one tower only, a bidirectional text tower "
             "with a padding mask, or no final norm"
@@ -178,9 +194,11 @@ def to_open_clip(model: models.TwoTower) -> dict[str, Any]:
             vocab_size=text.vocab_size,
             context_length=text.max_length,
             no_causal_mask=not text.causal,
-            pool_type={"eot": "argmax"}.get(text.pool, text.pool),
+            pool_type={"eot": "argmax", "class": "argmax"}.get(text.pool, text.pool),
         ),
     )
+    for part, fields in open_clip_coca.fields_to(model).items():
+        cfg[part] = cfg.get(part, {}) | fields
     if model.logit_bias_init is not None:
         cfg["init_logit_bias"] = model.logit_bias_init
     return cfg
@@ -201,7 +219,7 @@ def _sizes(tower: ViT | TextTransformer) -> dict[str, Any]:
 
 def save_folder(
     path: str | Path,
-    model: models.TwoTower,
+    model: models.Model,
     params: Params,
     *,
     interpolation: str = "bicubic",

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from imgtune_jax.interop import rules
-from imgtune_jax.models import TwoTower, positions
+from imgtune_jax.interop import open_clip_coca, rules
+from imgtune_jax.models import Model, positions
 from imgtune_jax.models.heads import Identity, Linear
 from imgtune_jax.models.text import TextTransformer
 from imgtune_jax.models.vit import ViT
@@ -16,7 +16,7 @@ from imgtune_jax.types import Params
 
 # What the state dicts of OpenAI's own models carry besides weights.
 CONSTANTS = r"input_resolution|context_length|vocab_size|attn_mask|text\.attn_mask"
-TEXT_ROOTS = ("token_embedding", "positional_embedding", "transformer", "ln_final")
+TEXT_ROOTS = ("cls_emb", "token_embedding", "positional_embedding", "transformer", "ln_final")
 
 
 def image_map(tower: ViT) -> list[rules.Rule]:
@@ -54,14 +54,20 @@ def image_map(tower: ViT) -> list[rules.Rule]:
     if tower.pre_norm:
         found += rules.norm("visual.ln_pre", "pre_norm")
     found += block_map("visual.transformer.resblocks", tower.depth)
+    if tower.final_norm == "none":  # a pooler's own norm bears the name
+        return found
     return [*found, *rules.norm("visual.ln_post", "final_norm")]
 
 
 def text_map(tower: TextTransformer) -> list[rules.Rule]:
     """The rules of the text tower, but for the projection. Raises ValueError like `image_map`."""
-    if tower.pool not in ("eot", "last", "first"):
-        raise ValueError(f"open_clip has no text pooling {tower.pool!r}; want eot, last or first")
+    if tower.pool not in ("eot", "last", "first", "class"):
+        raise ValueError(
+            f"open_clip has no text pooling {tower.pool!r}; want eot, last, first or class"
+        )
+    token = rules.Rule(("cls_emb",), ("class_token",), lambda x: (x[None],), lambda x: (x[0],))
     return [
+        *([token] if tower.pool == "class" else []),
         rules.copy("token_embedding.weight", "token_embed/embedding"),
         rules.copy("positional_embedding", "pos_embed"),
         *block_map("transformer.resblocks", tower.depth),
@@ -71,20 +77,11 @@ def text_map(tower: TextTransformer) -> list[rules.Rule]:
 
 def block_map(theirs: str, depth: int) -> list[rules.Rule]:
     """The rules of `depth` residual attention blocks."""
-    found = []
-    for i in range(depth):
-        block, ours = f"{theirs}.{i}", f"blocks_{i}"
-        found += [
-            *rules.norm(f"{block}.ln_1", f"{ours}/norm1"),
-            *rules.packed_attention(f"{block}.attn", f"{ours}/attn"),
-            *rules.norm(f"{block}.ln_2", f"{ours}/norm2"),
-            *rules.linear(f"{block}.mlp.c_fc", f"{ours}/mlp/fc1"),
-            *rules.linear(f"{block}.mlp.c_proj", f"{ours}/mlp/fc2"),
-        ]
-    return found
+    pairs = [(f"{theirs}.{i}", f"blocks_{i}") for i in range(depth)]
+    return [rule for pair in pairs for rule in open_clip_coca.residual_block(*pair)]
 
 
-def weight_map(model: TwoTower) -> list[rules.Rule]:
+def weight_map(model: Model) -> list[rules.Rule]:
     """The rules of a whole model. Raises ValueError for parts that open_clip's CLIP lacks."""
     if not isinstance(model.image, ViT) or not isinstance(model.text, TextTransformer):
         raise ValueError(
@@ -93,6 +90,11 @@ def weight_map(model: TwoTower) -> list[rules.Rule]:
         )
     found = [_under("image", rule) for rule in image_map(model.image)]
     found += [_under("text", rule) for rule in text_map(model.text)]
+    if model.decoder is not None:
+        found += [_under("decoder", rule) for rule in open_clip_coca.decoder_map(model.decoder)]
+    if model.image_pooler is not None:
+        own = open_clip_coca.pooler_map(model.image_pooler, model.image.width)
+        found += [_under("image_pooler", rule) for rule in own]
     if not isinstance(model.image_head, Linear) or model.image_head.use_bias:
         raise ValueError("open_clip projects images by a matrix: want a linear head without bias")
     found.append(rules.copy("visual.proj", "image_head/kernel"))
@@ -106,8 +108,8 @@ def weight_map(model: TwoTower) -> list[rules.Rule]:
     return found + [rules.Rule((n,), (n,), _to_scalar, _to_scalar) for n in scalars]
 
 
-def load(state: Mapping[str, np.ndarray], model: TwoTower) -> Params:
-    """The model's parameters from a CLIP's or CustomTextCLIP's state dict."""
+def load(state: Mapping[str, np.ndarray], model: Model) -> Params:
+    """The model's parameters from a CLIP's, CustomTextCLIP's or CoCa's state dict."""
     return rules.convert(
         plain_names(state),
         weight_map(model),
@@ -117,10 +119,13 @@ def load(state: Mapping[str, np.ndarray], model: TwoTower) -> Params:
     )
 
 
-def save(params: Params, model: TwoTower, *, custom_text: bool = False) -> dict[str, np.ndarray]:
-    """open_clip's state dict; `custom_text` for a model whose text tower is a module `text`."""
+def save(params: Params, model: Model, *, custom_text: bool = False) -> dict[str, np.ndarray]:
+    """open_clip's state dict; `custom_text` for a model whose text tower is a module `text`.
+
+    A CoCa's always is.
+    """
     state = rules.export(params, weight_map(model))
-    if not custom_text:
+    if not custom_text and model.decoder is None:
         return state
     roots = (*TEXT_ROOTS, "text_projection")
     return {f"text.{n}" if n.partition(".")[0] in roots else n: x for n, x in state.items()}

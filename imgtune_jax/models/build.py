@@ -14,10 +14,12 @@ from flax import linen as nn
 
 from imgtune_jax.models import heads, init, layers
 from imgtune_jax.models.bert import Bert
+from imgtune_jax.models.decoder import Decoder
 from imgtune_jax.models.efficientnet import EfficientNetLite
+from imgtune_jax.models.image_text import ImageText
+from imgtune_jax.models.pooler import AttentionalPooler
 from imgtune_jax.models.resnet import ResNet
 from imgtune_jax.models.text import TextTransformer
-from imgtune_jax.models.two_tower import TwoTower
 from imgtune_jax.models.vit import ViT
 from imgtune_jax.types import Params
 
@@ -33,6 +35,8 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
     "linear": heads.Linear,
     "mlp": heads.Mlp,
 }
+DECODERS: dict[str, Callable[..., nn.Module]] = {"transformer": Decoder}
+POOLERS: dict[str, Callable[..., nn.Module]] = {"attentional": AttentionalPooler}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 INTERNAL = ("parent", "name", "constrain")
 
@@ -44,14 +48,18 @@ class ModelFields:
     """The keys of a model's mapping and their defaults.
 
     `image` and `text` are {"name": of TOWERS, "variant": …, field: value …}, heads the same with
-    HEADS. `dtype` ("float32" or "bfloat16") is of matrix-product operands, and may stand in a
-    component's mapping instead. `image_mean`, `image_std`: units of 0..255. `logit_scale_init`,
-    `logit_scale_max`: logs; no clamp if None. `logit_bias_init`: no bias if None; -10 in SigLIP.
+    HEADS, `decoder` with DECODERS, `image_pooler` with POOLERS. A model without a text has no
+    heads and no logit scale; one without a decoder writes no captions. `dtype` ("float32" or
+    "bfloat16") is of matrix-product operands, and may stand in a component's mapping instead.
+    `image_mean`, `image_std`: units of 0..255. `logit_scale_init`, `logit_scale_max`: logs; no
+    clamp if None. `logit_bias_init`: no bias if None; -10 in SigLIP.
     """
 
     image: Mapping[str, Any]
-    text: Mapping[str, Any]
-    embed_dim: int
+    text: Mapping[str, Any] | None = None
+    decoder: Mapping[str, Any] | None = None
+    image_pooler: Mapping[str, Any] | None = None
+    embed_dim: int | None = None
     image_head: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "linear"})
     text_head: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "linear"})
     image_size: int = 224
@@ -63,7 +71,7 @@ class ModelFields:
     logit_bias_init: float | None = None
 
 
-def build(cfg: Mapping[str, Any], partitioner: Any = None) -> TwoTower:
+def build(cfg: Mapping[str, Any], partitioner: Any = None) -> ImageText:
     """The model that a mapping of ModelFields describes.
 
     `partitioner.constrain`, if a partitioner is given, is applied to every residual stream.
@@ -71,26 +79,53 @@ def build(cfg: Mapping[str, Any], partitioner: Any = None) -> TwoTower:
     """
     given = _plain(cfg)
     _check_fields("model", given, [f.name for f in dataclasses.fields(ModelFields)])
-    missing = {"image", "text", "embed_dim"} - given.keys()
-    if missing:
-        raise ValueError(f"model: no {', '.join(sorted(missing))}; these have no default")
+    if "image" not in given:
+        raise ValueError("model: no image; it has no default")
     fields = ModelFields(**given)
+    if not fields.text and not fields.decoder:
+        raise ValueError("model: neither text nor decoder; give one to match, one to write")
+    if fields.text and fields.embed_dim is None:
+        raise ValueError("model: no embed_dim; a text tower needs a space to share")
     constrain = layers.no_constraint if partitioner is None else partitioner.constrain
     common = dict(dtype=fields.dtype, constrain=constrain)
     head = dict(dtype=fields.dtype, embed_dim=fields.embed_dim)
-    return TwoTower(
+    heads = [
+        _component(role, HEADS, getattr(fields, role), head) if fields.text else None
+        for role in ("image_head", "text_head")
+    ]
+    decoder = _component("decoder", DECODERS, fields.decoder, common) if fields.decoder else None
+    pooler = None
+    if fields.image_pooler:
+        pooler = _component("image_pooler", POOLERS, fields.image_pooler, common)
+    model = ImageText(
         image=build_tower(fields.image, image_size=fields.image_size, **common),
-        text=build_tower(fields.text, **common),
-        image_head=_component("image_head", HEADS, fields.image_head, head),
-        text_head=_component("text_head", HEADS, fields.text_head, head),
-        embed_dim=fields.embed_dim,
+        text=build_tower(fields.text, **common) if fields.text else None,
+        image_head=heads[0],
+        text_head=heads[1],
+        decoder=decoder,
+        image_pooler=pooler,
+        embed_dim=fields.embed_dim if fields.text else None,
         image_size=fields.image_size,
         image_mean=tuple(fields.image_mean),
         image_std=tuple(fields.image_std),
         logit_scale_init=fields.logit_scale_init,
         logit_scale_max=fields.logit_scale_max,
         logit_bias_init=fields.logit_bias_init,
+        constrain=constrain,
     )
+    _check_reading(model)
+    return model
+
+
+def _check_reading(model: ImageText) -> None:
+    """Raise ValueError for a decoder that would see a caption's future through the text tower."""
+    if model.decoder is None or model.decoder.reads == "ids":
+        return
+    if not getattr(model.text, "causal", False):
+        raise ValueError(
+            "a decoder that reads tokens needs a causal text tower (text_transformer with "
+            f"causal=True), or it would see what it predicts; got {type(model.text).__name__}"
+        )
 
 
 def build_tower(cfg: Mapping[str, Any], **defaults: Any) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from imgtune_jax.models import conv, layers, sizes
 from imgtune_jax.models.pooling import TowerOutput
+from imgtune_jax.models.stack import Part
 
 
 class Stage(NamedTuple):
@@ -77,7 +78,8 @@ class EfficientNetLite(nn.Module):
 
     `pool_stages` appends to the vector, for each of those stages (0 to 6), the mean of the expanded
     (6× wide) map of its first block: coarse classes live at the end of the network, textures and
-    shapes before it. `num_classes` adds the `classifier` that `classify` needs. Padding is
+    shapes before it. These means are no function of the tokens, so with them `part` is refused.
+    `num_classes` adds the `classifier` that `classify` needs. Padding is
     TensorFlow's SAME. `remat` recomputes blocks in the backward pass; on a CPU, XLA merges
     the recomputation away.
     """
@@ -90,7 +92,7 @@ class EfficientNetLite(nn.Module):
         "lite4": dict(width_factor=1.4, depth_factor=1.8),
     }
 
-    CPU_BATCH: ClassVar[int] = 16  # see TwoTower; 1.35 times the images a second of 512 at once
+    CPU_BATCH: ClassVar[int] = 16  # see ImageText; 1.35 times the images a second of 512 at once
 
     width_factor: float = 1.0
     depth_factor: float = 1.0
@@ -137,8 +139,22 @@ class EfficientNetLite(nn.Module):
             for i in range(repeats)
         ]
 
-    def __call__(self, image: Float[Array, "b h w c"], *, train: bool) -> TowerOutput:
+    def __call__(
+        self,
+        image: Float[Array, "b h w c"] | Float[Array, "b m e"],
+        *,
+        train: bool,
+        part: Part = "whole",
+    ) -> TowerOutput | Array:
+        """`part`: "front" gives the tokens, "rest" takes them for the image."""
         del train  # no dropout, no norm statistics
+        if part != "whole" and self.pool_stages:
+            raise ValueError(
+                f"efficientnet_lite pools stages {self.pool_stages} too, which its tokens do not "
+                "hold; to cache tokens for a decoder or a pooler, set pool_stages=()"
+            )
+        if part == "rest":
+            return TowerOutput(image.mean(1), image)
         x = self.stem(image.astype(jnp.float32))
         blocks, means = iter(self.blocks), []
         for repeats in self.stage_repeats():
@@ -148,16 +164,19 @@ class EfficientNetLite(nn.Module):
                 if i == 0:
                     means.append(expanded)
         x = self.head(x)
+        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
+        if part == "front":
+            return tokens
         pooled = jnp.concatenate([x.mean((1, 2)), *(means[s] for s in self.pool_stages)], axis=-1)
         if self.num_classes and self.is_initializing():
             self.classifier(x.mean((1, 2)))  # so that init draws its parameters
-        return TowerOutput(pooled, x.reshape(x.shape[0], -1, x.shape[-1]))
+        return TowerOutput(pooled, tokens)
 
     def classify(self, image: Float[Array, "b h w c"]) -> Float[Array, "b n"]:
         """Logits of the `num_classes` that the weights were trained on."""
         if not self.num_classes:
             raise ValueError("classify needs num_classes; these weights carry no classifier")
-        pooled = self(image, train=False).pooled
+        pooled = cast(TowerOutput, self(image, train=False)).pooled
         return self.classifier(pooled[:, : self.head.features])
 
 

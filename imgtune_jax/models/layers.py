@@ -1,4 +1,4 @@
-"""What every transformer tower is made of: dense, norm, attention, MLP, block.
+"""What every transformer is made of: dense, norm, attention; `block.py` has the layer.
 
 Parameters are float32. `dtype` is the type of matrix-product operands only: products accumulate
 in float32 and everything element-wise (norm, softmax, activation, residual) stays float32.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -98,15 +98,18 @@ def attention(
     k: Float[Array, "b lk k d"],
     v: Float[Array, "b lk k d"],
     *,
-    mask: Bool[Array, "b lk"] | None = None,
+    mask: Bool[Array, "b lk"] | Bool[Array, "b lq lk"] | None = None,
     causal: bool = False,
 ) -> Float[Array, "b lq k d"]:
     """Scaled dot-product attention (1706.03762, eq. 1) with a float32 softmax.
 
-    `mask` is False for keys that nobody may look at; a row with no visible key averages all of
-    them instead of giving NaN. With `causal`, position i sees positions up to i.
+    `mask` is False for keys that nobody, or that a query, may not look at; a row with no visible
+    key averages all of them instead of giving NaN. With `causal`, position i sees positions up
+    to i.
     """
-    full = None if mask is None else mask[:, None, None, :]
+    full = None
+    if mask is not None:
+        full = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]
     return jax.nn.dot_product_attention(q, k, v, mask=full, is_causal=causal)
 
 
@@ -159,10 +162,31 @@ class LayerNorm(nn.Module):
         return y * over_last(scale, y) + over_last(bias, y)
 
 
+class KeysValues(NamedTuple):
+    """What attention looks at: kept from one decoding step to the next."""
+
+    k: Float[Array, "b l k d"]
+    v: Float[Array, "b l k d"]
+
+    @classmethod
+    def empty(cls, batch: int, length: int, *, num_heads: int, width: int, dtype: Dtype):
+        """Room for `length` positions."""
+        shape = (batch, length, num_heads, width // num_heads)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def written(self, new: KeysValues, position: Int[Array, " b"]) -> KeysValues:
+        """With each row's one new entry at its position; one beyond the room is dropped."""
+        rows = jnp.arange(len(position))
+        pairs = zip(self, new, strict=True)
+        return KeysValues(*(old.at[rows, position].set(x[:, 0], mode="drop") for old, x in pairs))
+
+
 class Attention(nn.Module):
     """Multi-head attention with q, k, v, out projections, kernels [d d].
 
     Self-attention, or from `x` to `context` (whose width may differ). `causal` as in `attention`.
+    `known` is what was computed before and replaces the context; with `position`, the entries of
+    x, one a row, are written into it there, and attention sees what is up to there.
     Raises ValueError if the width does not divide over the heads.
     """
 
@@ -171,14 +195,26 @@ class Attention(nn.Module):
     dtype: Dtype = jnp.float32
     kernel_init: init.Initializer = init.XAVIER
 
-    @nn.compact
     def __call__(
         self,
         x: Float[Array, "b lq d"],
         context: Float[Array, "b lk dc"] | None = None,
         *,
-        mask: Bool[Array, "b lk"] | None = None,
+        mask: Bool[Array, "b lk"] | Bool[Array, "b lq lk"] | None = None,
     ) -> Float[Array, "b lq d"]:
+        return self.attend(x, context, mask=mask)[0]
+
+    @nn.compact
+    def attend(
+        self,
+        x: Float[Array, "b lq d"],
+        context: Float[Array, "b lk dc"] | None = None,
+        *,
+        mask: Bool[Array, "b lk"] | Bool[Array, "b lq lk"] | None = None,
+        known: KeysValues | None = None,
+        position: Int[Array, " b"] | None = None,
+    ) -> tuple[Float[Array, "b lq d"], KeysValues]:
+        """The output, and the keys and values that it was made from."""
         width = x.shape[-1]
         if width % self.num_heads:
             raise ValueError(
@@ -190,63 +226,28 @@ class Attention(nn.Module):
         )
 
         def heads(name: str, y: Array) -> Array:
-            projected = linear(name=name)(y).astype(self.dtype)
-            return projected.reshape(*y.shape[:-1], self.num_heads, width // self.num_heads)
+            return self._heads(linear(name=name)(y))
 
-        source = x if context is None else context
-        q, k, v = heads("q", x), heads("k", source), heads("v", source)
-        y = attention(q, k, v, mask=mask, causal=self.causal)
-        return linear(name="out")(y.reshape(x.shape))
+        q = heads("q", x)
+        if known is None or position is not None:
+            source = x if context is None else context
+            new = KeysValues(heads("k", source), heads("v", source))
+            known = new if known is None or position is None else known.written(new, position)
+        if position is not None:
+            mask = jnp.arange(known.k.shape[1])[None] <= position[:, None]
+        y = attention(q, *known, mask=mask, causal=self.causal and position is None)
+        return linear(name="out")(y.reshape(x.shape)), known
 
-
-class MlpBlock(nn.Module):
-    """fc2(act(fc1(x))), back to the width of x; dropout after the activation."""
-
-    mlp_dim: int
-    act: str = "gelu"
-    dropout: float = 0.0
-    dtype: Dtype = jnp.float32
-    kernel_init: init.Initializer = init.XAVIER
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*n d"], *, train: bool) -> Float[Array, "*n d"]:
-        linear = functools.partial(
-            Dense, dtype=self.dtype, kernel_init=self.kernel_init, parent=self
+    def keys_values(self, context: Float[Array, "b lk dc"]) -> KeysValues:
+        """What `attend` computes of a context, to be given back to it as `known`."""
+        own = self.variables["params"]
+        return KeysValues(
+            *(
+                self._heads(dense(context, own[n]["kernel"], own[n]["bias"], dtype=self.dtype))
+                for n in ("k", "v")
+            )
         )
-        y = activation(self.act)(linear(self.mlp_dim, name="fc1")(x))
-        y = nn.Dropout(self.dropout, deterministic=not train)(y)
-        return linear(x.shape[-1], name="fc2")(y)
 
-
-class Block(nn.Module):
-    """One transformer layer: attention and MLP, each with a residual and a norm.
-
-    `post_norm=False` normalises a branch's input (ViT, CLIP); True normalises the sum (BERT).
-    Dropout is applied to both branches' outputs and inside the MLP.
-    """
-
-    num_heads: int
-    mlp_dim: int
-    causal: bool = False
-    post_norm: bool = False
-    act: str = "gelu"
-    norm_epsilon: float = 1e-6
-    dropout: float = 0.0
-    dtype: Dtype = jnp.float32
-    kernel_init: init.Initializer = init.XAVIER
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None = None, *, train: bool
-    ) -> Float[Array, "b l d"]:
-        norm1 = LayerNorm(self.norm_epsilon, name="norm1")
-        norm2 = LayerNorm(self.norm_epsilon, name="norm2")
-        drop = nn.Dropout(self.dropout, deterministic=not train)
-        common = dict(dtype=self.dtype, kernel_init=self.kernel_init)
-        attn = Attention(self.num_heads, self.causal, name="attn", **common)
-        mlp = MlpBlock(self.mlp_dim, self.act, self.dropout, name="mlp", **common)
-        if self.post_norm:
-            x = norm1(x + drop(attn(x, mask=mask)))
-            return norm2(x + drop(mlp(x, train=train)))
-        x = x + drop(attn(norm1(x), mask=mask))
-        return x + drop(mlp(norm2(x), train=train))
+    def _heads(self, y: Float[Array, "b l d"]) -> Float[Array, "b l k c"]:
+        shape = (*y.shape[:-1], self.num_heads, y.shape[-1] // self.num_heads)
+        return y.astype(self.dtype).reshape(shape)

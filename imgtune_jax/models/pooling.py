@@ -9,6 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from imgtune_jax.models import init, layers
+from imgtune_jax.models.block import MlpBlock
 
 
 class TowerOutput(NamedTuple):
@@ -47,6 +48,6 @@ class AttentionPool(nn.Module):
         query = jnp.broadcast_to(probe, (x.shape[0], 1, x.shape[-1]))
         attn = layers.Attention(self.num_heads, dtype=self.dtype, name="attn")
         y = attn(query, x, mask=mask)
-        mlp = layers.MlpBlock(self.mlp_dim, self.act, self.dropout, self.dtype, name="mlp")
+        mlp = MlpBlock(self.mlp_dim, self.act, self.dropout, self.dtype, name="mlp")
         y = y + mlp(layers.LayerNorm(self.norm_epsilon, name="norm")(y), train=train)
         return y[:, 0]

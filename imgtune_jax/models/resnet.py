@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from imgtune_jax.models import conv, layers, sizes
 from imgtune_jax.models.pooling import TowerOutput
+from imgtune_jax.models.stack import Part
 
 GROUP_SIZE = 16  # the stem's 64 channels in four groups
 
@@ -100,20 +101,32 @@ class ResNet(nn.Module):
         if self.num_classes:
             self.classifier = layers.Dense(self.num_classes, dtype=self.dtype)
 
-    def __call__(self, image: Float[Array, "b h w c"], *, train: bool) -> TowerOutput:
+    def __call__(
+        self,
+        image: Float[Array, "b h w c"] | Float[Array, "b m e"],
+        *,
+        train: bool,
+        part: Part = "whole",
+    ) -> TowerOutput | Array:
+        """`part`: "front" gives the tokens, "rest" takes them for the image."""
         del train  # no dropout, no norm statistics
+        if part == "rest":
+            return TowerOutput(image.mean(1), image)
         x = self.stem(image.astype(jnp.float32))
         x = max_pool(x)
         for stage in range(len(self.stage_sizes)):
             for block in getattr(self, f"stage{stage + 1}"):
                 x = self.constrain(block(x), ("batch", None, None, "embed"))
+        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
+        if part == "front":
+            return tokens
         pooled = x.mean((1, 2))
         if self.num_classes and self.is_initializing():
             self.classifier(pooled)  # so that init draws its parameters
-        return TowerOutput(pooled, x.reshape(x.shape[0], -1, x.shape[-1]))
+        return TowerOutput(pooled, tokens)
 
     def classify(self, image: Float[Array, "b h w c"]) -> Float[Array, "b n"]:
         """Logits of the `num_classes` that the weights were trained on."""
         if not self.num_classes:
             raise ValueError("classify needs num_classes; these weights carry no classifier")
-        return self.classifier(self(image, train=False).pooled)
+        return self.classifier(cast(TowerOutput, self(image, train=False)).pooled)

@@ -19,6 +19,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from imgtune_jax.models import layers
+from imgtune_jax.models.block import Block
 from imgtune_jax.types import Params
 
 Part = Literal["whole", "front", "rest"]
@@ -48,12 +49,13 @@ class Stack:
     def __call__(
         self,
         parent: nn.Module,
-        block: layers.Block,
+        block: Block,
         x: Float[Array, "b l d"],
-        mask: Bool[Array, "b l"] | None = None,
+        mask: Bool[Array, "b l"] | Bool[Array, "b l l"] | None = None,
         *,
         train: bool,
         part: Part = "whole",
+        context: Float[Array, "b m e"] | None = None,
     ) -> Float[Array, "b l d"]:
         """Runs `block` (unbound: parent=None) with the parameters `blocks_i` of `parent`.
 
@@ -62,7 +64,7 @@ class Stack:
         """
         x = self.constrain(x, layers.RESIDUAL)
         if parent.is_initializing():
-            return self._init(parent, block, x, mask)
+            return self._init(parent, block, x, mask, context)
         tree = parent.variables["params"]
         cut = self.depth if self.num_frozen_layers == -1 else self.num_frozen_layers
         key = parent.make_rng("dropout") if train and block.dropout else jax.random.key(0)
@@ -70,17 +72,17 @@ class Stack:
         # Two runs, not one: no gradient is computed through a run whose parameters are all frozen.
         if part != "rest":
             params = [tree[f"blocks_{i}"] for i in range(cut)]
-            x = self._run(block, x, mask, params, keys[:cut], train=False)
+            x = self._run(block, (mask, context), x, params, keys[:cut], train=False)
         if part != "front":
             params = [tree[f"blocks_{i}"] for i in range(cut, self.depth)]
-            x = self._run(block, x, mask, params, keys[cut:], train=train)
+            x = self._run(block, (mask, context), x, params, keys[cut:], train=train)
         return x
 
-    def _init(self, parent: nn.Module, block: layers.Block, x: Array, mask: Array | None) -> Array:
+    def _init(self, parent: nn.Module, block: Block, x: Array, *others: Array | None) -> Array:
         """Declares every layer's parameters; the values come later, see `init`."""
 
         def declare(key: jax.Array) -> Params:
-            return cast(Params, block.init(key, x, mask, train=False)["params"])
+            return cast(Params, block.init(key, x, *others, train=False)["params"])
 
         for i in range(self.depth):
             parent.param(f"blocks_{i}", declare)
@@ -88,9 +90,9 @@ class Stack:
 
     def _run(
         self,
-        block: layers.Block,
+        block: Block,
+        others: tuple[Array | None, ...],
         x: Array,
-        mask: Array | None,
         params: list[Params],
         keys: Array,
         *,
@@ -98,7 +100,7 @@ class Stack:
     ) -> Array:
         def layer(x: Array, layer_params: Params, key: Array) -> Array:
             rngs = {"dropout": key}
-            y = block.apply({"params": layer_params}, x, mask, train=train, rngs=rngs)
+            y = block.apply({"params": layer_params}, x, *others, train=train, rngs=rngs)
             return self.constrain(cast(Array, y), layers.RESIDUAL)
 
         # XLA:CPU drops the barriers that keep a recomputation apart; a scan's iterations stay so.
@@ -115,7 +117,7 @@ class Stack:
 
 
 # What stands behind the layers in any tower; everything else outside them is in front.
-TAIL = ("final_norm", "pool", "head", "classifier")
+TAIL = ("final_norm", "pool", "head", "classifier", "vocabulary")
 
 
 def count_frozen_layers(is_frozen: Mapping[str, bool]) -> int:

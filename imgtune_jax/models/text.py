@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from imgtune_jax.models import init, layers, pooling, sizes
+from imgtune_jax.models.block import LayerCache
 from imgtune_jax.models.stack import Part
-from imgtune_jax.models.transformer import Transformer
+from imgtune_jax.models.transformer import Caches, Transformer
 
 
 class TextTransformer(Transformer):
@@ -24,6 +25,12 @@ class TextTransformer(Transformer):
       first      position 0.
       mean       over the positions where `text_mask` holds.
       attention  one learned query over those positions (see AttentionPool).
+      class      a learned token behind position l-1, which has no place in the tokens. Its own
+                 vector is normalised, the tokens are not: they are a decoder's input (CoCa,
+                 2205.01917, as open_clip builds it).
+
+    `shifted_class_mask` repeats a mistake that open_clip's CoCa weights were trained with: keys
+    are masked one position late, so that the class token sees the first padding and not itself.
 
     `mask_padding` hides padding keys from every query; SigLIP needs False. CLIP's causal mask
     alone hides what comes after EOT, so there the pooled vector is the same either way.
@@ -40,7 +47,8 @@ class TextTransformer(Transformer):
     max_length: int = 77
     causal: bool = True
     mask_padding: bool = True
-    pool: Literal["eot", "last", "first", "mean", "attention"] = "eot"
+    pool: Literal["eot", "last", "first", "mean", "attention", "class"] = "eot"
+    shifted_class_mask: bool = False
     act: str = "gelu"
     norm_epsilon: float = 1e-5
 
@@ -62,11 +70,14 @@ class TextTransformer(Transformer):
         x = text
         if part != "rest":
             x = self._embed(text, train=train and self.num_frozen_layers == 0)
-        mask = text_mask if self.mask_padding else None
+        mask = self._key_mask(text_mask)
         x = self.run_blocks(x, mask, train=train, part=part, causal=self.causal)
         if part == "front":
             return x
-        x = layers.LayerNorm(self.norm_epsilon, name="final_norm")(x)
+        norm = layers.LayerNorm(self.norm_epsilon, name="final_norm")
+        if self.pool == "class":
+            return pooling.TowerOutput(norm(x[:, -1]), x[:, :-1])
+        x = norm(x)
         pooled = self._pool(x, text_mask, train=train and self.num_frozen_layers != -1)
         return pooling.TowerOutput(pooled, x)
 
@@ -84,10 +95,38 @@ class TextTransformer(Transformer):
 
     def _embed(self, text: Int[Array, "b l"], *, train: bool) -> Float[Array, "b l d"]:
         token = layers.Embed(self.vocab_size, self.width, name="token_embed")
-        shape = (self.max_length, self.width)
+        shape = (self.max_length + (self.pool == "class"), self.width)
         position = self.param("pos_embed", init.normal(0.01), shape, jnp.float32)
         x = token(text) + position[None, : text.shape[1]]
+        if self.pool == "class":  # always at the last position: shorter padding moves nothing
+            own = self.param("class_token", init.normal(0.01), (1, self.width), jnp.float32)
+            own = jnp.broadcast_to(own + position[-1:], (len(x), 1, self.width))
+            x = jnp.concatenate([x, own], axis=1)
         return nn.Dropout(self.dropout, deterministic=not train)(x)
+
+    def _key_mask(self, mask: Bool[Array, "b l"]) -> Bool[Array, "b m"] | None:
+        if not self.mask_padding:
+            return None
+        if self.pool != "class":
+            return mask
+        one = jnp.ones((len(mask), 1), bool)
+        return jnp.concatenate([one, mask] if self.shifted_class_mask else [mask, one], axis=1)
+
+    def empty_cache(self, batch: int, length: int) -> Caches:
+        """What the first `step` starts from: room for `length` tokens."""
+        return (LayerCache(self.empty_keys(batch, length), None),) * self.depth
+
+    def step(
+        self, token: Int[Array, " b"], caches: Caches, position: Int[Array, " b"]
+    ) -> tuple[Float[Array, "b 1 d"], Caches]:
+        """The tokens' output, one position of each row at a time; for a causal tower."""
+        own = self.variables["params"]
+        x = own["token_embed"]["embedding"][token] + own["pos_embed"][position]
+        x, caches = self.step_blocks(self.block(), x[:, None], caches, position)
+        if self.pool != "class":
+            norm = layers.LayerNorm(self.norm_epsilon, parent=None)
+            x = cast(Array, norm.apply({"params": own["final_norm"]}, x))
+        return x, caches
 
     def _pool(self, x: Array, mask: Array, *, train: bool) -> Array:
         if self.pool == "eot":
@@ -101,6 +140,6 @@ class TextTransformer(Transformer):
         if self.pool == "attention":
             return self.attention_pool(x, mask, train=train)
         raise ValueError(
-            f"text_transformer pool={self.pool!r}; want 'eot', 'last', 'first', 'mean' or "
-            "'attention'"
+            f"text_transformer pool={self.pool!r}; want 'eot', 'last', 'first', 'mean', "
+            "'attention' or 'class'"
         )

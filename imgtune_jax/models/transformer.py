@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from imgtune_jax.models import layers, pooling
+from imgtune_jax.models.block import Block, LayerCache
+from imgtune_jax.models.layers import KeysValues
 from imgtune_jax.models.stack import Part, Stack
+
+Caches = tuple[LayerCache, ...]
 
 
 class Transformer(nn.Module):
@@ -32,17 +36,9 @@ class Transformer(nn.Module):
     num_frozen_layers: int = 0
     constrain: layers.Constrain = layers.no_constraint
 
-    def run_blocks(
-        self,
-        x: Float[Array, "b l d"],
-        mask: Bool[Array, "b l"] | None = None,
-        *,
-        train: bool,
-        part: Part,
-        **fields: Any,
-    ) -> Float[Array, "b l d"]:
-        """All blocks, `blocks_0` first; `fields` are further ones of `layers.Block`."""
-        block = layers.Block(
+    def block(self, **fields: Any) -> Block:
+        """A block of the tower's sizes, unbound; `fields` are further ones of `Block`."""
+        return Block(
             self.num_heads,
             self.mlp_dim,
             act=self.act,
@@ -52,8 +48,37 @@ class Transformer(nn.Module):
             parent=None,
             **fields,
         )
+
+    def run_blocks(
+        self,
+        x: Float[Array, "b l d"],
+        mask: Bool[Array, "b l"] | Bool[Array, "b l l"] | None = None,
+        *,
+        train: bool,
+        part: Part = "whole",
+        context: Float[Array, "b m e"] | None = None,
+        **fields: Any,
+    ) -> Float[Array, "b l d"]:
+        """All blocks, `blocks_0` first; `fields` as in `block`."""
         stack = Stack(self.depth, self.scan, self.remat, self.num_frozen_layers, self.constrain)
-        return stack(self, block, x, mask, train=train, part=part)
+        block = self.block(**fields)
+        return stack(self, block, x, mask, train=train, part=part, context=context)
+
+    def step_blocks(
+        self, block: Block, x: Float[Array, "b 1 d"], caches: Caches, position: Int[Array, " b"]
+    ) -> tuple[Float[Array, "b 1 d"], Caches]:
+        """One position of each row through all blocks."""
+        tree, step = self.variables["params"], cast(Any, block.apply)
+        kept = []
+        for i, cache in enumerate(caches):
+            x, new = step({"params": tree[f"blocks_{i}"]}, x, cache, position, method="step")
+            kept.append(new)
+        return x, tuple(kept)
+
+    def empty_keys(self, batch: int, length: int) -> KeysValues:
+        """Room for the keys and values of one layer."""
+        sizes: dict[str, Any] = dict(num_heads=self.num_heads, width=self.width, dtype=self.dtype)
+        return KeysValues.empty(batch, length, **sizes)
 
     def attention_pool(
         self, x: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None = None, *, train: bool

@@ -12,13 +12,18 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
+from imgtune_jax.objectives.captioning import Captioning
 from imgtune_jax.objectives.sigmoid import Sigmoid
 from imgtune_jax.objectives.softmax import Softmax
 from imgtune_jax.types import Batch, Metrics, Outputs
 
 Objective = Callable[[Outputs, Batch], tuple[Float[Array, ""], Metrics]]
 
-OBJECTIVES: dict[str, type] = {"softmax": Softmax, "sigmoid": Sigmoid}
+OBJECTIVES: dict[str, type] = {
+    "softmax": Softmax,
+    "sigmoid": Sigmoid,
+    "captioning": Captioning,
+}
 
 
 @dataclass(frozen=True)

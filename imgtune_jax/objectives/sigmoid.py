@@ -28,6 +28,7 @@ class Sigmoid:
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
         """Loss and its metrics; exact over the global batch."""
         image, text = embeddings(outputs, "sigmoid")
+        assert outputs.logit_scale is not None  # a model with embeddings has one
         logits = pair_logits(image, text, outputs.logit_scale)
         if outputs.logit_bias is not None:
             logits = logits + outputs.logit_bias

@@ -37,6 +37,7 @@ class Softmax:
                 "config.model.logit_bias_init=None"
             )
         image, text = embeddings(outputs, "softmax")
+        assert outputs.logit_scale is not None  # a model with embeddings has one
         logits = pair_logits(image, text, outputs.logit_scale)
         positive = positive_pairs(batch, self.positives)
         nats_i, hits_i = self._one_way(logits, positive, batch.example_mask)

@@ -45,8 +45,9 @@ class Experiment:
         return jax.eval_shape(self.model.init, self.key)
 
     def image_is_locked(self) -> bool:
-        """Is the whole image tower locked, so that its output depends on its input alone?"""
-        return all(frozen for path, frozen in self.is_frozen.items() if path.startswith("image/"))
+        """Is what gives an image's features locked, so that they depend on the image alone?"""
+        sides = ("image/", "image_pooler/")
+        return all(frozen for path, frozen in self.is_frozen.items() if path.startswith(sides))
 
     def init_params(self) -> Params:
         """All parameters, pretrained where the config says so, laid out on the mesh."""
@@ -95,11 +96,17 @@ def build(config: Config, *, tokenizer_dir: Path | None = None) -> Experiment:
     model = models.build(config.model, partitioner)
     paths = state.param_paths(jax.eval_shape(model.init, jax.random.key(0)))
     is_frozen = lock.frozen_paths(config.lock, paths)
+    tokenizer = data.build_tokenizer(tokenizer_cfg)
+    if model.decoder is not None and not tokenizer.begin:
+        raise ValueError(
+            "a decoder needs a tokenizer with a begin token, or the first token of a caption is "
+            "never predicted; data.train_tokenizer makes one that has it"
+        )
     return Experiment(
         config=config,
         partitioner=partitioner,
         model=model.freeze(is_frozen.__getitem__),
         is_frozen=is_frozen,
         preprocess=data.build_transform(config.preprocess),
-        tokenizer=data.build_tokenizer(tokenizer_cfg),
+        tokenizer=tokenizer,
     )

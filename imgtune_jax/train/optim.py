@@ -100,8 +100,14 @@ def constant(t: jax.Array, length: jax.Array, warmup: int, cooldown: int) -> jax
     return jnp.clip((length - t) / max(cooldown, 1), 0, 1) if cooldown else jnp.ones_like(t)
 
 
+def linear(t: jax.Array, length: jax.Array, warmup: int, cooldown: int) -> jax.Array:
+    """A line from 1 to 0."""
+    return jnp.clip(1 - t / length, 0, 1)
+
+
 SCHEDULES: dict[str, Callable[..., jax.Array]] = {
     "cosine": cosine,
+    "linear": linear,
     "rsqrt": rsqrt,
     "constant": constant,
 }

@@ -205,6 +205,7 @@ def training_pipeline(exp: experiment.Experiment, source: data.Source) -> data.P
         transform=data.build_transform(c.data.transforms or c.preprocess),
         tokenizer=exp.tokenizer,
         captions=c.data.captions,
+        prefixes=c.data.prefixes,
         batch_size=c.batch_size,
         seed=c.seed,
         shuffle=True,

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from imgtune_jax.objectives import Objective
 from imgtune_jax.train.lock import merge
 from imgtune_jax.train.optim import Optimizer
-from imgtune_jax.types import Batch, Metrics, Outputs, Params, TrainState
+from imgtune_jax.types import Batch, Metrics, Outputs, Params, TrainState, divided
 
 Forward = Callable[[Params, Batch, jax.Array], Outputs]
 Scalars = dict[str, Float[Array, ""]]
@@ -52,10 +52,11 @@ def make_train_step(
         if ema_decay is not None:
             ema = optax.incremental_update(params, ema, 1 - ema_decay)
         scalars = {"loss": loss, "lr": optimizer.schedule(state.step)}
-        scalars |= {name: total / jnp.maximum(count, 1) for name, (total, count) in metrics.items()}
-        scalars |= {"grad_norm": optax.tree.norm(grads), "logit_scale": outputs.logit_scale}
-        if outputs.logit_bias is not None:
-            scalars["logit_bias"] = outputs.logit_bias
+        scalars |= {name: divided(metric) for name, metric in metrics.items()}
+        scalars["grad_norm"] = optax.tree.norm(grads)
+        for name in ("logit_scale", "logit_bias"):
+            if getattr(outputs, name) is not None:
+                scalars[name] = getattr(outputs, name)
         return TrainState(state.step + 1, params, opt_state, ema), scalars
 
     return step

@@ -45,6 +45,7 @@ def test_fields_of_a_batch(make):
         "image": (np.uint8, (B, 12, 12, 3)),
         "text": (np.int32, (B, 12)),
         "text_mask": (np.bool_, (B, 12)),
+        "target_mask": (np.bool_, (B, 12)),
         "example_mask": (np.bool_, (B,)),
         "index": (np.int64, (B,)),
         "group": (np.int32, (B,)),
@@ -271,3 +272,15 @@ def test_order_is_pinned(make):
     stream = np.concatenate([b["index"] for b in take(make(transform=None), 0, 6)])
     assert stream[:16].tolist() == [18, 33, 12, 36, 34, 16, 22, 21, 31, 1, 3, 8, 24, 0, 28, 10]
     assert stream[37:41].tolist() == [19, 34, 8, 2]  # the second epoch
+
+
+def test_a_caption_set_has_its_prefix_which_carries_no_loss(make, tokenizer):
+    prefix = "key"
+    (batch,) = take(make(captions={"name": 1.0}, prefixes={"name": prefix}), 0, 1)
+    prompt = tokenizer.prompt(prefix)
+    assert (batch["text"][:, : len(prompt)] == prompt).all()
+    assert not batch["target_mask"][:, : len(prompt)].any()
+    rest = batch["text_mask"][:, len(prompt) :]
+    np.testing.assert_array_equal(batch["target_mask"][:, len(prompt) :], rest)
+    with pytest.raises(ValueError, match="prefixes for \\['nmae'\\]"):
+        make(prefixes={"nmae": "key"})

@@ -148,3 +148,21 @@ def test_transformers_folder_is_read(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     ids, mask = load_tokenizer(tmp_path, length=6)(["A red fox"])
     assert ids[0].tolist() == [2, 5, 6, 7, 3, 0] and mask[0].tolist() == [True] * 5 + [False]
+
+
+def test_a_prompt_is_kept_whole_and_carries_no_target(trained):
+    """Begin, prompt, text, end; targets are text and end, which truncation keeps."""
+    tokenizer, _ = trained
+    ids, mask, targets = tokenizer.prompted(["the", "", "the"], ["fox", "fox", "fox " * 50])
+    prompt, (end,) = tokenizer.prompt("the"), tokenizer.end
+    plain, plain_mask = tokenizer(["fox"])
+    np.testing.assert_array_equal(ids[1], plain[0])
+    np.testing.assert_array_equal(ids[1][targets[1]], plain[0][plain_mask[0]][1:])
+    assert tokenizer.begin == (1,) and prompt[0] == 1 and len(prompt) > 1
+    for row in (0, 2):
+        assert ids[row, : len(prompt)].tolist() == prompt
+        assert not targets[row, : len(prompt)].any()
+        assert ids[row][mask[row]][-1] == end and (targets[row] | ~mask[row])[len(prompt) :].all()
+    assert ids[0][targets[0]].tolist() == ids[1][targets[1]].tolist() and mask[2].all()
+    with pytest.raises(ValueError, match="fills all 16 tokens"):
+        tokenizer.prompt("fox " * 50)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from imgtune_jax import models
-from imgtune_jax.models import two_tower
+from imgtune_jax.models import image_text, parts
 from imgtune_jax.types import Batch
 
 SIZES = dict(width=16, depth=2, mlp_dim=16, num_heads=2)
@@ -123,10 +123,12 @@ def test_a_locked_side_trains_without_noise_and_the_other_with(model, params):
 
 def test_clamped_scale_can_come_back():
     """A plain minimum has no gradient above its bound, so a scale once there would stay."""
-    value, gradient = jax.value_and_grad(lambda t, s: s * two_tower.clamp_log_scale(t, 4.6))(5.0, 1)
+    value, gradient = jax.value_and_grad(lambda t, s: s * image_text.clamp_log_scale(t, 4.6))(
+        5.0, 1
+    )
     assert value == np.float32(4.6) and gradient == 1  # descent lowers t
-    assert jax.grad(lambda t: -two_tower.clamp_log_scale(t, 4.6))(5.0) == 0  # and never raises it
-    assert jax.grad(lambda t: -two_tower.clamp_log_scale(t, 4.6))(4.5) == -1
+    assert jax.grad(lambda t: -image_text.clamp_log_scale(t, 4.6))(5.0) == 0  # and never raises it
+    assert jax.grad(lambda t: -image_text.clamp_log_scale(t, 4.6))(4.5) == -1
 
 
 def test_scale_is_the_multiplier_clamped_at_100(model, params):
@@ -164,8 +166,12 @@ def test_a_wrong_field_is_named_with_the_right_ones(change, message):
 
 
 def test_missing_fields_are_named():
-    with pytest.raises(ValueError, match="no embed_dim, text"):
+    with pytest.raises(ValueError, match="no image"):
+        models.build(dict(text=CFG["text"]))
+    with pytest.raises(ValueError, match="neither text nor decoder"):
         models.build(dict(image=CFG["image"]))
+    with pytest.raises(ValueError, match="no embed_dim"):
+        models.build(dict(image=CFG["image"], text=CFG["text"]))
 
 
 def test_identity_head_checks_the_width():
@@ -215,14 +221,14 @@ def test_a_convolutional_tower_in_parts_gives_what_the_whole_batch_gives(monkeyp
 def test_the_front_and_the_rest_make_the_whole(model):
     """Of a tower whose first layer is locked, on its own and together."""
     locked = model.freeze(lambda path: not re.search("head|blocks_1|final_norm|pool|logit", path))
-    assert [locked.cut(t) for t in two_tower.TOWERS] == [1, 1]
+    assert [locked.cut(t) for t in parts.TOWERS] == [1, 1]
     params = model.init(jax.random.key(1))
     b = batch()
-    fronts = {t: locked.front(params, tower=t, batch=b) for t in two_tower.TOWERS}
+    fronts = {t: locked.front(params, tower=t, batch=b) for t in parts.TOWERS}
     cached = b.replace(image=None, image_features=fronts["image"], text_features=fronts["text"])
     needed = {
         t: {k: v for k, v in params[t].items() if not locked.is_front(f"{t}/{k}")}
-        for t in two_tower.TOWERS
+        for t in parts.TOWERS
     }
     assert "blocks_0" not in needed["image"] and "blocks_1" in needed["image"]
     found, wanted = locked.apply(params | needed, cached), locked.apply(params, b)

@@ -1,0 +1,39 @@
+"""Cap B/16: a captioner as a vision backbone (Tschannen et al., 2306.07915), web data to be named.
+
+python train.py --config=configs/cap_b16.py --workdir=runs/cap \
+    --config.data.source.path='data/{00000..09999}.tar' --config.tokenizer.path=t5_tokenizer
+
+The values are the authors' (big_vision, configs/proj/cappa/pretrain.py): images of 224, ViT-B/16
+whose tokens are all read, a decoder of 6 layers as wide as the encoder, 64 tokens of a vocabulary
+of 32 000, batch 8192 for 366 500 steps, Adafactor, learning rate 1e-3 with 10 000 warmup steps and
+a cosine, weight decay 1e-4, gradients clipped at 1, no dropout, no label smoothing. Theirs caps
+Adafactor's second-moment decay at 0.999; here it goes on to 1 - t^-0.8.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+LENGTH = 64
+
+
+def get_config() -> Any:
+    """The config of Cap."""
+    c = base.get_config()
+    c.name = "cap_b16"
+    c.model.image = ConfigDict(dict(name="vit", variant="B/16", class_token=False, pool="mean"))
+    for part in ("text", "text_head", "image_head", "embed_dim"):
+        del c.model[part]
+    c.model.decoder = ConfigDict(
+        dict(name="transformer", variant="B", depth=6, vocab_size=32000, max_length=LENGTH)
+    )
+    c.model.dtype = "bfloat16"
+    c.tokenizer.length = LENGTH
+    c.objectives = ConfigDict(dict(captioning=dict(weight=1.0)))
+    c.batch_size = 8192
+    c.total = base.duration(steps=366_500)
+    c.optim.name, c.optim.args = "adafactor", ConfigDict()
+    c.optim.warmup = base.duration(steps=10_000)
+    return c

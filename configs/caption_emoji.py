@@ -1,0 +1,53 @@
+"""Captions of emoji in ten languages by one model: EfficientNet-Lite0 locked, a small decoder.
+
+python train.py --config=configs/caption_emoji.py --workdir=runs/caption
+
+The decoder looks at the 16 tokens of the tower's last feature map, and is told the language by the
+first token of its caption. English is drawn more often than each of the other nine.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import base, emoji, lit_emoji
+
+LENGTH = 32  # in tokens; the longest name of the corpus has fewer
+
+
+def get_config() -> Any:
+    """The captioner's config."""
+    c = lit_emoji.get_config()
+    c.name = "caption_emoji"
+    c.data.source = emoji.captions_source("seen", "google", "twitter")
+    c.data.captions = ConfigDict({k: 4.0 if k == "en" else 1.0 for k in emoji.LANGUAGES})
+    c.data.prefixes = ConfigDict(emoji.PREFIXES)
+    c.tokenizer = ConfigDict(dict(path="corpora/emoji/tokenizer", length=LENGTH))
+    c.evals, c.baselines = ConfigDict(), ConfigDict()
+
+    c.model.image = ConfigDict(dict(name="efficientnet_lite", variant="lite0"))
+    for part in ("text", "text_head", "image_head", "embed_dim"):
+        del c.model[part]
+    c.model.decoder = ConfigDict(
+        dict(
+            name="transformer",
+            width=256,
+            depth=4,
+            mlp_dim=1024,
+            num_heads=4,
+            vocab_size=4000,
+            max_length=LENGTH,
+            context_norm=True,
+            dropout=0.2,
+        )
+    )
+    c.weights.text = ConfigDict()
+    c.lock.update(text=False, text_unlocked_layers=0)
+    c.cache.update(image_views=8, text_views=0)
+
+    c.objectives = ConfigDict(dict(captioning=dict(weight=1.0, label_smoothing=0.1)))
+    c.batch_size = 256
+    c.total = base.duration(epochs=60)
+    c.optim.warmup = base.duration(epochs=3)
+    c.optim.lr_multipliers = ((".*", 1.0),)
+    return c

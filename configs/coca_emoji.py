@@ -1,0 +1,44 @@
+"""CoCa on the emoji corpus: matching and writing from one pass, EfficientNet-Lite0 locked.
+
+python train.py --config=configs/coca_emoji.py:both --workdir=runs/coca_both
+
+Arms: `contrastive` and `captioning` train the same model by one of the two terms alone. English
+names; poolers, text tower and decoder from scratch on the tower's cached tokens.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import base, caption_emoji, emoji
+
+ARMS = ("both", "contrastive", "captioning")
+
+
+def get_config(arm: str = "both") -> Any:
+    """The config of one of ARMS."""
+    if arm not in ARMS:
+        raise ValueError(f"arm {arm!r}; wanted one of {', '.join(ARMS)}")
+    c = caption_emoji.get_config()
+    c.name = f"coca_emoji_{arm}"
+    c.data.captions, c.data.prefixes = ConfigDict(dict(en=1.0)), ConfigDict()
+    c.tokenizer.length = c.model.decoder.max_length = 16
+    sizes = dict(width=256, mlp_dim=1024, num_heads=4, max_length=16, dropout=0.2)
+    c.model.text = ConfigDict(
+        dict(name="text_transformer", pool="class", depth=2, vocab_size=4000) | sizes
+    )
+    c.model.image_pooler = ConfigDict(
+        dict(name="attentional", width=256, num_queries=16, num_heads=4, layout="cascade")
+    )
+    c.model.decoder.update(reads="tokens", depth=2, context_norm=False)
+    c.model.embed_dim = 256
+    c.objectives.softmax = ConfigDict(dict(weight=1.0, positives="group"))
+    if arm == "contrastive":
+        c.objectives.captioning.weight = 0.0
+    if arm == "captioning":
+        c.objectives.softmax.weight = 0.0
+    if arm != "captioning":
+        c.evals.update({k: dict(name="retrieval", source=v, caption_set="name")
+                        for k, v in emoji.tests().items()})  # fmt: skip
+    c.total = base.duration(epochs=30)
+    return c

@@ -1,0 +1,161 @@
+"""A caption decoder: a causal transformer that looks at an image's tokens."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from imgtune_jax.models import init, layers, sizes
+from imgtune_jax.models.block import Block, Cross, LayerCache
+from imgtune_jax.models.transformer import Caches, Transformer
+from imgtune_jax.types import Params
+
+
+@struct.dataclass
+class DecoderCache:
+    """What decoding keeps between steps. Every leaf has a row for each caption.
+
+    `position` is where the next token goes. `text` is of the unimodal tower, if there is one.
+    """
+
+    position: Int[Array, " b"]
+    decoder: Caches
+    text: Caches = ()
+
+
+class Decoder(Transformer):
+    """Tokens and image tokens [b m e] to a vector a position, which predicts the next token.
+
+    `reads` is "ids" (Cap: token and position embeddings are its own) or "tokens" (CoCa: the output
+    of a causal text tower of the same width). `cross` as in Block. `context_norm` normalises the
+    image tokens first, for towers that do not. `tied` predicts by the embedding table. `chunk` is
+    the number of positions whose logits exist at once.
+
+    With `parallel_fraction`, that share of the training examples (drawn one by one) predicts all
+    its tokens at once: every input is the same learned vector plus its position, and there is no
+    causal mask (CapPa, 2306.07915). The length would tell what the mask hides, so texts must then
+    be padded to exactly `max_length`. Raises ValueError otherwise.
+
+    From scratch: embeddings as in TextTransformer, matrices Xavier normal.
+    """
+
+    width: int = 768
+    depth: int = 6
+    mlp_dim: int = 3072
+    num_heads: int = 12
+    vocab_size: int = 32000
+    max_length: int = 64
+    reads: Literal["ids", "tokens"] = "ids"
+    cross: Cross = "layer"
+    context_norm: bool = False
+    tied: bool = False
+    parallel_fraction: float = 0.0
+    chunk: int = 16
+
+    @classmethod
+    def variant_fields(cls, variant: str) -> dict[str, Any]:
+        """The sizes behind "Ti", "S", "B", …"""
+        return sizes.lookup(sizes.SIZES, variant, "decoder")
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs: Int[Array, "b t"] | Float[Array, "b t d"],
+        context: Float[Array, "b m e"],
+        *,
+        train: bool,
+        parallel: Bool[Array, " b"] | None = None,
+    ) -> Float[Array, "b t d"]:
+        """A vector for each position, t at most max_length; `parallel` overrides the draw."""
+        self._check(inputs)
+        if parallel is None and train and self.parallel_fraction:
+            rng = self.make_rng("dropout")
+            parallel = jax.random.bernoulli(rng, self.parallel_fraction, inputs.shape[:1])
+        if parallel is not None and inputs.shape[1] != self.max_length - 1:
+            raise ValueError(
+                "parallel prediction sees every position, so texts must be padded to exactly "
+                f"max_length={self.max_length}; got {inputs.shape[1] + 1}"
+            )
+        x, train_front = inputs, train and self.num_frozen_layers == 0
+        if self.reads == "ids":
+            x = self._embed(inputs, parallel, train=train_front)
+        if self.context_norm:
+            context = layers.LayerNorm(self.norm_epsilon, name="context_norm")(context)
+        mask = None
+        if parallel is not None:
+            causal = jnp.tril(jnp.ones((inputs.shape[1],) * 2, bool))
+            mask = causal[None] | parallel[:, None, None]
+        x = self.run_blocks(
+            x, mask, train=train, context=context, causal=mask is None, cross=self.cross
+        )
+        x = layers.LayerNorm(self.norm_epsilon, name="final_norm")(x)
+        if self.is_initializing() and not self.tied:
+            layers.Dense(self.vocab_size, use_bias=False, name="vocabulary")(x[:1, 0])
+        return x
+
+    def kernel(self, params: Params) -> Float[Array, "d v"]:
+        """The matrix from a position's vector to logits."""
+        return params["token_embed"]["embedding"].T if self.tied else params["vocabulary"]["kernel"]
+
+    def empty_cache(self, context: Float[Array, "b m e"], *, length: int) -> Caches:
+        """What the first step starts from: keys of the image tokens, room for `length` tokens."""
+        own = self.variables["params"]
+        if self.context_norm:
+            norm = layers.LayerNorm(self.norm_epsilon, parent=None)
+            context = cast(Array, norm.apply({"params": own["context_norm"]}, context))
+        room, run = self.empty_keys(len(context), length), cast(Any, self._decoding_block().apply)
+        return tuple(
+            LayerCache(room, run({"params": own[f"blocks_{i}"]}, context, method="context_keys"))
+            for i in range(self.depth)
+        )
+
+    def step(
+        self,
+        inputs: Int[Array, " b"] | Float[Array, "b 1 d"],
+        caches: Caches,
+        position: Int[Array, " b"],
+    ) -> tuple[Float[Array, "b d"], Caches]:
+        """One position of each row: its vector, and the cache with it."""
+        own, x = self.variables["params"], inputs
+        if self.reads == "ids":
+            x = own["token_embed"]["embedding"][inputs] + own["pos_embed"][position]
+            x = x[:, None]
+        x, caches = self.step_blocks(self._decoding_block(), x, caches, position)
+        norm = layers.LayerNorm(self.norm_epsilon, parent=None)
+        return cast(Array, norm.apply({"params": own["final_norm"]}, x))[:, 0], caches
+
+    def _decoding_block(self) -> Block:
+        return self.block(cross=self.cross)
+
+    def _check(self, inputs: Array) -> None:
+        length, ids = inputs.shape[1], inputs.ndim == 2
+        if length > self.max_length:
+            raise ValueError(
+                f"captions of {length} tokens, but the decoder has max_length={self.max_length}; "
+                "truncate in the tokenizer (and keep the end token)"
+            )
+        if ids != (self.reads == "ids") or (not ids and inputs.shape[-1] != self.width):
+            raise ValueError(
+                f"decoder reads={self.reads!r} with width={self.width}, and got an input of shape "
+                f"{inputs.shape}; a decoder that reads tokens is as wide as the text tower"
+            )
+        if not ids and (self.tied or self.parallel_fraction):
+            raise ValueError("a decoder that reads tokens has no embeddings: tied or parallel")
+
+    def _embed(
+        self, ids: Int[Array, "b t"], parallel: Bool[Array, " b"] | None, *, train: bool
+    ) -> Float[Array, "b t d"]:
+        x = layers.Embed(self.vocab_size, self.width, name="token_embed")(ids)
+        shape = (self.max_length, self.width)
+        position = self.param("pos_embed", init.normal(0.01), shape, jnp.float32)
+        if self.parallel_fraction:
+            blank = self.param("mask_embed", init.normal(0.02), (self.width,), jnp.float32)
+            if parallel is not None:
+                x = jnp.where(parallel[:, None, None], layers.over_last(blank, x), x)
+        x = x + position[None, : ids.shape[1]]
+        return nn.Dropout(self.dropout, deterministic=not train)(x)

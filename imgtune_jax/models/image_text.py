@@ -1,0 +1,224 @@
+"""An image tower with a text tower, a caption decoder or both: CLIP, LiT, SigLIP, Cap, CoCa."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from imgtune_jax.models import layers
+from imgtune_jax.models.decoder import DecoderCache
+from imgtune_jax.models.parts import TOWERS, Parts
+from imgtune_jax.models.vocabulary import token_scores
+from imgtune_jax.types import Batch, Outputs, Params, TokenScores
+
+
+def unit_norm(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
+    """x / max(|x|, 1e-12) in float32; a zero row stays zero and has a finite gradient."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def clamp_log_scale(t: Float[Array, ""], maximum: float) -> Float[Array, ""]:
+    """min(t, maximum), whose gradient above the maximum only ever leads back down.
+
+    A plain minimum has none there: once past the bound, a scale could never return.
+    """
+    return jnp.minimum(t, maximum)
+
+
+def _clamp_forward(t: Array, maximum: float) -> tuple[Array, Array]:
+    return jnp.minimum(t, maximum), t
+
+
+def _clamp_backward(maximum: float, t: Array, g: Array) -> tuple[Array]:
+    return (jnp.where((t < maximum) | (g > 0), g, 0.0),)
+
+
+clamp_log_scale.defvjp(_clamp_forward, _clamp_backward)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageText(Parts):
+    """With a text tower and heads it matches (CLIP); with a decoder it writes (Cap).
+
+    With both, the decoder may read the text tower's tokens: CoCa (2205.01917), both from one pass.
+    """
+
+    def apply(
+        self, params: Params, batch: Batch, *, rng: jax.Array | None = None, train: bool = False
+    ) -> Outputs:
+        """What this model has to say of what the batch holds. `rng` is needed to train.
+
+        `batch.image_features` and `batch.text_features`, where given, are what `front` gave.
+        """
+        found = {tower: self.encoded(params, tower, batch, rng, train) for tower in TOWERS}
+        embs = {}
+        for tower, out in found.items():
+            if out is not None and getattr(self, f"{tower}_head") is not None:
+                embs[f"{tower}_emb"] = self._head(params, tower, out.pooled, rng, train)
+        captions, image, text = None, found["image"], found["text"]
+        if self.decoder is not None and image is not None and batch.text is not None:
+            tokens = None if text is None else text.tokens
+            captions = self._scored(params, image.tokens, batch.text, tokens, rng, train)
+        scale, bias = self.logit_scale(params), self.logit_bias(params)
+        return Outputs(**embs, logit_scale=scale, logit_bias=bias, captions=captions)
+
+    def logit_scale(self, params: Params) -> Float[Array, ""] | None:
+        """The multiplier of the logits, clamped; None for a model without a text tower."""
+        if self.text is None:
+            return None
+        t = params["logit_scale"].astype(jnp.float32)
+        if self.logit_scale_max is not None:
+            t = cast(Array, clamp_log_scale(t, self.logit_scale_max))
+        return jnp.exp(t)
+
+    def logit_bias(self, params: Params) -> Float[Array, ""] | None:
+        """What is added to the logits; None if this model has no bias."""
+        if self.logit_bias_init is None:
+            return None
+        return params["logit_bias"].astype(jnp.float32)
+
+    def features_image(self, params: Params, image: UInt8[Array, "b h w c"]) -> Float[Array, "b e"]:
+        """The image side's pooled vector, before the head, in float32."""
+        return self._image(params, image, "pooled")
+
+    def features_text(
+        self, params: Params, text: Int[Array, "b l"], text_mask: Bool[Array, "b l"]
+    ) -> Float[Array, "b e"]:
+        """The text tower's pooled vector, before the head, in float32."""
+        return self.inferred(params, "text", (text, text_mask), lambda out: out.pooled)
+
+    def features(self, params: Params, batch: Batch) -> dict[str, Float[Array, "b e"]]:
+        """Both sides' pooled vectors of a batch, before the heads, in float32, by tower."""
+        found = {tower: self.encoded(params, tower, batch) for tower in TOWERS}
+        return {t: x.pooled.astype(jnp.float32) for t, x in found.items() if x is not None}
+
+    def encode_image(self, params: Params, image: UInt8[Array, "b h w c"]) -> Float[Array, "b d"]:
+        """Unit-norm embeddings of uint8 RGB images."""
+        return self.encode_image_features(params, self.features_image(params, image))
+
+    def encode_image_features(
+        self, params: Params, features: Float[Array, "b e"]
+    ) -> Float[Array, "b d"]:
+        """Unit-norm embeddings from `features_image`'s vectors."""
+        return self._head(params, "image", features, None, False)
+
+    def encode_text(
+        self, params: Params, text: Int[Array, "b l"], text_mask: Bool[Array, "b l"]
+    ) -> Float[Array, "b d"]:
+        """Unit-norm embeddings of token ids."""
+        return self._head(params, "text", self.features_text(params, text, text_mask), None, False)
+
+    def image_tokens(self, params: Params, image: UInt8[Array, "b h w c"]) -> Float[Array, "b m e"]:
+        """What the decoder sees of uint8 RGB images, in float32."""
+        return self._image(params, image, "tokens")
+
+    def caption_scores(
+        self,
+        params: Params,
+        image_tokens: Float[Array, "b m e"],
+        text: Int[Array, "b l"],
+        text_mask: Bool[Array, "b l"],
+    ) -> TokenScores:
+        """The scores of given captions, in eval mode; no logits [b l v] are held."""
+        return self._scored(params, image_tokens, text, self._text_tokens(params, text, text_mask))
+
+    def caption_logits(
+        self,
+        params: Params,
+        image_tokens: Float[Array, "b m e"],
+        text: Int[Array, "b l"],
+        text_mask: Bool[Array, "b l"],
+        *,
+        parallel: Bool[Array, " b"] | None = None,
+    ) -> Float[Array, "b l v"]:
+        """Logits of the token behind each position, in eval mode, all at once.
+
+        For tests and small sizes. `parallel` says which rows predict without looking at the text,
+        position by position (CapPa); their texts are without their last position.
+        """
+        tokens = self._text_tokens(params, text, text_mask)
+        inputs = text if tokens is None else tokens
+        hidden = self.run(params, "decoder", inputs, image_tokens, parallel=parallel)
+        return self._logits(params, hidden)
+
+    def decoder_cache(
+        self, params: Params, image_tokens: Float[Array, "b m e"], *, length: int
+    ) -> DecoderCache:
+        """What decoding of up to `length` tokens starts from. All leaves have a row an image.
+
+        Raises ValueError beyond the decoder's max_length.
+        """
+        if not 0 < length <= self.decoder.max_length:
+            raise ValueError(
+                f"length={length}; this decoder writes 1 to {self.decoder.max_length} tokens"
+            )
+        b = len(image_tokens)
+        kept = self._decoding(params, "decoder", image_tokens, length=length, method="empty_cache")
+        text = ()
+        if self.decoder.reads == "tokens":
+            text = self.text.empty_cache(b, length)
+        return DecoderCache(jnp.zeros(b, jnp.int32), kept, text)
+
+    def decode_step(
+        self, params: Params, cache: DecoderCache, token: Int[Array, " b"]
+    ) -> tuple[Float[Array, "b v"], DecoderCache]:
+        """Logits of the token behind `token`, which stands at each row's `cache.position`."""
+        inputs, text, position = token, cache.text, cache.position
+        if self.decoder.reads == "tokens":
+            inputs, text = self._decoding(params, "text", token, text, position)
+        hidden, kept = self._decoding(params, "decoder", inputs, cache.decoder, position)
+        return self._logits(params, hidden), DecoderCache(position + 1, kept, text)
+
+    def _decoding(self, params: Params, name: str, *inputs, method: str = "step", **options):
+        module = getattr(self, name)
+        return module.apply({"params": params[name]}, *inputs, method=method, **options)
+
+    def _logits(self, params: Params, hidden: Float[Array, "*n d"]) -> Float[Array, "*n v"]:
+        return layers.dense(
+            hidden, self.decoder.kernel(params["decoder"]), dtype=self.decoder.dtype
+        )
+
+    def _text_tokens(self, params: Params, text: Array, mask: Array) -> Array | None:
+        if self.decoder is None or self.decoder.reads == "ids":
+            return None
+        return self.run(params, "text", text, mask).tokens
+
+    def _scored(
+        self,
+        params: Params,
+        image_tokens: Array,
+        text: Array,
+        text_tokens: Array | None,
+        rng: jax.Array | None = None,
+        train: bool = False,
+    ) -> TokenScores:
+        inputs = text if self.decoder.reads == "ids" else text_tokens
+        assert inputs is not None
+        hidden = self.run(params, "decoder", inputs[:, :-1], image_tokens, rng=rng, train=train)
+        return token_scores(
+            hidden,
+            self.decoder.kernel(params["decoder"]),
+            text[:, 1:],
+            chunk=self.decoder.chunk,
+            dtype=self.decoder.dtype,
+            constrain=self.constrain,
+        )
+
+    def _image(self, params: Params, image: Array, kind: str) -> Array:
+        inputs = (self.normalised(image),)
+        if self.image_pooler is None:
+            return self.inferred(params, "image", inputs, lambda out: getattr(out, kind))
+        tokens = self.inferred(params, "image", inputs, lambda out: out.tokens)
+        return getattr(self.run(params, "image_pooler", tokens), kind).astype(jnp.float32)
+
+    def _head(
+        self, params: Params, tower: str, features: Array, rng: jax.Array | None, train: bool
+    ) -> Array:
+        return unit_norm(self.run(params, f"{tower}_head", features, rng=rng, train=train))

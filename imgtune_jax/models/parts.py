@@ -1,0 +1,267 @@
+"""What a model is made of: its components, their parameters, what of them is locked."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, UInt8
+
+from imgtune_jax.models import heads, init, layers
+from imgtune_jax.models.pooling import TowerOutput
+from imgtune_jax.models.stack import count_frozen_layers, is_front
+from imgtune_jax.types import Batch, Params
+
+TOWERS = ("image", "text")
+# Each draws its parameters and its dropout by its place here.
+COMPONENTS = ("image", "image_head", "text", "text_head", "decoder", "image_pooler")
+
+
+def param_paths(params: Params) -> list[str]:
+    """'image/blocks_3/attn/q/kernel', … of a parameter tree, concrete or abstract."""
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    return ["/".join(str(entry.key) for entry in path) for path, _ in leaves]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Components and how they are run; pure functions of a parameter tree.
+
+    A part that a model lacks is None. Parameters: the components by name, and logit_scale, which
+    is the log of the multiplier, where there is a text tower; logit_bias, if `logit_bias_init` is
+    given. A component that a call does not run may be absent from the tree: with cached features
+    there is no image tower on the device. `frozen` names components that stay in eval mode.
+
+    `image_mean` and `image_std` are in units of 0..255; `logit_scale_init` and `logit_scale_max`
+    are logs.
+    """
+
+    image: nn.Module
+    text: Any  # an nn.Module or None, as are those that follow
+    image_head: Any
+    text_head: Any
+    decoder: Any
+    image_pooler: Any
+    embed_dim: int | None
+    image_size: int
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+    logit_scale_init: float
+    logit_scale_max: float | None
+    logit_bias_init: float | None
+    constrain: layers.Constrain = layers.no_constraint
+    frozen: frozenset[str] = frozenset()
+
+    def init(self, key: jax.Array) -> Params:
+        """Float32 parameters drawn from `key`. Runs no forward pass."""
+        return _draw(self, key)
+
+    def components(self) -> tuple[str, ...]:
+        """The names of the parts that this model has."""
+        return tuple(name for name in COMPONENTS if getattr(self, name) is not None)
+
+    def laws(self) -> Params:
+        """The law of every component's parameters; see `init.py`."""
+        return {
+            name: init.declare(getattr(self, name), *self._abstract_inputs(name))
+            for name in self.components()
+        }
+
+    def abstract_params(self) -> Params:
+        """Shapes and types of `init`, without computing anything."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def feature_dim(self, tower: str = "image") -> int:
+        """Width of what a tower's head reads."""
+        return self._abstract_encoding(tower).pooled.shape[-1]
+
+    def _abstract_inputs(self, name: str) -> tuple[Any, ...]:
+        of = jax.ShapeDtypeStruct
+        if name == "image":
+            return (of((1, self.image_size, self.image_size, len(self.image_mean)), jnp.float32),)
+        if name == "text":
+            shape = (1, self.text.max_length)
+            return of(shape, jnp.int32), of(shape, jnp.bool_)
+        if name == "image_pooler":
+            return (self._abstract_run("image").tokens,)
+        if name != "decoder":
+            return (self._abstract_encoding(name.removesuffix("_head")).pooled,)
+        inputs = of((1, self.decoder.max_length - 1), jnp.int32)
+        if self.decoder.reads == "tokens":
+            inputs = jax.eval_shape(lambda x: x[:, :-1], self._abstract_run("text").tokens)
+        return inputs, self._abstract_encoding("image").tokens
+
+    def _abstract_run(self, name: str) -> TowerOutput:
+        run = functools.partial(getattr(self, name).init_with_output, train=False)
+        return jax.eval_shape(run, jax.random.key(0), *self._abstract_inputs(name))[0]
+
+    def _abstract_encoding(self, tower: str) -> TowerOutput:
+        pooled = tower == "image" and self.image_pooler is not None
+        return self._abstract_run("image_pooler" if pooled else tower)
+
+    def reads_tokens(self, tower: str) -> bool:
+        """Does any component read a tower's tokens, not its pooled vector alone?"""
+        if tower == "image":
+            return self.decoder is not None or self.image_pooler is not None
+        return self.decoder is not None and self.decoder.reads == "tokens"
+
+    def cut(self, tower: str) -> int | None:
+        """What of a tower is locked without a gap from its input on, so that it can be cached.
+
+        -1 is all of it, n its first n layers, None nothing. Where tokens are read, a tower is cut
+        behind its last layer; pooling runs on what is cached.
+        """
+        module = getattr(self, tower)
+        if module is None:
+            return None
+        if tower in self.frozen:
+            return getattr(module, "depth", -1) if self.reads_tokens(tower) else -1
+        return getattr(module, "num_frozen_layers", 0) or None
+
+    def is_front(self, path: str) -> bool:
+        """Does a parameter belong to the front of a tower, which `cut` measures?"""
+        tower, _, rest = path.partition("/")
+        cut = self.cut(tower) if tower in TOWERS else None
+        return cut is not None and is_front(rest, cut)
+
+    def front(self, params: Params, *, tower: str, batch: Batch) -> Float[Array, "b ..."]:
+        """What `cut` describes, on a batch, in float32: a pooled vector, or tokens [b l d]."""
+        inputs = self.inputs(tower, batch)
+        assert inputs is not None
+        if self.cut(tower) == -1 and not self.reads_tokens(tower):
+            return self.inferred(params, tower, inputs, lambda out: out.pooled)
+        return self.inferred(params, tower, inputs, lambda out: out, part="front")
+
+    def encoded(
+        self,
+        params: Params,
+        tower: str,
+        batch: Batch,
+        rng: jax.Array | None = None,
+        train: bool = False,
+    ) -> TowerOutput | None:
+        """What a tower, and the pooler behind it, gives of a batch; None where it has no input.
+
+        From cached features, if the batch brings them; with pooled ones, there are no tokens.
+        """
+        if getattr(self, tower) is None:
+            return None
+        inputs, features = self.inputs(tower, batch), getattr(batch, f"{tower}_features")
+        if features is not None and features.ndim == 2:
+            return TowerOutput(features, features[:, None])
+        if features is not None:
+            mask: list[Any] = [batch.text_mask] if tower == "text" else []
+            out = self.run(params, tower, features, *mask, rng=rng, train=train, part="rest")
+        elif inputs is None:
+            return None
+        else:
+            out = self.run(params, tower, *inputs, rng=rng, train=train)
+        if tower == "image" and self.image_pooler is not None:
+            return self.run(params, "image_pooler", out.tokens, rng=rng, train=train)
+        return out
+
+    def inputs(self, tower: str, batch: Batch) -> tuple[Array, ...] | None:
+        """What a tower reads of a batch. Raises ValueError for text without its mask."""
+        if tower == "image":
+            return None if batch.image is None else (self.normalised(batch.image),)
+        if batch.text is None:
+            return None
+        if batch.text_mask is None:
+            raise ValueError("a batch with text needs its text_mask; the tokenizer gives both")
+        return batch.text, batch.text_mask
+
+    def normalised(self, image: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """What the image tower reads."""
+        mean = jnp.asarray(self.image_mean, jnp.float32).reshape(1, 1, 1, -1)
+        std = jnp.asarray(self.image_std, jnp.float32).reshape(1, 1, 1, -1)
+        return (image.astype(jnp.float32) - mean) / std
+
+    def run(
+        self,
+        params: Params,
+        name: str,
+        *inputs: Array,
+        rng: jax.Array | None = None,
+        train: bool = False,
+        **options: Any,
+    ) -> Any:
+        """One component. Raises ValueError where the model or the parameters lack it."""
+        module = getattr(self, name)
+        if module is None:
+            have = ", ".join(self.components())
+            raise ValueError(f"this call runs the component {name!r}; this model has only {have}")
+        stateless = isinstance(module, heads.Identity) or options.get("part") == "rest"
+        if name not in params and not stateless:
+            raise ValueError(
+                f"this call runs the component {name!r}, but the parameters hold only "
+                f"{', '.join(sorted(params))}; pass its parameters, or cached features"
+            )
+        train = train and name not in self.frozen
+        rngs = None
+        if train and rng is not None:
+            rngs = {"dropout": jax.random.fold_in(rng, COMPONENTS.index(name))}
+        params = {"params": params.get(name, {})}
+        return module.apply(params, *inputs, train=train, rngs=rngs, **options)
+
+    def inferred(
+        self,
+        params: Params,
+        tower: str,
+        inputs: tuple[Array, ...],
+        pick: Callable[[Any], Array],
+        **options: Any,
+    ) -> Float[Array, "b ..."]:
+        """What `pick` takes of a tower's output in eval mode, in float32.
+
+        A convolutional tower runs on a CPU by parts of a batch whose maps fit the processor's
+        cache; rows do not depend on each other, so the values are the same.
+        """
+
+        def one(*part: Array) -> Array:
+            return pick(self.run(params, tower, *part, **options)).astype(jnp.float32)
+
+        size, b = getattr(getattr(self, tower), "CPU_BATCH", 0), len(inputs[0])
+        one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
+        if not (one_cpu and size and b > size and b % size == 0):
+            return one(*inputs)
+        parts = [x.reshape(b // size, size, *x.shape[1:]) for x in inputs]
+        out = jax.lax.map(lambda part: one(*part), parts)
+        return out.reshape(b, *out.shape[2:])
+
+    def freeze(self, is_frozen: Callable[[str], bool]) -> Self:
+        """The model whose locked parts run in eval mode, as locked weights must.
+
+        `is_frozen` judges a parameter path such as 'image/blocks_3/attn/q/kernel'. A component
+        with no trainable parameter is in eval mode as a whole; in a transformer, so are the
+        embeddings and as many first layers as are frozen without a gap.
+        """
+        paths = param_paths(self.abstract_params())
+        frozen, modules = set(), {}
+        for name in self.components():
+            own = [path for path in paths if path.startswith(f"{name}/")]
+            if all(map(is_frozen, own)):
+                frozen.add(name)
+            module = getattr(self, name)
+            if hasattr(module, "num_frozen_layers"):
+                tails = {path.removeprefix(f"{name}/"): is_frozen(path) for path in own}
+                modules[name] = module.clone(num_frozen_layers=count_frozen_layers(tails))
+        return dataclasses.replace(self, frozen=frozenset(frozen), **modules)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _draw(model: Parts, key: jax.Array) -> Params:
+    laws = model.laws()
+    keys = jax.random.split(key, len(COMPONENTS))
+    params: Params = {
+        name: init.draw(laws[name], keys[i]) for i, name in enumerate(COMPONENTS) if name in laws
+    }
+    if model.text is not None:
+        params["logit_scale"] = jnp.asarray(model.logit_scale_init, jnp.float32)
+    if model.logit_bias_init is not None:
+        params["logit_bias"] = jnp.asarray(model.logit_bias_init, jnp.float32)
+    return params

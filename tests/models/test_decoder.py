@@ -1,0 +1,260 @@
+"""Laws of captioning: what a token sees, what changes nothing, cached = uncached."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imgtune_jax import models
+from imgtune_jax.models import parts
+from imgtune_jax.types import Batch
+
+SIZES = dict(width=16, depth=2, mlp_dim=24, num_heads=2)
+VOCAB, LENGTH = 20, 6
+CAP = dict(
+    image=dict(name="vit", patch_size=4, **SIZES),
+    decoder=dict(name="transformer", vocab_size=VOCAB, max_length=LENGTH, **SIZES),
+    image_size=8,
+)
+TEXT = dict(name="text_transformer", vocab_size=VOCAB, max_length=LENGTH, pool="class", **SIZES)
+CASES = {
+    "cap": CAP,
+    "cap tied, context norm": {
+        **CAP,
+        "decoder": {**CAP["decoder"], "tied": True, "context_norm": True},
+    },
+    "cap, blocks": {**CAP, "decoder": {**CAP["decoder"], "cross": "block"}},
+    "coca": {
+        **CAP,
+        "text": TEXT,
+        "embed_dim": 12,
+        "decoder": {**CAP["decoder"], "reads": "tokens", "cross": "block"},
+    },
+}
+CAPPA = {**CAP, "decoder": {**CAP["decoder"], "parallel_fraction": 0.5}}
+
+
+def random_params(model, seed=0):
+    """Every parameter drawn, so that no zero hides a fault."""
+    rng = np.random.default_rng(seed)
+    shapes = model.abstract_params()
+    return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), shapes)
+
+
+def built(cfg, **decoder):
+    model = models.build({**cfg, "decoder": {**cfg["decoder"], **decoder}})
+    return model, random_params(model)
+
+
+def batch(lengths=(6, 3, 4), seed=0, pad=0):
+    rng = np.random.default_rng(seed)
+    b = len(lengths)
+    mask = np.arange(LENGTH) < np.array(lengths)[:, None]
+    text = np.where(mask, rng.integers(1, VOCAB, (b, LENGTH)), pad)
+    image = rng.integers(0, 256, (b, 8, 8, 3))
+    return Batch(
+        example_mask=jnp.ones(b, bool),
+        image=jnp.asarray(image, jnp.uint8),
+        text=jnp.asarray(text, jnp.int32),
+        text_mask=jnp.asarray(mask),
+    )
+
+
+def by_embedding(model, params, b, length=LENGTH, **options):
+    """Logits as a function of each position's token vector, wherever the tokens are embedded."""
+    owner = "decoder" if model.decoder.reads == "ids" else "text"
+    table = params[owner]["token_embed"]["embedding"]
+    tokens = model.image_tokens(params, b.image)
+    ids = jnp.arange(b.text.size).reshape(b.text.shape)  # a row of the table for each position
+    mask = b.text_mask[:, :length]
+
+    def logits(rows):
+        rows = jnp.concatenate([rows, table[len(rows) :]])
+        tree = {**params, owner: {**params[owner], "token_embed": {"embedding": rows}}}
+        return model.caption_logits(tree, tokens, ids[:, :length], mask, **options)
+
+    return logits, table[b.text].reshape(-1, table.shape[1])
+
+
+@pytest.mark.parametrize("name", ["cap", "cap, blocks", "coca"])
+def test_caption_ignores_future_tokens(name):
+    model, params = built(CASES[name])
+    logits, rows = by_embedding(model, params, batch((6, 6)))
+    for i in (0, 2, 5):
+        g = jax.grad(lambda rows, i=i: jnp.square(logits(rows)[0, i]).sum())(rows)
+        seen = np.abs(g).sum(1).reshape(2, LENGTH)
+        assert (seen[0, : i + 1] > 1e-6).all()
+        np.testing.assert_array_equal(seen[0, i + 1 :], 0)
+        np.testing.assert_array_equal(seen[1], 0)  # nor another row's
+
+
+def test_parallel_prediction_sees_no_text_at_all_and_every_row_alone():
+    model, params = built(CAPPA)
+    rows_parallel = jnp.asarray([True, False])
+    logits, rows = by_embedding(
+        model, params, batch((6, 6)), parallel=rows_parallel, length=LENGTH - 1
+    )
+    g = jax.grad(lambda rows: jnp.square(logits(rows)[0]).sum())(rows)
+    np.testing.assert_array_equal(g, 0)
+    g = jax.grad(lambda rows: jnp.square(logits(rows)[1]).sum())(rows)
+    assert np.abs(g).sum() > 1e-3  # the autoregressive row does
+
+
+def test_parallel_rows_look_in_both_directions():
+    model, params = built(CAPPA)
+    b = batch((6,))
+    tokens = model.image_tokens(params, b.image)
+
+    def first(position):
+        tree = {**params, "decoder": {**params["decoder"], "pos_embed": position}}
+        text, mask = b.text[:, :-1], b.text_mask[:, :-1]
+        parallel = jnp.ones(1, bool)
+        return jnp.square(model.caption_logits(tree, tokens, text, mask, parallel=parallel)[0, 0])
+
+    g = jax.grad(lambda p: first(p).sum())(params["decoder"]["pos_embed"])
+    assert (np.abs(g[: LENGTH - 1]).sum(1) > 1e-6).all()
+
+
+def test_the_stated_share_of_a_batch_is_predicted_in_parallel():
+    model, params = built(CAPPA, parallel_fraction=0.75)
+    b = batch((6,) * 400)
+    run = jax.jit(lambda key: model.apply(params, b, rng=key, train=True).captions.log_prob)
+    causal = model.apply(params, b).captions.log_prob
+    share = [(np.abs(run(jax.random.key(i)) - causal) > 1e-5).any(1).mean() for i in (0, 1)]
+    np.testing.assert_allclose(share, 0.75, atol=0.08)  # 0.75 ± 4 standard deviations
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_padding_and_other_rows_change_nothing(name):
+    """Neither its ids nor its length, nor what stands in another row."""
+    model, params = built(CASES[name])
+    b = batch((4, 3))
+    want = model.apply(params, b)
+    other = batch((4, 3), pad=7)
+    got = model.apply(params, other)
+    short = model.apply(params, b.replace(text=b.text[:, :4], text_mask=b.text_mask[:, :4]))
+    alone = model.apply(params, jax.tree.map(lambda x: x[:1], b))
+    for row, t in ((0, 3), (1, 2)):
+        for other in (got, short):
+            np.testing.assert_allclose(
+                other.captions.log_prob[row, :t], want.captions.log_prob[row, :t], atol=1e-5
+            )
+    np.testing.assert_allclose(
+        alone.captions.log_prob[0, :3], want.captions.log_prob[0, :3], atol=1e-5
+    )
+    if want.text_emb is not None:
+        for other in (got, short):
+            np.testing.assert_allclose(other.text_emb, want.text_emb, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_captions_depend_on_their_own_image(name):
+    model, params = built(CASES[name])
+    b = batch((6, 6))
+    tokens = model.image_tokens(params, b.image)
+
+    def of_row(tokens):
+        return model.caption_logits(params, tokens, b.text, b.text_mask)[0]
+
+    g = jax.grad(lambda x: jnp.square(of_row(x)).sum())(tokens)
+    assert np.abs(g[0]).max() > 1e-4
+    np.testing.assert_array_equal(g[1], 0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cached_decoding_gives_the_uncached_logits(name):
+    model, params = built(CASES[name])
+    b = batch((6, 6, 6))
+    tokens = model.image_tokens(params, b.image)
+    want = model.caption_logits(params, tokens, b.text, b.text_mask)
+    cache = model.decoder_cache(params, tokens, length=LENGTH)
+    assert all(leaf.shape[0] == 3 for leaf in jax.tree.leaves(cache))
+    step = jax.jit(model.decode_step)
+    for i in range(LENGTH):
+        got, cache = step(params, cache, b.text[:, i])
+        np.testing.assert_allclose(got, want[:, i], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cap", "coca"])
+def test_rows_of_a_cache_can_be_gathered_and_stand_at_positions_of_their_own(name):
+    model, params = built(CASES[name])
+    b = batch((6, 6, 6))
+    tokens = model.image_tokens(params, b.image)
+    want = model.caption_logits(params, tokens, b.text, b.text_mask)
+    cache = model.decoder_cache(params, tokens, length=LENGTH)
+    for i in range(2):
+        _, cache = model.decode_step(params, cache, b.text[:, i])
+    order = jnp.asarray([2, 0, 0, 1])
+    cache = jax.tree.map(lambda x: x[order], cache)
+    cache = cache.replace(position=cache.position - jnp.asarray([0, 1, 0, 2]))  # go back
+    at = np.asarray(cache.position)
+    got, _ = model.decode_step(params, cache, b.text[order, at])
+    np.testing.assert_allclose(got, want[order, at], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_scores_of_captions_are_those_of_the_whole_logits(name):
+    for chunk in (2, 16):
+        model, params = built(CASES[name], chunk=chunk)
+        b = batch((6, 4))
+        tokens = model.image_tokens(params, b.image)
+        logits = model.caption_logits(params, tokens, b.text, b.text_mask)[:, :-1]
+        log_p = jax.nn.log_softmax(logits)
+        want = jnp.take_along_axis(log_p, b.text[:, 1:, None], axis=2)[..., 0]
+        for got in (
+            model.apply(params, b).captions,
+            model.caption_scores(params, tokens, b.text, b.text_mask),
+        ):
+            np.testing.assert_allclose(got.log_prob, want, rtol=1e-5, atol=1e-5)
+            np.testing.assert_array_equal(got.correct, logits.argmax(-1) == b.text[:, 1:])
+
+
+@pytest.mark.parametrize(
+    "options", [dict(scan=True), dict(remat=True), dict(scan=True, remat=True)]
+)
+def test_scanned_and_recomputed_layers_give_the_same_gradients(options):
+    b = batch()
+    plain, params = built(CASES["cap, blocks"])
+    other, _ = built(CASES["cap, blocks"], **options)
+
+    def loss(model):
+        return lambda p: model.apply(p, b).captions.log_prob.sum()
+
+    want, got = jax.grad(loss(plain))(params), jax.grad(loss(other))(params)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), got, want)
+
+
+def test_a_captioner_has_no_embeddings_and_a_coca_both():
+    model, params = built(CASES["cap"])
+    out = model.apply(params, batch())
+    assert out.image_emb is None and out.logit_scale is None and "logit_scale" not in params
+    assert model.components() == ("image", "decoder")
+    model, params = built(CASES["coca"])
+    out = model.apply(params, batch())
+    assert out.image_emb.shape == out.text_emb.shape == (3, 12)
+    assert set(model.components()) == set(parts.COMPONENTS) - {"image_pooler"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(text=dict(TEXT, causal=False, pool="mean")), "needs a causal text tower"),
+        (dict(text=None, decoder=None), "neither text nor decoder"),
+        (dict(embed_dim=None), "no embed_dim"),
+        (dict(decoder=dict(CAP["decoder"], chunks=3)), "no field 'chunks'; did you mean 'chunk'"),
+    ],
+)
+def test_wrong_models_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        models.build({**CASES["coca"], **changes})
+
+
+def test_wrong_lengths_are_refused():
+    model, params = built(CASES["cap"])
+    with pytest.raises(ValueError, match="length=7; this decoder writes 1 to 6 tokens"):
+        model.decoder_cache(params, jnp.zeros((1, 4, 16)), length=7)
+    cappa, params = built(CAPPA)
+    b = batch((4, 4))
+    b = b.replace(text=b.text[:, :4], text_mask=b.text_mask[:, :4])
+    with pytest.raises(ValueError, match="padded to exactly max_length=6; got 4"):
+        cappa.apply(params, b, rng=jax.random.key(0), train=True)
