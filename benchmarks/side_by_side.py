@@ -5,19 +5,24 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import multiprocessing
 import os
 import platform
+import resource
 import statistics
 import sys
 import time
 import types
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import jax
 
-Arms = Mapping[str, Callable[[], object]]
+Run = Callable[[], object]
+Arms = Mapping[str, Run]
 
 
 def interleaved(arms: Arms, rounds: int, *, warmup: int = 1) -> dict[str, list[float]]:
@@ -33,6 +38,61 @@ def interleaved(arms: Arms, rounds: int, *, warmup: int = 1) -> dict[str, list[f
             if turn >= warmup:
                 times[name].append(time.perf_counter() - began)
     return times
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of each round, and the greatest resident memory in GB, by arm."""
+
+    times: dict[str, list[float]] = field(default_factory=dict)
+    memory: dict[str, float] = field(default_factory=dict)
+
+
+def in_processes(
+    arms: Mapping[str, tuple[Callable[..., Run], tuple[Any, ...]]], rounds: int, *, warmup: int = 1
+) -> Measured:
+    """Like `interleaved`, each arm in a process of its own: {name: (make, arguments of make)}.
+
+    Allocators and thread pools of one arm do not burden another then. An arm whose library is not
+    installed is left out, and said so.
+    """
+    context = multiprocessing.get_context("spawn")
+    workers: dict[str, tuple[Connection, Any]] = {}
+    measured = Measured()
+    for name, (make, given) in arms.items():
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, make, given), daemon=True)
+        process.start()
+        missing = ours.recv()
+        if missing:
+            print(f"{name} is left out: {missing}")
+        else:
+            workers[name] = ours, process
+            measured.times[name] = []
+    for turn in range(rounds + warmup):
+        for name, (pipe, _) in workers.items():
+            pipe.send(True)
+            seconds, measured.memory[name] = pipe.recv()
+            if turn >= warmup:
+                measured.times[name].append(seconds)
+    for pipe, process in workers.values():
+        pipe.send(False)
+        process.join()
+    return measured
+
+
+def _serve(pipe: Connection, make: Callable[..., Run], given: tuple[Any, ...]) -> None:
+    try:
+        run = make(*given)
+    except ImportError as error:
+        pipe.send(str(error))
+        return
+    pipe.send("")
+    while pipe.recv():
+        began = time.perf_counter()
+        jax.block_until_ready(run())
+        seconds = time.perf_counter() - began
+        pipe.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9))
 
 
 def medians(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -59,16 +119,24 @@ def machine() -> dict[str, Any]:
     return info
 
 
-def table(times: Mapping[str, Sequence[float]], reference: str, unit: str = "s") -> str:
+def table(
+    times: Mapping[str, Sequence[float]],
+    reference: str,
+    memory: Mapping[str, float] | None = None,
+    *,
+    unit: str = "s",
+) -> str:
     """Medians, ranges and how many times the reference's median each is, in Markdown."""
-    m = medians(times)
+    m, extra = medians(times), memory or {}
+    head = f"| | median {unit} | least to most | times {reference} |"
     lines = [
-        f"| | median {unit} | least to most | times {reference} |",
-        "|---|---|---|---|",
+        head + (" peak GB |" if extra else ""),
+        "|---|---|---|---|" + ("---|" if extra else ""),
     ]
     for name, values in times.items():
         spread = f"{min(values):.3g} to {max(values):.3g}"
-        lines.append(f"| {name} | {m[name]:.3g} | {spread} | {m[name] / m[reference]:.2f} |")
+        line = f"| {name} | {m[name]:.3g} | {spread} | {m[name] / m[reference]:.2f} |"
+        lines.append(line + (f" {extra[name]:.1f} |" if extra else ""))
     return "\n".join(lines)
 
 

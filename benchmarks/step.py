@@ -5,13 +5,11 @@
 
 clip-b32: ViT-B/32 at 224 pixels and a 12-layer text tower of width 512 with 77 tokens, softmax.
 siglip-ti16: ViT-Ti/16 at 224 pixels and a Ti text tower with 64 tokens, sigmoid. Random weights,
-AdamW, one process, one round after another. bfloat16 is the type of matrix-product operands: in
-open_clip by autocast, in big_vision by its `dtype_mm` (which its text tower lacks: it stays
-float32).
+AdamW, one process an arm, one round after another. bfloat16 is the type of matrix-product operands:
+in open_clip by autocast, in big_vision by its `dtype_mm` (its text tower has none: float32).
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from side_by_side import add_big_vision, arguments, interleaved, open_clip, table, write
+from side_by_side import Run, add_big_vision, arguments, in_processes, open_clip, table, write
 
 from imgtune_jax import models, objectives
 from imgtune_jax.train.optim import Optimizer
@@ -50,7 +48,6 @@ MODELS = {
     "siglip-ti16": Sizes(16, 192, 3, 192, 3, 64, 32000, 192, sigmoid=True),
 }
 LEARNING_RATE = 1e-4
-Run = Callable[[], object]
 
 
 def ours(s: Sizes, batch_size: int, dtype: str) -> Run:
@@ -222,22 +219,16 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--big-vision", type=Path, help="a checkout of google-research/big_vision")
-    parser.add_argument("--only", nargs="*", default=["ours", "open_clip", "big_vision"])
     o = parser.parse_args()
     given = (MODELS[o.model], o.batch_size, o.dtype)
-    arms: dict[str, Run] = {}
-    if "ours" in o.only:
-        arms["ours"] = ours(*given)
-    if "open_clip" in o.only:
-        try:
-            arms["open_clip"] = open_clip_step(*given)
-        except ImportError:
-            print("open_clip is not installed here (make test-peers installs it); left out")
-    if o.big_vision and "big_vision" in o.only:
-        arms["big_vision modules"] = big_vision_step(*given, o.big_vision)
-    times = interleaved(arms, o.rounds)
-    print(f"\n{o.model}, batch {o.batch_size}, {o.dtype}\n\n{table(times, next(iter(arms)))}")
-    write(o.output, model=o.model, dtype=o.dtype, batch_size=o.batch_size, seconds=times)
+    arms: dict[str, Any] = {"ours": (ours, given), "open_clip": (open_clip_step, given)}
+    if o.big_vision:
+        arms["big_vision modules"] = (big_vision_step, (*given, o.big_vision))
+    measured = in_processes(arms, o.rounds)
+    print(f"\n{o.model}, batch {o.batch_size}, {o.dtype}\n")
+    print(table(measured.times, "ours", measured.memory))
+    settings = dict(model=o.model, dtype=o.dtype, batch_size=o.batch_size)
+    write(o.output, **settings, seconds=measured.times, memory=measured.memory)
 
 
 if __name__ == "__main__":
