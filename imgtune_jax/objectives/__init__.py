@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from imgtune_jax.objectives.captioning import Captioning
@@ -43,10 +44,11 @@ class Weighted:
         return total, metrics
 
 
-def build(cfg: Mapping[str, Mapping[str, Any]]) -> Weighted:
+def build(cfg: Mapping[str, Mapping[str, Any]], *, mesh: Mesh | None = None) -> Weighted:
     """{"softmax": {"weight": 1.0, **fields}} -> the weighted sum.
 
-    Raises ValueError for an unknown objective or field.
+    `mesh` is where outputs and batch are laid out by batch; None: on one device. An objective that
+    has a field `mesh` gets it. Raises ValueError for an unknown objective or field.
     """
     terms = []
     for name, fields in cfg.items():
@@ -54,11 +56,14 @@ def build(cfg: Mapping[str, Mapping[str, Any]]) -> Weighted:
             raise ValueError(f"objective {name!r} is unknown; known: {', '.join(OBJECTIVES)}")
         fields = dict(fields)
         weight = float(fields.pop("weight", 1.0))
-        known = [f.name for f in dataclasses.fields(OBJECTIVES[name])]
+        has = {f.name for f in dataclasses.fields(OBJECTIVES[name])}
+        known = sorted(has - {"mesh"})
         if unknown := sorted(set(fields) - set(known)):
             raise ValueError(
                 f"objective {name!r} has no {unknown}; known: weight, {', '.join(known)}"
             )
+        if "mesh" in has:
+            fields["mesh"] = mesh
         if weight:
             terms.append((weight, OBJECTIVES[name](**fields)))
     if not terms:

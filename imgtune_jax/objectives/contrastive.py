@@ -1,13 +1,14 @@
-"""What the contrastive objectives share: which pairs are positive, and all pairs' logits."""
+"""What the contrastive objectives share: two sides, which pairs are positive, their logits."""
 
 from __future__ import annotations
 
 import enum
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from imgtune_jax.types import Batch, Outputs
 
@@ -24,38 +25,50 @@ class Positives(enum.StrEnum):
     GROUP = "group"
 
 
-def positive_pairs(batch: Batch, positives: Positives) -> Bool[Array, "b b"]:
-    """True where the row's image and the column's text belong together and both are valid.
+class Side(NamedTuple):
+    """The images of a batch, or its texts."""
 
-    Raises ValueError when groups are wanted and the data gives none.
-    """
-    n = batch.example_mask.shape[0]
-    if positives is Positives.PAIR:
-        same = jnp.eye(n, dtype=bool)
-    elif batch.group is None:
-        raise ValueError(
-            "positives='group' needs a `group` in every batch; name its field in the source "
-            "(config.data.source.group), or use positives='pair'"
-        )
-    else:
-        same = batch.group[:, None] == batch.group[None, :]
-    return same & batch.example_mask[:, None] & batch.example_mask[None, :]
+    emb: Float[Array, "n d"]
+    key: Int[Array, " n"]  # the same on both sides: a positive pair
+    index: Int[Array, " n"]  # place in the global batch
+    valid: Bool[Array, " n"]
 
 
-def embeddings(outputs: Outputs, term: str) -> tuple[Float[Array, "b d"], Float[Array, "b d"]]:
-    """(image, text) embeddings. Raises ValueError when the model gave only one."""
+def sides(outputs: Outputs, batch: Batch, *, positives: Positives, term: str) -> tuple[Side, Side]:
+    """(images, texts). Raises ValueError when the model or the data lacks what `term` needs."""
     if outputs.image_emb is None or outputs.text_emb is None:
         missing = "image" if outputs.image_emb is None else "text"
         raise ValueError(
             f"objective {term!r} needs both embeddings; the model gave no {missing}_emb"
         )
     chex.assert_equal_shape([outputs.image_emb, outputs.text_emb])
-    return outputs.image_emb, outputs.text_emb
+    valid = batch.example_mask
+    index = jnp.arange(valid.shape[0])
+    key = index if positives is Positives.PAIR else batch.group
+    if key is None:
+        raise ValueError(
+            "positives='group' needs a `group` in every batch; name its field in the source "
+            "(config.data.source.group), or use positives='pair'"
+        )
+    return Side(outputs.image_emb, key, index, valid), Side(outputs.text_emb, key, index, valid)
+
+
+def gradient_of_side(emb: Float[Array, "n d"]) -> Side:
+    """What a custom gradient gives for a Side: its embeddings alone have one."""
+    nothing: Any = None
+    return Side(emb, nothing, nothing, nothing)
 
 
 def pair_logits(
-    image: Float[Array, "b d"], text: Float[Array, "b d"], scale: Float[Array, ""]
-) -> Float[Array, "b b"]:
-    """scale · image @ textᵀ, rows are images."""
+    images: Side, texts: Side, scale: Float[Array, ""]
+) -> tuple[Float[Array, "n m"], Bool[Array, "n m"], Bool[Array, "n m"]]:
+    """(scale · image @ textᵀ, is the pair valid, is it valid and positive); rows are images."""
+    valid = images.valid[:, None] & texts.valid[None, :]
+    positive = valid & (images.key[:, None] == texts.key[None, :])
+    return scale * product(images.emb, texts.emb.T), valid, positive
+
+
+def product(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float[Array, "n m"]:
+    """a @ b in full float32."""
     # HIGHEST: accelerators would else round the operands to bf16: 0.4 nats at scale 100.
-    return scale * jnp.matmul(image, text.T, precision=jax.lax.Precision.HIGHEST)
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

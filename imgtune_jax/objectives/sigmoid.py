@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from imgtune_jax.objectives.contrastive import Positives, embeddings, pair_logits, positive_pairs
+from imgtune_jax.objectives.contrastive import (
+    Positives,
+    Side,
+    gradient_of_side,
+    pair_logits,
+    product,
+    sides,
+)
+from imgtune_jax.objectives.pairs import fold
 from imgtune_jax.types import Batch, Metrics, Outputs
 
 
@@ -21,19 +32,73 @@ class Sigmoid:
     """
 
     positives: Positives = Positives.PAIR
+    mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "positives", Positives(self.positives))
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
         """Loss and its metrics; exact over the global batch."""
-        image, text = embeddings(outputs, "sigmoid")
+        pairs = sides(outputs, batch, positives=self.positives, term="sigmoid")
         assert outputs.logit_scale is not None  # a model with embeddings has one
-        logits = pair_logits(image, text, outputs.logit_scale)
-        if outputs.logit_bias is not None:
-            logits = logits + outputs.logit_bias
-        sign = jnp.where(positive_pairs(batch, self.positives), 1.0, -1.0)
-        valid = batch.example_mask[:, None] & batch.example_mask[None, :]
-        total = -jnp.sum(jnp.where(valid, jax.nn.log_sigmoid(sign * logits), 0.0))
+        bias = jnp.float32(0) if outputs.logit_bias is None else outputs.logit_bias
+        total: Any = _nats(self.mesh, outputs.logit_scale, bias, *pairs)
         count = jnp.sum(batch.example_mask, dtype=jnp.float32)
         return total / jnp.maximum(count, 1), {"sigmoid": (total, count)}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _nats(
+    mesh: Mesh | None, scale: Float[Array, ""], bias: Float[Array, ""], images: Side, texts: Side
+) -> Float[Array, ""]:
+    """-log σ, summed over all pairs."""
+    nats = jnp.zeros(images.key.shape), ()
+    return jnp.sum(fold(_add_nats, (scale, bias), (images, texts), nats, mesh=mesh)[0])
+
+
+def _nats_and_gradients(
+    mesh: Mesh | None, scale: Float[Array, ""], bias: Float[Array, ""], images: Side, texts: Side
+) -> tuple[Float[Array, ""], Any]:
+    """One pass: the slopes of a block are at hand when its nats are, so no pair is met twice."""
+    zeros = jnp.zeros(images.key.shape)
+    sums = (zeros, zeros, jnp.zeros_like(images.emb)), jnp.zeros_like(texts.emb)
+    sums = fold(_add_all, (scale, bias), (images, texts), sums, mesh=mesh)
+    (nats, d_bias, d_image), d_text = sums
+    d_scale = jnp.sum(images.emb * d_image)
+    return jnp.sum(nats), (d_scale, jnp.sum(d_bias), scale * d_image, scale * d_text)
+
+
+def _pull_back(mesh: Mesh | None, gradients: Any, g: Float[Array, ""]) -> tuple[Any, ...]:
+    d_scale, d_bias, d_image, d_text = (g * x for x in gradients)
+    return d_scale, d_bias, gradient_of_side(d_image), gradient_of_side(d_text)
+
+
+_nats.defvjp(_nats_and_gradients, _pull_back)
+
+
+def _add_nats(
+    scalars: Any, images: Side, texts: Side, nats: Float[Array, " n"], _: tuple[()]
+) -> tuple[Float[Array, " n"], tuple[()]]:
+    return nats + _block(scalars, images, texts)[0], ()
+
+
+def _add_all(
+    scalars: Any, images: Side, texts: Side, image_sums: Any, d_text: Float[Array, "m d"]
+) -> tuple[Any, Float[Array, "m d"]]:
+    nats, d_bias, d_image = image_sums
+    more, slope = _block(scalars, images, texts)
+    d_image += product(slope, texts.emb)
+    d_text += product(slope.T, images.emb)
+    return (nats + more, d_bias + slope.sum(1), d_image), d_text
+
+
+def _block(
+    scalars: Any, images: Side, texts: Side
+) -> tuple[Float[Array, " n"], Float[Array, "n m"]]:
+    """(nats of the images, d nats / d logit of the pairs)."""
+    scale, bias = scalars
+    logits, valid, positive = pair_logits(images, texts, scale)
+    sign = jnp.where(positive, -1.0, 1.0)  # -z
+    signed = sign * (logits + bias)
+    nats = jnp.where(valid, jax.nn.softplus(signed), 0.0).sum(1)
+    return nats, jnp.where(valid, sign * jax.nn.sigmoid(signed), 0.0)

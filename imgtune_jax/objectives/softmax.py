@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
 
-from imgtune_jax.objectives.contrastive import Positives, embeddings, pair_logits, positive_pairs
+from imgtune_jax.objectives.contrastive import (
+    Positives,
+    Side,
+    gradient_of_side,
+    pair_logits,
+    product,
+    sides,
+)
+from imgtune_jax.objectives.pairs import fold
 from imgtune_jax.types import Batch, Metrics, Outputs
+
+# Finite, not -inf: a wholly masked row must give 0 * finite, not 0 * nan.
+_LOWEST = -1e30
+_LAST = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -22,6 +37,7 @@ class Softmax:
 
     label_smoothing: float = 0.0
     positives: Positives = Positives.PAIR
+    mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "positives", Positives(self.positives))
@@ -36,32 +52,134 @@ class Softmax:
                 "one are a sigmoid model's; use the 'sigmoid' objective or "
                 "config.model.logit_bias_init=None"
             )
-        image, text = embeddings(outputs, "softmax")
+        pairs = sides(outputs, batch, positives=self.positives, term="softmax")
         assert outputs.logit_scale is not None  # a model with embeddings has one
-        logits = pair_logits(image, text, outputs.logit_scale)
-        positive = positive_pairs(batch, self.positives)
-        nats_i, hits_i = self._one_way(logits, positive, batch.example_mask)
-        nats_t, hits_t = self._one_way(logits.T, positive.T, batch.example_mask)
+        of_pairs: Any = _nats(self.mesh, self.label_smoothing, outputs.logit_scale, *pairs)
+        total, hits = of_pairs
         count = jnp.sum(batch.example_mask, dtype=jnp.float32)
-        total = (nats_i + nats_t) / 2
         metrics: Metrics = {
             "softmax": (total, count),
-            "batch_image_to_text_R@1": (hits_i, count),
-            "batch_text_to_image_R@1": (hits_t, count),
+            "batch_image_to_text_R@1": (hits[0], count),
+            "batch_text_to_image_R@1": (hits[1], count),
         }
         return total / jnp.maximum(count, 1), metrics
 
-    def _one_way(
-        self, logits: Float[Array, "b b"], positive: Bool[Array, "b b"], valid: Bool[Array, " b"]
-    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """(summed nats, number of rows whose best column is a positive) over valid rows."""
-        # A finite floor, not -inf: a wholly masked row must give 0 * finite, not 0 * nan.
-        logits = jnp.where(valid[None, :], logits, -1e30)
-        log_p = jax.nn.log_softmax(logits, axis=1)
-        target = positive / jnp.maximum(positive.sum(1, keepdims=True), 1)
-        uniform = valid[None, :] / jnp.maximum(valid.sum(), 1)
-        target = (1 - self.label_smoothing) * target + self.label_smoothing * uniform
-        nats = -jnp.sum(jnp.where(target > 0, target * log_p, 0.0), axis=1)
-        best = jnp.argmax(logits, axis=1)
-        hit = jnp.take_along_axis(positive, best[:, None], axis=1)[:, 0]
-        return jnp.sum(jnp.where(valid, nats, 0.0)), jnp.sum(hit & valid, dtype=jnp.float32)
+
+class Seen(NamedTuple):
+    """What is known of each image's logits, or of each text's. log Σ exp is top + log(spread).
+
+    The two stay apart: one float32 of about 100 would round a well-fitted row's nats to 1e-5.
+    """
+
+    top: Float[Array, " n"]
+    first: Int[Array, " n"]  # index of the candidate at the top; of equal ones the first
+    spread: Float[Array, " n"]  # Σ exp(logit - top)
+    right: Float[Array, " n"]  # Σ logit, over the positives
+
+    @classmethod
+    def nothing(cls, n: int) -> Seen:
+        """Before the first block."""
+        return cls(jnp.full(n, _LOWEST), jnp.full(n, _LAST), jnp.zeros(n), jnp.zeros(n))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _nats(
+    mesh: Mesh | None, smoothing: float, scale: Float[Array, ""], images: Side, texts: Side
+) -> tuple[Float[Array, ""], list[Float[Array, ""]]]:
+    """(half the nats of all images and texts, [images, texts] that a positive is best for)."""
+    return _nats_and_residuals(mesh, smoothing, scale, images, texts)[0]
+
+
+def _nats_and_residuals(
+    mesh: Mesh | None, smoothing: float, scale: Float[Array, ""], images: Side, texts: Side
+) -> tuple[Any, Any]:
+    nothing = Seen.nothing(images.key.shape[0])
+    seen = fold(_see, scale, (images, texts), (nothing, nothing), mesh=mesh)
+    num_right = _num_right(images.key, images.valid)
+    total, hits = jnp.float32(0), []
+    for own, other, s in ((images, texts, seen[0]), (texts, images, seen[1])):
+        nats = jnp.log(s.spread) + (1 - smoothing) * (s.top - s.right / num_right)
+        if smoothing:
+            mean = product(other.valid.astype(jnp.float32), other.emb) / _at_least_1(other.valid)
+            nats += smoothing * (s.top - scale * product(own.emb, mean))
+        total += jnp.sum(jnp.where(own.valid, nats, 0.0)) / 2
+        hit = own.valid & (own.key == jnp.take(other.key, s.first, mode="clip"))
+        hits.append(jnp.sum(hit, dtype=jnp.float32))
+    return (total, hits), (scale, images, texts, seen, num_right)
+
+
+def _pull_back(mesh: Mesh | None, smoothing: float, residuals: Any, g: Any) -> tuple[Any, ...]:
+    """Σ slope · emb, from the pairs' logits once more: keeping them would take [b b] floats."""
+    scale, images, texts, seen, num_right = residuals
+    valid = images.valid
+    halves = [jnp.where(valid, 0.5 / s.spread, 0.0) for s in seen]
+    pairs = (
+        (images, seen[0].top, halves[0], (1 - smoothing) / num_right),
+        (texts, seen[1].top, halves[1]),
+    )
+    zeros = jnp.zeros_like(images.emb), jnp.zeros_like(texts.emb)
+    scalars = scale, smoothing / _at_least_1(valid)
+    d_image, d_text = fold(_add_slopes, scalars, pairs, zeros, mesh=mesh)
+    d_scale = g[0] * jnp.sum(images.emb * d_image)
+    d_image, d_text = g[0] * scale * d_image, g[0] * scale * d_text
+    return d_scale, gradient_of_side(d_image), gradient_of_side(d_text)
+
+
+_nats.defvjp(_nats_and_residuals, _pull_back)
+
+
+def _see(
+    scale: Float[Array, ""], images: Side, texts: Side, of_images: Seen, of_texts: Seen
+) -> tuple[Seen, Seen]:
+    logits, valid, positive = pair_logits(images, texts, scale)
+    logits = jnp.where(valid, logits, _LOWEST)
+    of_images = _see_more(of_images, logits, positive, texts.index[None, :], axis=1)
+    return of_images, _see_more(of_texts, logits, positive, images.index[:, None], axis=0)
+
+
+def _see_more(
+    seen: Seen,
+    logits: Float[Array, "n m"],
+    positive: Bool[Array, "n m"],
+    index: Array,
+    *,
+    axis: int,
+) -> Seen:
+    """`seen`, with the candidates along `axis`; `index` is theirs in the batch."""
+    highest = logits.max(axis, keepdims=True)
+    first = jnp.where(logits == highest, index, _LAST).min(axis)
+    highest = highest.squeeze(axis)
+    earlier = jnp.minimum(first, seen.first)
+    first = jnp.where(
+        highest == seen.top, earlier, jnp.where(highest > seen.top, first, seen.first)
+    )
+    top = jnp.maximum(highest, seen.top)
+    exps = jnp.exp(logits - jnp.expand_dims(top, axis))
+    spread = seen.spread * jnp.exp(seen.top - top) + exps.sum(axis)
+    return Seen(top, first, spread, seen.right + jnp.where(positive, logits, 0.0).sum(axis))
+
+
+def _add_slopes(
+    scalars: Any, images: Any, texts: Any, d_image: Float[Array, "n d"], d_text: Float[Array, "m d"]
+) -> tuple[Float[Array, "n d"], Float[Array, "m d"]]:
+    """The slope of the loss by a logit: both ways' probabilities halved, less the target."""
+    scale, uniform = scalars
+    images, image_top, image_half, target = images
+    texts, text_top, text_half = texts
+    logits, valid, positive = pair_logits(images, texts, scale)
+    logits = jnp.where(valid, logits, _LOWEST)
+    slope = jnp.exp(logits - image_top[:, None]) * image_half[:, None]
+    slope += jnp.exp(logits - text_top[None, :]) * text_half[None, :]
+    slope -= jnp.where(positive, target[:, None], 0.0) + jnp.where(valid, uniform, 0.0)
+    return d_image + product(slope, texts.emb), d_text + product(slope.T, images.emb)
+
+
+def _num_right(key: Int[Array, " b"], valid: Bool[Array, " b"]) -> Float[Array, " b"]:
+    """How many valid examples have a row's key, itself included; at least 1."""
+    b = key.shape[0]
+    _, group = jnp.unique(key, return_inverse=True, size=b)
+    return jnp.maximum(jax.ops.segment_sum(valid.astype(jnp.float32), group, b)[group], 1)
+
+
+def _at_least_1(valid: Bool[Array, " b"]) -> Float[Array, ""]:
+    return jnp.maximum(valid.sum(dtype=jnp.float32), 1)

@@ -198,7 +198,7 @@ def _compile_step(r: Run) -> Step:
 
     step = make_train_step(
         forward,
-        objectives.build(c.objectives),
+        objectives.build(c.objectives, mesh=p.experiment.partitioner.mesh),
         p.optimizer,
         key=p.experiment.key,
         accumulation=c.accumulation,

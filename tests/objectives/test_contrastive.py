@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from imgtune_jax import config, objectives
+from imgtune_jax.objectives import pairs
 from imgtune_jax.objectives.sigmoid import Sigmoid
 from imgtune_jax.objectives.softmax import Softmax
 from imgtune_jax.partition import Partitioner, make_mesh
@@ -20,6 +21,7 @@ LOSSES = {
     "sigmoid": Sigmoid(),
     "sigmoid_group": Sigmoid(positives="group"),
 }
+BIAS = {"sigmoid": -3.0, "sigmoid_group": -3.0}
 
 
 def example(n=12, d=5, *, valid=None, bias=None, seed=0):
@@ -68,17 +70,121 @@ def brute_force(name, outputs, batch):
 @pytest.mark.parametrize("masked", [False, True])
 def test_loss_equals_brute_force(name, masked):
     valid = np.arange(12) % 5 != 2 if masked else None
-    outputs, batch = example(valid=valid, bias=-3.0 if "sigmoid" in name else None)
+    outputs, batch = example(valid=valid, bias=BIAS.get(name))
     loss, metrics = LOSSES[name](outputs, batch)
     np.testing.assert_allclose(loss, brute_force(name, outputs, batch), rtol=2e-6)
     total, count = metrics["sigmoid" if "sigmoid" in name else "softmax"]
     np.testing.assert_allclose(total / count, loss, rtol=1e-6)
 
 
+def central_differences(name, outputs, batch, step=1e-5):
+    """The gradient of `brute_force`, entry by entry, in float64."""
+
+    def slope(field):
+        value = np.asarray(getattr(outputs, field), np.float64)
+        out = np.zeros_like(value)
+        for at in np.ndindex(value.shape):
+            sides = []
+            for sign in (1, -1):
+                moved = value.copy()
+                moved[at] += sign * step
+                moved = dataclasses.replace(outputs, **{field: moved})
+                sides.append(brute_force(name, moved, batch))
+            out[at] = (sides[0] - sides[1]) / (2 * step)
+        return out
+
+    fields = ["image_emb", "text_emb", "logit_scale"]
+    return {f: slope(f) for f in fields + ["logit_bias"] * (outputs.logit_bias is not None)}
+
+
+def loss_and_all(name, *, mesh=None):
+    """(loss, metrics), gradients; as the training step takes them."""
+    objective = dataclasses.replace(LOSSES[name], mesh=mesh)
+    return jax.jit(jax.value_and_grad(objective, has_aux=True))
+
+
+def assert_same(got, want, rtol=1e-6):
+    # atol: gradients near zero are sums of cancelling terms of size 1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-7), got, want)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_equal_central_differences(name):
+    outputs, batch = example(valid=np.arange(12) % 5 != 2, bias=BIAS.get(name))
+    _, grads = loss_and_all(name)(outputs, batch)
+    for field, want in central_differences(name, outputs, batch).items():
+        # float32, of terms of size 1
+        np.testing.assert_allclose(getattr(grads, field), want, rtol=1e-5, atol=5e-7)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("n", [12, 13])  # 13: the last block is filled up
+def test_blocks_do_not_change_loss_gradients_or_metrics(name, n, monkeypatch):
+    outputs, batch = example(n, valid=np.arange(n) % 5 != 2, bias=BIAS.get(name))
+    whole = loss_and_all(name)(outputs, batch)
+    monkeypatch.setattr(pairs, "BLOCK_SIZE", 2 * n)
+    assert "while" in loss_and_all(name).lower(outputs, batch).as_text()
+    assert_same(loss_and_all(name)(outputs, batch), whole)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=["data", "fsdp", "mixed"])
+def test_the_ring_of_devices_does_not_change_them(name, sizes, monkeypatch):
+    outputs, batch = example(16, valid=np.arange(16) % 5 != 2, bias=BIAS.get(name))
+    whole = loss_and_all(name)(outputs, batch)
+    part = Partitioner(make_mesh(config.Mesh(*sizes)))
+    place = lambda x: jax.device_put(x, part.by_batch if x.ndim else part.replicated)
+    placed = jax.tree.map(place, (outputs, batch))
+    monkeypatch.setattr(pairs, "BLOCK_SIZE", 2)  # blocks within a device's part too
+    assert_same(loss_and_all(name, mesh=part.mesh)(*placed), whole)
+
+
+@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_memory_does_not_grow_with_the_square_of_the_batch(name, sharded, monkeypatch):
+    n, d = 2048, 8
+    monkeypatch.setattr(pairs, "BLOCK_SIZE", n)
+    part = Partitioner(make_mesh(config.Mesh(8, 1, 1)))
+    by = part.by_batch if sharded else None
+    emb = jax.ShapeDtypeStruct((n, d), jnp.float32, sharding=by)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    outputs = Outputs(emb, emb, scalar, scalar if name in BIAS else None)
+    batch = Batch(jax.ShapeDtypeStruct((n,), bool, sharding=by))
+    program = loss_and_all(name, mesh=part.mesh if sharded else None).lower(outputs, batch)
+    temporary = program.compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 4 * n * n / 16  # a device's share of all logits would be 4 n² / 8
+
+
+@pytest.mark.parametrize("name", ["softmax", "softmax_group"])
+def test_batch_recalls_equal_an_argmax(name, monkeypatch):
+    outputs, batch = example(24, 3, valid=np.arange(24) % 5 != 2)
+    monkeypatch.setattr(pairs, "BLOCK_SIZE", 50)
+    keep = np.flatnonzero(batch.example_mask)
+    scores = np.asarray(outputs.image_emb)[keep] @ np.asarray(outputs.text_emb)[keep].T
+    key = keep if name == "softmax" else np.asarray(batch.group)[keep]
+    _, metrics = LOSSES[name](outputs, batch)
+    for way, s in (("image_to_text", scores), ("text_to_image", scores.T)):
+        hits, count = metrics[f"batch_{way}_R@1"]
+        assert hits == np.sum(key[s.argmax(1)] == key) and count == len(keep)
+        assert 0 < hits < count
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_collapsed_model_recalls_the_first_example_alone(blocks, sharded, monkeypatch):
+    outputs, batch = example(16)
+    outputs = jax.tree.map(jnp.ones_like, outputs)
+    if blocks:
+        monkeypatch.setattr(pairs, "BLOCK_SIZE", 2)
+    mesh = make_mesh(config.Mesh(8, 1, 1)) if sharded else None
+    (_, metrics), _ = loss_and_all("softmax", mesh=mesh)(outputs, batch)
+    assert metrics["batch_image_to_text_R@1"][0] == metrics["batch_text_to_image_R@1"][0] == 1
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_masked_rows_change_neither_loss_nor_gradient(name):
     valid = np.arange(12) < 9
-    outputs, batch = example(valid=valid, bias=-3.0 if "sigmoid" in name else None)
+    outputs, batch = example(valid=valid, bias=BIAS.get(name))
     grads = jax.grad(lambda o: LOSSES[name](o, batch)[0])(outputs)
     assert not np.any(grads.image_emb[9:]) and not np.any(grads.text_emb[9:])
     garbage = dataclasses.replace(outputs, image_emb=outputs.image_emb.at[9:].set(5.0))
@@ -87,23 +193,10 @@ def test_masked_rows_change_neither_loss_nor_gradient(name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_batch_without_valid_rows_has_zero_loss_and_finite_gradients(name):
-    outputs, batch = example(valid=np.zeros(12, bool), bias=-3.0 if "sigmoid" in name else None)
+    outputs, batch = example(valid=np.zeros(12, bool), bias=BIAS.get(name))
     loss, grads = jax.value_and_grad(lambda o: LOSSES[name](o, batch)[0])(outputs)
     assert loss == 0.0
     assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_loss_and_gradients_do_not_depend_on_sharding(name):
-    outputs, batch = example(n=16, bias=-3.0 if "sigmoid" in name else None)
-    f = jax.value_and_grad(lambda o, b: LOSSES[name](o, b)[0])
-    whole = jax.jit(f)(outputs, batch)
-    part = Partitioner(make_mesh(config.Mesh(data=-1, fsdp=1, tensor=1)))
-    assert part.batch_devices == 8
-    place = lambda x: jax.device_put(x, part.by_batch if x.ndim else part.replicated)
-    cut = jax.jit(f)(*jax.tree.map(place, (outputs, batch)))
-    # atol: gradients near zero are sums of cancelling terms of size 1
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), whole, cut)
 
 
 def test_softmax_refuses_a_model_with_a_bias():
