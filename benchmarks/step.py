@@ -138,7 +138,7 @@ def open_clip_step(s: Sizes, batch_size: int, dtype: str) -> Run:
         text |= dict(no_causal_mask=True, pool_type="last")
     model = library.CLIP(s.embed_dim, vision, text, **bias)
     model.train()
-    loss = library.SigLipLoss() if s.sigmoid else library.ClipLoss()
+    loss = library.loss.SigLipLoss() if s.sigmoid else library.ClipLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     image = torch.randn(batch_size, 3, s.image_size, s.image_size)
     ids = torch.randint(1, s.vocab_size, (batch_size, s.length))
