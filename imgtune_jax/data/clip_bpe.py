@@ -7,7 +7,7 @@ import html
 from pathlib import Path
 
 import ftfy
-from tokenizers import AddedToken, Regex, Tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from tokenizers.processors import TemplateProcessing
@@ -41,6 +41,7 @@ def build(vocabulary: Path) -> Tokenizer:
             ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("</w>", " ")])
     backend.add_special_tokens(
         [AddedToken(t, special=True, normalized=False) for t in (START, END)]
     )

@@ -109,6 +109,11 @@ class Tokenizer:
             targets[i] = mask[i] & (np.arange(self.length) >= begin + len(inner))
         return plain, mask, targets
 
+    def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """Texts of token ids, without begin, end and padding; white space collapsed."""
+        texts = self.backend.decode_batch([list(row) for row in rows])
+        return [" ".join(text.split()) for text in texts]
+
     def prompt(self, prefix: str = "") -> list[int]:
         """What generation starts from: the begin tokens and the prefix.
 

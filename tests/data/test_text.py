@@ -166,3 +166,19 @@ def test_a_prompt_is_kept_whole_and_carries_no_target(trained):
     assert ids[0][targets[0]].tolist() == ids[1][targets[1]].tolist() and mask[2].all()
     with pytest.raises(ValueError, match="fills all 16 tokens"):
         tokenizer.prompt("fox " * 50)
+
+
+def decodes(tokenizer):
+    texts = ["A red  fox", "狐狸", "ثعلب أحمر", ""]
+    ids, mask = tokenizer(texts)
+    got = tokenizer.decode([row[real].tolist() for row, real in zip(ids, mask, strict=True)])
+    return got == [" ".join(t.split()).lower() for t in texts]
+
+
+def test_decoding_gives_the_cleaned_text_back(trained):
+    assert decodes(trained[0])
+
+
+def test_decoding_gives_clips_text_back_after_saving_too(tmp_path):
+    tokenizer = load_tokenizer(VOCABULARY)
+    assert decodes(tokenizer) and decodes(load_tokenizer(tokenizer.save(tmp_path)))
