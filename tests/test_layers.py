@@ -113,7 +113,9 @@ HELPERS: dict[str, set[str]] = {
         "ranks.py",
         "results.py",
         "ridge.py",
+        "subset.py",
         "templates.py",
+        "writing.py",
     },
     "data": {
         "__init__.py",

@@ -12,11 +12,12 @@ from typing import Any
 from jax.sharding import Mesh
 
 from imgtune_jax import data, objectives
+from imgtune_jax.evals.captioning import Captioning
 from imgtune_jax.evals.encoders import ModelEncoders
 from imgtune_jax.evals.fewshot import FewShot
 from imgtune_jax.evals.loss import Loss
 from imgtune_jax.evals.probe import LinearProbe
-from imgtune_jax.evals.protocol import Encoders, Evaluator
+from imgtune_jax.evals.protocol import Encoders, Evaluator, Written
 from imgtune_jax.evals.results import append_result, read_results, result, result_record
 from imgtune_jax.evals.retrieval import Retrieval, in_loop_names
 from imgtune_jax.evals.ridge import ridge_baseline
@@ -28,6 +29,7 @@ __all__ = [
     "Encoders",
     "Evaluator",
     "ModelEncoders",
+    "Written",
     "append_result",
     "build_evaluators",
     "in_loop_names",
@@ -44,6 +46,7 @@ EVALUATORS: dict[str, type] = {
     "fewshot": FewShot,
     "loss": Loss,
     "ridge_retrieval": RidgeRetrieval,
+    "captioning": Captioning,
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,13 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from imgtune_jax import data, models
-from imgtune_jax.evals.protocol import CaptionScores, Source
+from imgtune_jax.evals.protocol import CaptionScores, Source, Written
+from imgtune_jax.evals.writing import Writer
 from imgtune_jax.partition import Partitioner
 from imgtune_jax.types import Batch, Params
 
 BATCH_SIZE = 128
+KEPT_TOKENS = 1 << 30  # bytes; a source with more image tokens has them computed anew
 Rows = Float[np.ndarray, "n d"]
 
 
@@ -24,9 +26,9 @@ Rows = Float[np.ndarray, "n d"]
 class ModelEncoders:
     """Encodes in fixed-size, sharded batches; the padding of the last one never comes out.
 
-    The image tower's features are computed once a source and kept in `kept` (None: not kept). They
-    outlive a change of parameters when the tower is wholly locked, so judging again during
-    training costs the head alone.
+    What the image side gives of a source is computed once and kept in `kept` (None: not kept). It
+    outlives a change of parameters when the image side is wholly locked, so judging again during
+    training costs the head or the decoder alone.
     """
 
     model: models.Model
@@ -35,8 +37,8 @@ class ModelEncoders:
     tokenizer: data.Tokenizer
     partitioner: Partitioner
     image_is_locked: bool
-    programs: dict[str, Callable[..., Any]]
-    kept: dict[str, tuple[Rows, Bool[np.ndarray, " n"]]] | None
+    programs: dict[Any, Callable[..., Any]]
+    kept: dict[tuple[str, str], tuple[np.ndarray, Bool[np.ndarray, " n"]]] | None
 
     @classmethod
     def build(
@@ -58,12 +60,11 @@ class ModelEncoders:
             "text_features": model.features_text,
         }
         if model.decoder is not None:
-            functions["captions"] = lambda params, image, text, mask: model.caption_scores(
-                params, model.image_tokens(params, image), text, mask
-            )
-        programs = {
+            functions["caption_scores"] = model.caption_scores
+        programs: dict[Any, Callable[..., Any]] = {
             name: jax.jit(f, out_shardings=partitioner.replicated) for name, f in functions.items()
         }
+        programs["tokens"] = jax.jit(model.image_tokens, out_shardings=partitioner.by_batch)
         return cls(
             model,
             params,
@@ -100,9 +101,10 @@ class ModelEncoders:
         """The image tower's pooled output, before the head, in source order."""
         if self.kept is None:
             return self._pass(source)
-        if source.fingerprint not in self.kept:
-            self.kept[source.fingerprint] = self._pass(source)
-        return self.kept[source.fingerprint]
+        key = "features", source.fingerprint
+        if key not in self.kept:
+            self.kept[key] = self._pass(source)
+        return self.kept[key]
 
     def texts(self, texts: Sequence[str], /) -> Rows:
         """Unit-norm text embeddings, in order."""
@@ -112,10 +114,33 @@ class ModelEncoders:
         """The text tower's pooled output, before the head, in order."""
         return self._rows("text_features", self.tokenizer(list(texts)))
 
-    @property
-    def _batch_size(self) -> int:
-        n = self.partitioner.batch_devices
-        return -(-BATCH_SIZE // n) * n
+    def captions(
+        self,
+        source: Source,
+        /,
+        *,
+        prefix: str = "",
+        decoding: Mapping[str, Any] | None = None,
+        seed: int = 0,
+    ) -> tuple[list[list[Written]], Bool[np.ndarray, " n"]]:
+        """What the model writes of each image behind `prefix`, best first, in source order.
+
+        `decoding` is what `decoding.build` takes; `seed` is for methods that draw. Nothing is
+        written of an image that could not be read. Raises ValueError for a model without a decoder
+        and for settings that it cannot follow.
+        """
+        writer = Writer.build(self.model, self.tokenizer, prefix=prefix, settings=decoding or {})
+        if writer not in self.programs:
+            self.programs[writer] = jax.jit(writer, out_shardings=self.partitioner.replicated)
+        written: list[list[Written]] = []
+        readable: list[np.ndarray] = []
+        for i, (tokens, valid) in enumerate(self._image_tokens(source)):
+            key = jax.random.fold_in(jax.random.key(seed), i)
+            out = self.programs[writer](self.params, tokens, key)
+            written += writer.read(out, self.tokenizer)
+            readable.append(valid)
+        valid = np.concatenate(readable)[: len(source)]
+        return [own if ok else [] for own, ok in zip(written, valid, strict=False)], valid
 
     def caption_scores(
         self, source: Source, texts: Sequence[str], prefix: str = "", /
@@ -124,29 +149,57 @@ class ModelEncoders:
         if self.model.decoder is None:
             return None
         ids, mask, targets = self.tokenizer.prompted([prefix] * len(texts), texts)
-        size, rows, valid = self._batch_size, [], []
-        for i, placed in enumerate(self._pictures(source)):
+        size, rows, readable = self._batch_size, [], []
+        for i, (tokens, valid) in enumerate(self._image_tokens(source)):
             part = [_padded(x[i * size : (i + 1) * size], size) for x in (ids, mask)]
-            arrays = [placed.image, *map(self.partitioner.put_global, part)]
-            rows.append(jax.device_get(self.programs["captions"](self.params, *arrays)))
-            valid.append(self._whole(placed.example_mask))
+            given = [tokens, *map(self.partitioner.put_global, part)]
+            found = self.programs["caption_scores"](self.params, *given)
+            rows.append(jax.device_get(found))
+            readable.append(valid)
         n = len(texts)
         scores = jax.tree.map(lambda *parts: np.concatenate(parts)[:n], *rows)
-        return CaptionScores(scores, mask, targets, np.concatenate(valid)[:n])
+        return CaptionScores(scores, mask, targets, np.concatenate(readable)[:n])
+
+    @property
+    def _batch_size(self) -> int:
+        n = self.partitioner.batch_devices
+        return -(-BATCH_SIZE // n) * n
 
     def _pass(self, source: Source) -> tuple[Rows, Bool[np.ndarray, " n"]]:
         rows, valid = [], []
-        for placed in self._pictures(source):
-            rows.append(np.asarray(self.programs["features"](self.params, placed.image)))
-            valid.append(self._whole(placed.example_mask))
+        for batch, readable in self._batches(source):
+            rows.append(np.asarray(self.programs["features"](self.params, batch.image)))
+            valid.append(readable)
         n = len(source)
         return np.concatenate(rows)[:n], np.concatenate(valid)[:n]
 
-    def _whole(self, x: jax.Array) -> np.ndarray:
-        return np.asarray(jax.device_put(x, self.partitioner.replicated))
+    def _image_tokens(self, source: Source) -> Iterator[tuple[jax.Array, np.ndarray]]:
+        """Batches of what the decoder looks at, and which of their images could be read."""
+        if self.kept is None:
+            yield from self._new_tokens(source)
+            return
+        key, size, rows = ("tokens", source.fingerprint), self._batch_size, []
+        if key in self.kept:
+            tokens, readable = self.kept[key]
+            for start in range(0, len(tokens), size):
+                part = slice(start, start + size)
+                yield self.partitioner.put_global(tokens[part]), readable[part]
+            return
+        for tokens, valid in self._new_tokens(source):
+            if len(source) * (tokens.nbytes // len(tokens)) <= KEPT_TOKENS:
+                whole = jax.device_put(tokens, self.partitioner.replicated)
+                rows.append((np.asarray(whole), valid))
+            yield tokens, valid
+        if rows:
+            tokens, readable = (np.concatenate(x) for x in zip(*rows, strict=True))
+            self.kept[key] = tokens, readable
 
-    def _pictures(self, source: Source) -> Iterator[Batch]:
-        """A source's images in order, in batches on the mesh; the last one is padded."""
+    def _new_tokens(self, source: Source) -> Iterator[tuple[jax.Array, np.ndarray]]:
+        for batch, valid in self._batches(source):
+            yield self.programs["tokens"](self.params, batch.image), valid
+
+    def _batches(self, source: Source) -> Iterator[tuple[Batch, np.ndarray]]:
+        """Batches of one size, on the devices, and on every host which rows could be read."""
         pipeline = data.Pipeline(
             source=source,
             transform=self.preprocess,
@@ -155,7 +208,10 @@ class ModelEncoders:
             host_count=jax.process_count(),
             max_bad_fraction=1.0,  # an evaluator reports what it could not read; it does not stop
         )
-        return map(self.partitioner.put, pipeline.one_pass())
+        for batch in pipeline.one_pass():
+            placed = self.partitioner.put(batch)
+            mask = jax.device_put(placed.example_mask, self.partitioner.replicated)
+            yield placed, np.asarray(mask)
 
     def _rows(self, program: str, arrays: tuple[np.ndarray, ...]) -> Rows:
         """Run a program over rows that every host holds, padded to whole batches."""

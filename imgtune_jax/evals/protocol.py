@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -22,6 +22,17 @@ class CaptionScores(NamedTuple):
     text_mask: Bool[np.ndarray, "n l"]
     target_mask: Bool[np.ndarray, "n l"]
     valid: Bool[np.ndarray, " n"]
+
+
+class Written(NamedTuple):
+    """A caption that a model wrote; `score` orders an image's captions, best first.
+
+    Beam search: the sum of the tokens' log probabilities over length ** length_penalty; otherwise
+    their mean. In nats.
+    """
+
+    text: str
+    score: float
 
 
 class Encoders(Protocol):
@@ -63,6 +74,16 @@ class Encoders(Protocol):
         self, source: Source, texts: Sequence[str], prefix: str = "", /
     ) -> CaptionScores | None:
         """How likely each image's text is, behind a prefix; None for a model without a decoder."""
+        ...
+
+    def captions(
+        self, source: Source, /, *, prefix: str = "", decoding: Mapping[str, Any] | None = None
+    ) -> tuple[list[list[Written]], Bool[np.ndarray, " n"]]:
+        """What the model writes of each image behind `prefix`, best first; and the same mask.
+
+        `decoding` is what `decoding.build` takes, None is greedy. Raises ValueError for a model
+        that does not write.
+        """
         ...
 
 

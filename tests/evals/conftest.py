@@ -10,6 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from imgtune_jax.evals.protocol import CaptionScores, Written
+from imgtune_jax.types import TokenScores
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
@@ -45,8 +48,23 @@ class FakeEncoders:
         rows = [np.zeros(width) if x is None else x for x in images]
         return np.stack(rows).astype(np.float32), valid
 
+    def captions(self, source, *, prefix="", decoding=None):
+        """The prefix and a record's `image`, which is a text here."""
+        images = [source[i].image for i in range(len(source))]
+        self.asked.append((prefix, decoding, images))
+        written = [[] if x is None else [Written(prefix + x, -1.0)] for x in images]
+        return written, np.array([x is not None for x in images])
+
     def caption_scores(self, source, texts, prefix=""):
-        return None
+        """Log probabilities -1, -2, … of as many tokens as a text has letters."""
+        if not isinstance(source[0].image, str):
+            return None
+        length = 1 + max(map(len, texts))
+        mask = np.arange(length) < np.array([[1 + len(t)] for t in texts])
+        log_prob = np.broadcast_to(-np.arange(1.0, length), (len(texts), length - 1))
+        scores = TokenScores(log_prob, *[np.zeros_like(log_prob)] * 3)
+        valid = np.array([source[i].image is not None for i in range(len(source))])
+        return CaptionScores(scores, mask, mask & (np.arange(length) > 0), valid)
 
 
 def record(image, *captions, label=None, group=None, **sets):

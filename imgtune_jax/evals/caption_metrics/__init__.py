@@ -5,25 +5,25 @@ A new score is a function and a line in `ON_TOKENS` or in `ON_TEXT`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
+from imgtune_jax.evals.caption_metrics import java
 from imgtune_jax.evals.caption_metrics.bleu import bleu
 from imgtune_jax.evals.caption_metrics.cider import cider_d
-from imgtune_jax.evals.caption_metrics.java import meteor, ptb
 from imgtune_jax.evals.caption_metrics.rouge import rouge_l
 from imgtune_jax.evals.caption_metrics.text import chrf, exact_match
 from imgtune_jax.evals.caption_metrics.tokens import Tokens, simple
 
 TOKENIZATIONS: dict[str, Callable[[Sequence[str]], list[list[str]]]] = {
     "simple": simple,
-    "ptb": ptb,
+    "ptb": java.ptb,
 }
 Scores = dict[str, float]
 ON_TOKENS: dict[str, Callable[[Sequence[Tokens], Sequence[Sequence[Tokens]]], Scores]] = {
     "bleu": bleu,
     "rouge_l": rouge_l,
     "cider": cider_d,
-    "meteor": meteor,
+    "meteor": java.meteor,
 }
 ON_TEXT: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], Scores]] = {
     "chrf": chrf,
@@ -31,20 +31,22 @@ ON_TEXT: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], Scores]] =
 }
 
 
-def check(metrics: Iterable[str], tokenization: str) -> None:
-    """Raise ValueError for a name that is in no table."""
+def check(metrics: Collection[str], tokenization: str) -> None:
+    """Raise ValueError for a name that is in no table, and for one that needs what is missing."""
     known = [*ON_TOKENS, *ON_TEXT]
     if unknown := [name for name in metrics if name not in known]:
         raise ValueError(f"no caption metric {unknown}; known: {', '.join(known)}")
     if tokenization not in TOKENIZATIONS:
         raise ValueError(f"tokenization = {tokenization!r}; known: {', '.join(TOKENIZATIONS)}")
+    if tokenization == "ptb" or "meteor" in metrics:
+        java.require()
 
 
 def score_captions(
     predictions: Sequence[str],
     references: Sequence[Sequence[str]],
     *,
-    metrics: Iterable[str],
+    metrics: Collection[str],
     tokenization: str = "simple",
 ) -> Scores:
     """All `metrics` of one prediction an image against its references, by name.
@@ -52,7 +54,6 @@ def score_captions(
     `tokenization` is for those in `ON_TOKENS`, and their values depend on it.
     Raises ValueError for an unknown name, for no image, or for an image without a reference.
     """
-    metrics = list(metrics)
     check(metrics, tokenization)
     bare = [i for i, own in enumerate(references) if not own]
     if not predictions or len(predictions) != len(references) or bare:
