@@ -24,6 +24,7 @@ VARIABLES = {INK: "var(--muted)", GRID: "var(--line)"} | {
 }
 DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
 MAX_POINTS = 600
+CAPTION_SCORES = ("Bleu_4", "ROUGE_L", "CIDEr", "METEOR", "exact_match")  # the table has the rest
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,9 @@ def _evaluator_panels(name: str, series: Mapping[str, Series]) -> list[Panel]:
     ks = sorted({int(n.rsplit("@", 1)[1]) for n in recalls})
     shares = {n: p for n, p in short.items() if n not in recalls and _is_share(n)}
     ranks = {n: p for n, p in short.items() if n.endswith("median_rank")}
-    taken = recalls | shares | ranks
-    others = {n: p for n, p in short.items() if n not in taken and not n.endswith("mean_rank")}
+    captions = {n: short[n] for n in CAPTION_SCORES if n in short}
+    taken = recalls | shares | ranks | captions
+    others = {n: p for n, p in short.items() if n not in taken and not _is_in_table_only(n)}
     curves = [
         Curve(
             label(n),
@@ -149,10 +151,11 @@ def _evaluator_panels(name: str, series: Mapping[str, Series]) -> list[Panel]:
         for n, points in recalls.items()
     ]
     made = [Panel(f"{name}: retrieval", curves, percent=True)]
-    accuracy = [
-        Curve(label(n), p, colour=i % len(LINES)) for i, (n, p) in enumerate(shares.items())
-    ]
-    made.append(Panel(f"{name}: accuracy", accuracy, percent=True))
+    for title, group in (("accuracy", shares), ("captions", captions)):
+        curves = [
+            Curve(label(n), p, colour=i % len(LINES)) for i, (n, p) in enumerate(group.items())
+        ]
+        made.append(Panel(f"{name}: {title}", curves, percent=True))
     median = [Curve(label(n), points, dash=_is_text_to_image(n)) for n, points in ranks.items()]
     made.append(Panel(f"{name}: median rank", median))
     for n, points in others.items():
@@ -164,6 +167,10 @@ def _evaluator_panels(name: str, series: Mapping[str, Series]) -> list[Panel]:
 
 def _is_share(metric: str) -> bool:
     return any(part in metric for part in ("acc", "f1", "recall", "precision", "R@"))
+
+
+def _is_in_table_only(metric: str) -> bool:
+    return metric.endswith("mean_rank") or metric.startswith(("Bleu_", "chrF"))
 
 
 def _is_text_to_image(metric: str) -> int:

@@ -17,19 +17,27 @@ from PIL import Image
 from imgtune_jax import config as config_lib
 from imgtune_jax import evals
 from imgtune_jax.data import Source, decode
+from imgtune_jax.evals.captioning import Captioning
 from imgtune_jax.evals.retrieval import Retrieval
 from imgtune_jax.report import figures
+from imgtune_jax.report.captions import CaptionView, caption_views
 from imgtune_jax.report.gallery import Gallery, view
 from imgtune_jax.report.run import Run, key_numbers, read_run, result_tables
 
 THUMBNAIL = 96  # pixels of the longer side: sharp at 48 CSS pixels on a phone
 
 
-def write_report(workdir: str | Path, *, galleries: Sequence[Gallery] = (), seed: int = 0) -> Path:
+def write_report(
+    workdir: str | Path,
+    *,
+    galleries: Sequence[Gallery] = (),
+    captions: Sequence[CaptionView] = (),
+    seed: int = 0,
+) -> Path:
     """Write `workdir/report.html` from what the run left there, and return its path.
 
-    Queries are drawn from `galleries` with `seed`, never chosen. A part that is missing (no
-    results yet, say) is left out and named.
+    Queries are drawn from `galleries` with `seed`, never chosen, and so are the images of
+    `captions`. A part that is missing (no results yet, say) is left out and named.
     """
     workdir = Path(workdir)
     run = read_run(workdir)
@@ -47,6 +55,7 @@ def write_report(workdir: str | Path, *, galleries: Sequence[Gallery] = (), seed
         tables=tables,
         numbers=key_numbers(run, tables),
         views=[view(gallery, seed=seed) for gallery in galleries],
+        captions=captions,
         seed=seed,
     )
     path = workdir / "report.html"
@@ -57,21 +66,27 @@ def write_report(workdir: str | Path, *, galleries: Sequence[Gallery] = (), seed
 
 
 def report_run(workdir: str | Path, encoders: evals.Encoders) -> Path:
-    """Embed the sources of the run's retrieval evaluators and write the report with them.
+    """Write the report with what the run's retrieval and captioning evaluators look at.
 
     To be called on every host, as encoding is everybody's work; the first one writes.
     """
     workdir = Path(workdir)
     config = config_lib.read(workdir / "config.json")
-    wanted = {k: v for k, v in config.evals.items() if v.get("name") == "retrieval"}
+    shown = ("retrieval", "captioning")
+    wanted = {k: v for k, v in config.evals.items() if v.get("name") in shown}
     evaluators = evals.build_evaluators(wanted)
     galleries = [
         gallery_of(name, evaluator, encoders)
         for name, evaluator in evaluators.items()
         if isinstance(evaluator, Retrieval)
     ]
+    captions = caption_views(
+        {k: e for k, e in evaluators.items() if isinstance(e, Captioning)},
+        encoders,
+        thumbnail=thumbnail,
+    )
     if jax.process_index() == 0:
-        return write_report(workdir, galleries=galleries)
+        return write_report(workdir, galleries=galleries, captions=captions)
     return workdir / "report.html"
 
 

@@ -72,6 +72,10 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+# Parts of the names of metrics that are shown as percentages; so papers show captions' scores.
+SHARES = ("recall", "R@", "acc", "f1", "precision", "Bleu", "ROUGE", "METEOR", "CIDEr", "exact")
+
+
 class Column:
     """How a metric is named, formatted and compared in a table."""
 
@@ -84,7 +88,8 @@ class Column:
         """1: more is better; -1: less is; 0: neither."""
         if self.metric.startswith("num_") or self.metric in ("l2", "best_lambda", "converged"):
             return 0
-        return -1 if "rank" in self.metric or not self._is_share() else 1
+        less = "rank" in self.metric or not (self._is_share() or self.metric == "chrF")
+        return -1 if less else 1
 
     def format(self, value: float) -> str:
         """A share as a percentage, a count as an integer."""
@@ -93,7 +98,7 @@ class Column:
         return f"{value:,.0f}" if value == int(value) and abs(value) >= 1 else f"{value:.4g}"
 
     def _is_share(self) -> bool:
-        return any(part in self.metric for part in ("recall", "R@", "acc", "f1", "precision"))
+        return any(part in self.metric for part in SHARES)
 
 
 def label(metric: str) -> str:
@@ -108,6 +113,8 @@ def label(metric: str) -> str:
         "recall@": "R@",
         "num_": "",
         "lp_": "",
+        "Bleu_": "BLEU-",
+        "ROUGE_L": "ROUGE-L",
         "acc1": "accuracy",
         "acc5": "top-5 accuracy",
         "f1": "F1",
@@ -225,12 +232,13 @@ class Number:
 
 
 def key_numbers(run: Run, tables: Sequence[Table], *, limit: int = 8) -> list[Number]:
-    """How far the run is, its loss, and its own R@1 or accuracy on every data set."""
+    """How far the run is, its loss, and on every data set its own R@1, accuracy or CIDEr."""
     numbers = [] if run.last_step is None else [Number("training steps", f"{run.last_step:,}")]
     if "train/loss" in run.series:
         numbers.append(Number("training loss", f"{run.series['train/loss'][-1][1]:.3g}"))
     for table in tables:
-        chosen = [i for i, c in enumerate(table.columns) if c.endswith("R@1") or c == "accuracy"]
+        heads = ("accuracy", "CIDEr", "exact match")
+        chosen = [i for i, c in enumerate(table.columns) if c.endswith("R@1") or c in heads]
         for row in table.rows:
             if row.ours:
                 numbers += [_number(table, row, i) for i in chosen if row.cells[i]]
@@ -238,9 +246,11 @@ def key_numbers(run: Run, tables: Sequence[Table], *, limit: int = 8) -> list[Nu
 
 
 def _number(table: Table, row: Row, column: int) -> Number:
+    unit = "" if table.columns[column] == "CIDEr" else " %"
+
     def text(r: Row) -> str:
         cell = r.cells[column]
-        return f"{cell.text} %" if cell else "–"
+        return f"{cell.text}{unit}" if cell else "–"
 
     place = row.dataset, row.language
     rivals = [r for r in table.rows if not r.ours and (r.dataset, r.language) == place]

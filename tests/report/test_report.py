@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from imgtune_jax.evals.captioning import Captioning
+from imgtune_jax.evals.protocol import Written
 from imgtune_jax.evals.results import append_result, result
 from imgtune_jax.report import Gallery, write_report
 from imgtune_jax.report import page as page_module
+from imgtune_jax.report.captions import caption_views
 from imgtune_jax.report.figures import MAX_POINTS, Curve, Panel, describe, panels, svg
 from imgtune_jax.report.gallery import view
 from imgtune_jax.report.run import Column, label, read_run, result_tables
@@ -277,3 +280,51 @@ def test_report_run_shows_the_retrieval_evaluators_sources(workdir, monkeypatch)
     words = Page(page_module.report_run(workdir, encoders).read_text("utf-8")).words
     assert "Retrieval on toy" in words and "Retrieval on zs" not in words
     assert "3 of 3 captions and 3 of 3 images" in words and "caption 1" not in words
+
+
+def test_captions_are_shown_beside_their_references_one_card_an_image(workdir):
+    record = SimpleNamespace(image=picture("red"), captions={"en": ("red",), "de": (NASTY, "rot")})
+    broken = SimpleNamespace(image=None, captions={"en": ("gone",), "de": ("weg",)})
+
+    class Source(list):
+        fingerprint = "toy"
+
+    class Encoders:
+        def captions(self, source, *, prefix, decoding):
+            images = [source[i].image for i in range(len(source))]
+            written = [[Written(prefix + "red", -1.0)] if x else [] for x in images]
+            return written, np.array([x is not None for x in images])
+
+    source = Source([record, broken, record])
+    evaluators = {
+        "toy_en": Captioning(source, caption_set="en", limit=1),
+        "toy_de": Captioning(source, caption_set="de", language="de", prefix="<b>"),
+    }
+    (shown,) = caption_views(evaluators, Encoders(), thumbnail=page_module.thumbnail)
+    assert (shown.dataset, shown.num_images, len(shown.images)) == ("toy", 3, 2)
+    lines = shown.images[0].lines
+    assert [(x.language, x.prediction, x.hit) for x in lines] == [
+        ("en", "red", True),
+        ("de", "<b>red", False),
+    ]
+    text = write_report(workdir, captions=[shown]).read_text("utf-8")
+    page = Page(text)
+    assert page.words.count("<b>red") == 2 and page.words.count(f"{NASTY} · rot") == 2
+    assert "Captions of toy" in page.words and "No retrieval gallery" not in page.words
+    classes = [attrs.get("class", "") for tag, attrs in page.tags if tag == "li"]
+    assert classes.count("hit") == classes.count("miss") == 2
+
+
+def test_caption_scores_are_named_and_compared_as_papers_do():
+    assert (label("Bleu_4"), label("ROUGE_L"), label("exact_match")) == (
+        "BLEU-4",
+        "ROUGE-L",
+        "exact match",
+    )
+    assert Column("CIDEr").format(1.4189) == "141.9" and Column("chrF").format(61.25) == "61.25"
+    assert Column("CIDEr").sign == Column("chrF").sign == 1 and Column("perplexity").sign == -1
+    points = [(1, 0.1), (2, 0.2)]
+    names = ("Bleu_1", "Bleu_4", "ROUGE_L", "CIDEr", "chrF", "exact_match", "perplexity")
+    made = panels({f"val/toy/{name}": points for name in names})
+    assert [p.title for p in made] == ["toy: captions", "toy: perplexity"]
+    assert [c.label for c in made[0].curves] == ["BLEU-4", "ROUGE-L", "CIDEr", "exact match"]
