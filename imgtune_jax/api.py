@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from imgtune_jax import config as config_lib
 from imgtune_jax import data, interop
-from imgtune_jax.evals import zeroshot
+from imgtune_jax.evals import Written, zeroshot
 from imgtune_jax.evals.encoders import ModelEncoders
 from imgtune_jax.train import checkpoint, experiment, lock, setup
 
@@ -48,15 +48,9 @@ class TunedModel:
 
         Raises ValueError naming every image that could not be read, with the cause.
         """
-        records = tuple(_record(i, image) for i, image in enumerate(_listed(images)))
-        if not records:
-            raise ValueError("no images given; wanted at least one path, PIL image or array")
-        rows, valid = self.encoders.images(_Images(records))
-        if not valid.all():
-            broken = [records[i].key for i in np.flatnonzero(~valid)]
-            causes = [_why(records[i], self.experiment.preprocess) for i in np.flatnonzero(~valid)]
-            lines = [f"{key}: {cause}" for key, cause in zip(broken, causes, strict=True)]
-            raise ValueError("could not read these images:\n  " + "\n  ".join(lines))
+        source = _Images.of(images)
+        rows, valid = self.encoders.images(source)
+        source.check(valid)
         return rows
 
     def encode_text(self, texts: str | Sequence[str]) -> Float[np.ndarray, "n d"]:
@@ -85,6 +79,44 @@ class TunedModel:
             [Label(str(labels[j]), float(row[j])) for j in best]
             for row, best in zip(p, order, strict=True)
         ]
+
+    def caption(
+        self,
+        images: Image | Sequence[Image],
+        *,
+        language: str | None = None,
+        n: int = 1,
+        beam: int = 1,
+        decoding: Mapping[str, Any] | None = None,
+        seed: int = 0,
+    ) -> list[list[Written]]:
+        """What the model writes of images: for each its `n` best captions, (text, score).
+
+        `language` is one of `languages`, the first of them by default. `beam` hypotheses are kept
+        (`n` if that is more); 1 is greedy. Instead, `decoding` may hold all that `decoding.build`
+        takes: {"method": {"name": "sample", "top_p": 0.9}, "max_length": 8}, drawn by `seed`.
+        Raises ValueError for a model that writes no captions, an unknown language, and images that
+        could not be read, all of them named with the cause.
+        """
+        if min(n, beam) < 1:
+            raise ValueError(f"n = {n}, beam = {beam}; wanted 1 or more of each")
+        settings = dict(decoding or {})
+        if "method" in settings and (n, beam) != (1, 1):
+            raise ValueError("n and beam belong to beam search; decoding has a method of its own")
+        if max(n, beam) > 1:
+            settings["method"] = {"name": "beam", "width": max(n, beam), "n": n}
+        source = _Images.of(images)
+        written, valid = self.encoders.captions(
+            source, prefix=self._prefix(language), decoding=settings, seed=seed
+        )
+        source.check(valid)
+        return written
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """What `caption` can be asked for: the caption sets that training put a prefix before."""
+        c = self.experiment.config.data
+        return tuple(sorted(c.prefixes, key=lambda name: -c.captions[name]))
 
     def search(
         self,
@@ -118,6 +150,19 @@ class TunedModel:
         interop.save_params(self.encoders.params, folder / "params.safetensors")
         return folder
 
+    def _prefix(self, language: str | None) -> str:
+        prefixes, known = self.experiment.config.data.prefixes, self.languages
+        if language is None:
+            return prefixes[known[0]] if known else ""
+        if not known:
+            raise ValueError(
+                f"no language {language!r}: this model was trained without prefixes "
+                "(config.data.prefixes), so it writes as its captions were; name no language"
+            )
+        if language not in known:
+            raise ValueError(f"no language {language!r}; this model writes: {', '.join(known)}")
+        return prefixes[language]
+
     def _encode_any(self, items: Sequence[Any]) -> Float[np.ndarray, "n d"]:
         if all(isinstance(i, str) and not _is_image_path(i) for i in items):
             return self.encode_text(list(items))
@@ -147,6 +192,21 @@ class _Images:
     """Records in memory, as a source."""
 
     records: tuple[data.Record, ...]
+
+    @classmethod
+    def of(cls, images: Any) -> _Images:
+        """Of paths, PIL images or arrays, one or many."""
+        records = tuple(_record(i, image) for i, image in enumerate(_listed(images)))
+        if not records:
+            raise ValueError("no images given; wanted at least one path, PIL image or array")
+        return cls(records)
+
+    def check(self, valid: Bool[np.ndarray, " n"]) -> None:
+        """Raise ValueError naming every image that could not be read, with the cause."""
+        if not valid.all():
+            broken = [self.records[i] for i in np.flatnonzero(~valid)]
+            lines = [f"{record.key}: {_why(record)}" for record in broken]
+            raise ValueError("could not read these images:\n  " + "\n  ".join(lines))
 
     def __len__(self) -> int:
         return len(self.records)
@@ -184,7 +244,7 @@ def _record(index: int, image: Any) -> data.Record:
     return data.Record(key=f"image {index}", image=image, captions={})
 
 
-def _why(record: data.Record, preprocess: Any) -> str:
+def _why(record: data.Record) -> str:
     try:
         data.decode(record.image)
     except data.BadRecord as error:

@@ -1,4 +1,4 @@
-"""`imgtune train | cache | eval | embed | search | classify | info`."""
+"""`imgtune train | cache | eval | embed | search | classify | caption | info`."""
 
 from __future__ import annotations
 
@@ -157,6 +157,13 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--templates", nargs="+", default=["{}"], help='e.g. "a photo of a {}."')
     p.add_argument("--images", required=True, nargs="+", help=IMAGE_HELP)
 
+    p = _command(commands, "caption", _caption, "write captions of images")
+    p.add_argument("--model", required=True, help=MODEL_HELP)
+    p.add_argument("--language", help="one that the model was trained on; default: its main one")
+    p.add_argument("--n", type=int, default=1, help="captions an image, best first (default 1)")
+    p.add_argument("--beam", type=int, default=1, help="hypotheses to keep (default 1: greedy)")
+    p.add_argument("images", nargs="+", help=IMAGE_HELP)
+
     p = _command(
         commands, "info", _info, "what a run is: parameters, locking, checkpoints, results"
     )
@@ -181,9 +188,9 @@ def _eval(options: argparse.Namespace) -> None:
     chosen = options.only or list(config.evals)
     if unknown := sorted(set(chosen) - set(config.evals)):
         raise ValueError(f"no evaluator {unknown}; the run has: {', '.join(config.evals)}")
-    for name, evaluator in model.experiment.evaluators(
-        {n: config.evals[n] for n in chosen}
-    ).items():
+    # A limit is for judging while training: here all of a data set counts.
+    whole = {n: {k: v for k, v in config.evals[n].items() if k != "limit"} for n in chosen}
+    for name, evaluator in model.experiment.evaluators(whole).items():
         values = evaluator(model.encoders)
         record = evals.result_record(name, evaluator, values, model=config.name, step=model.step)
         evals.append_result(workdir / "results.jsonl", record)
@@ -237,6 +244,19 @@ def _classify(options: argparse.Namespace) -> None:
     found = api.load(options.model).classify(paths, options.labels, options.templates)
     for path, labels in zip(paths, found, strict=True):
         print(f"{path}: " + ", ".join(f"{x.name} {x.probability:.1%}" for x in labels))
+
+
+def _caption(options: argparse.Namespace) -> None:
+    from imgtune_jax import api
+
+    paths = _image_paths(options.images)
+    model = api.load(options.model)
+    found = model.caption(paths, language=options.language, n=options.n, beam=options.beam)
+    for path, captions in zip(paths, found, strict=True):
+        if options.n == 1:
+            print(f"{path}: {captions[0].text}")
+        else:
+            print(path, *(f"{c.score:8.3f}  {c.text}" for c in captions), sep="\n")
 
 
 def _info(options: argparse.Namespace) -> None:

@@ -15,12 +15,17 @@ from imgtune_jax import config
 ROOT = Path(__file__).parents[1]
 
 
-def settings(kind="", **changes):
-    """The debug config with dotted keys changed."""
+def config_dict(kind=""):
+    """The debug config."""
     spec = importlib.util.spec_from_file_location("debug", ROOT / "configs" / "debug.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    c = module.get_config(kind)
+    return module.get_config(kind)
+
+
+def settings(kind="", **changes):
+    """The debug config with dotted keys changed."""
+    c = config_dict(kind)
     for key, value in changes.items():
         *parents, leaf = key.split(".")
         node = c

@@ -116,6 +116,10 @@ def test_wrong_input_is_named(model, photos):
         model.encode_image([])
     with pytest.raises(FileNotFoundError, match="no config at"):
         imgtune_jax.load(photos)
+    with pytest.raises(ValueError, match="this model has no decoder, so it writes no captions"):
+        model.caption(photos / "a.png")
+    with pytest.raises(ValueError, match="no language 'de': this model was trained without pref"):
+        model.caption(photos / "a.png", language="de")
 
 
 def imgtune(capsys, *arguments):
@@ -183,7 +187,7 @@ def test_a_mistake_in_training_ends_in_one_message(arguments, says, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "cache", "eval", "embed", "search", "classify", "info"]
+    "command", ["train", "cache", "eval", "embed", "search", "classify", "caption", "info"]
 )
 def test_every_command_has_help(command):
     code = f"from imgtune_jax.cli import main; main(['{command}', '--help'])"
