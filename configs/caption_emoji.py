@@ -23,7 +23,7 @@ def get_config() -> Any:
     c.data.captions = ConfigDict({k: 4.0 if k == "en" else 1.0 for k in emoji.LANGUAGES})
     c.data.prefixes = ConfigDict(emoji.PREFIXES)
     c.tokenizer = ConfigDict(dict(path="corpora/emoji/tokenizer", length=LENGTH))
-    c.evals, c.baselines = ConfigDict(), ConfigDict()
+    c.evals, c.baselines = ConfigDict(emoji.captioning(emoji.PREFIXES)), ConfigDict()
 
     c.model.image = ConfigDict(dict(name="efficientnet_lite", variant="lite0"))
     for part in ("text", "text_head", "image_head", "embed_dim"):

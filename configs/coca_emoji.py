@@ -37,6 +37,7 @@ def get_config(arm: str = "both") -> Any:
         c.objectives.captioning.weight = 0.0
     if arm == "captioning":
         c.objectives.softmax.weight = 0.0
+    c.evals = ConfigDict({} if arm == "contrastive" else emoji.captioning({"en": ""}))
     if arm != "captioning":
         c.evals.update({k: dict(name="retrieval", source=v, caption_set="name")
                         for k, v in emoji.tests().items()})  # fmt: skip

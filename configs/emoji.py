@@ -4,12 +4,18 @@ emoji_s: seen concepts by an unseen artist, 1573-way. emoji_g: held-out concepts
 279-way. emoji_f: held-out concepts by the unseen artist, 279-way.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 LANGUAGES = ("en", "zh", "de", "es", "fr", "ar", "hi", "sw", "ja", "ru")
 PREFIXES = {language: f"<{language}>" for language in LANGUAGES}  # what a captioner is told
+TESTS = {
+    "emoji_s": ("seen", "fluent"),
+    "emoji_g": ("heldout", "google"),
+    "emoji_f": ("heldout", "fluent"),
+}
 MAX_TOKENS = 12  # the longest English name has 12, begin and end included
 
 
@@ -35,10 +41,24 @@ def captions_source(split: str, *vendors: str) -> Any:
 
 def tests() -> dict[str, Any]:
     """The three test sets by name."""
+    return {name: source(*which) for name, which in TESTS.items()}
+
+
+def captioning(prefixes: Mapping[str, str]) -> dict[str, Any]:
+    """Captions of the three tests in each of the languages, by names such as `emoji_s_en`.
+
+    All languages share a test's source, so the image tower looks at it once.
+    """
     return {
-        "emoji_s": source("seen", "fluent"),
-        "emoji_g": source("heldout", "google"),
-        "emoji_f": source("heldout", "fluent"),
+        f"{name}_{language}": dict(
+            name="captioning",
+            source=captions_source(*which),
+            caption_set=language,
+            prefix=prefix,
+            language=language,
+        )
+        for name, which in TESTS.items()
+        for language, prefix in prefixes.items()
     }
 
 
