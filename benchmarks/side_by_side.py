@@ -10,6 +10,7 @@ import os
 import platform
 import resource
 import statistics
+import subprocess
 import sys
 import time
 import types
@@ -92,7 +93,27 @@ def _serve(pipe: Connection, make: Callable[..., Run], given: tuple[Any, ...]) -
         began = time.perf_counter()
         jax.block_until_ready(run())
         seconds = time.perf_counter() - began
-        pipe.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9))
+        pipe.send((seconds, peak_memory()))
+
+
+def in_a_new_process(script: str, *given: str) -> dict[str, Any]:
+    """What the script prints as its last line, in JSON, and `process_s`: its whole life.
+
+    Raises RuntimeError with the end of what it wrote when it fails.
+    """
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, script, *given], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{script} {given} gave {done.returncode}:\n{done.stderr[-2000:]}")
+    result = json.loads(done.stdout.splitlines()[-1])
+    result["process_s"] = time.perf_counter() - began
+    print(*given[1:], {k: v for k, v in result.items() if isinstance(v, float)}, flush=True)
+    return result
+
+
+def peak_memory() -> float:
+    """The most GB that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def medians(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
