@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from configs import base, emoji, lit_emoji
 
-LENGTH = 32  # in tokens; the longest name of the corpus has fewer
+LENGTH = 36  # in tokens; the longest name of the corpus has 32, and a prompt before it
 
 
 def get_config() -> Any:

@@ -12,7 +12,7 @@ from configs import emoji
 from imgtune_jax import data
 
 VOCAB_SIZE = 4000
-LENGTH = 32
+LENGTH = 36
 FOLDER = Path(__file__).with_name("tokenizer")
 
 

@@ -4,13 +4,18 @@ import hashlib
 import json
 import os
 import runpy
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-CORPUS = Path(__file__).parents[2] / "corpora" / "emoji"
+from imgtune_jax.data import load_tokenizer
+
+ROOT = Path(__file__).parents[2]
+CORPUS = ROOT / "corpora" / "emoji"
 VENDORS = {"google.webp", "twitter.webp", "fluent.webp"}
 LANGUAGES = {"en", "zh", "de", "es", "fr", "ar", "hi", "sw", "ja", "ru"}
 
@@ -98,3 +103,23 @@ def test_rebuild_is_byte_for_byte(tmp_path):
     build["build"](Path(os.environ["EMOJI_PACKAGES"]), tmp_path)
     for name in ("seen.tar", "heldout.tar", "SHA256SUMS"):
         assert (tmp_path / name).read_bytes() == (CORPUS / name).read_bytes()
+
+
+def test_tokenizer_is_learnt_from_the_training_names_alone_and_can_be_learnt_again(tmp_path):
+    """Byte for byte; it writes every seen name of every language, and fits every name."""
+    folder = CORPUS / "tokenizer"
+    subprocess.run(
+        [sys.executable, "-m", "corpora.emoji.tokenizer", "--out", tmp_path], check=True, cwd=ROOT
+    )
+    for file in folder.iterdir():
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file
+    tokenizer = load_tokenizer(folder)
+    for split in ("seen", "heldout"):
+        names = [n for c in concepts(read(f"{split}.tar")) for n in c["name"].values()]
+        ids, mask = tokenizer(names)
+        assert mask.sum(1).max() < tokenizer.length  # there is room for a prompt
+        back = [
+            tokenizer.backend.decode(row[m].tolist()).strip()
+            for row, m in zip(ids, mask, strict=True)
+        ]
+        assert back == names

@@ -15,6 +15,8 @@ GOLDEN = Path(__file__).with_name("models_params.txt")
 SIZES = dict(width=8, depth=2, mlp_dim=16, num_heads=2)
 VIT = dict(name="vit", image_size=8, patch_size=4, **SIZES)
 TEXT = dict(name="text_transformer", vocab_size=10, max_length=6, **SIZES)
+DECODER = dict(name="transformer", vocab_size=10, max_length=6, **SIZES)
+POOLER = dict(name="attentional", width=8, num_queries=3, num_heads=2)
 TOWERS = {
     "vit": VIT,
     "vit clip": {**VIT, "pre_norm": True, "patch_bias": False},
@@ -22,6 +24,7 @@ TOWERS = {
     "vit registers": {**VIT, "num_registers": 2, "positions": "sincos"},
     "text_transformer": TEXT,
     "text_transformer attention": {**TEXT, "pool": "attention"},
+    "text_transformer class": {**TEXT, "pool": "class"},
     "bert": dict(name="bert", vocab_size=10, max_length=6, **SIZES),
     "efficientnet_lite lite0": dict(name="efficientnet_lite", variant="lite0", num_classes=5),
     "efficientnet_lite group": dict(name="efficientnet_lite", variant="lite0", norm="group"),
@@ -31,6 +34,10 @@ TOWERS = {
 MODELS = {
     "heads linear, mlp": dict(image_head={"name": "linear", "use_bias": True},
                               text_head={"name": "mlp", "hidden_dim": 5, "input_norm": True}),
+    "cappa": dict(decoder={**DECODER, "parallel_fraction": 0.5, "context_norm": True}),
+    "coca": dict(decoder={**DECODER, "reads": "tokens", "cross": "block"},
+                 text={**TEXT, "pool": "class"}, image_pooler=POOLER),
+    "coca shared": dict(image_pooler={**POOLER, "layout": "shared"}),
     "heads identity": dict(image_head={"name": "identity"}, text_head={"name": "identity"}),
 }  # fmt: skip
 
