@@ -174,7 +174,7 @@ def test_a_second_run_decodes_no_image_and_runs_no_locked_tower(tmp_path, monkey
     def fail(*args, **kwargs):
         raise AssertionError("this is in the cache")
 
-    monkeypatch.setattr("imgtune_jax.data.image.decode", fail)
+    monkeypatch.setattr("imgtune_jax.data.image.peek", fail)
     monkeypatch.setattr("imgtune_jax.cache.CachedFeed._computed", fail)
     changes["optim.lr"] = 0.5  # another run, the same key
     loop.run(settings(**changes), tmp_path / "second", make_feed=cache.feed)

@@ -104,7 +104,7 @@ class RandomResizedCrop:
         height, width = image.shape[:2]
         top, left, h, w = self._window(height, width, need(rng, self))
         if isinstance(image, Jpeg):
-            image = image.decode(self.reduction(h, w))
+            image = image.decode(self.reduction(h, w), scratch=True)  # resampling copies
         y, x = image.shape[0] / height, image.shape[1] / width  # below 1 when reduced
         box = top * y, left * x, h * y, w * x
         return resampled(image, box, *pair(self.size), self.interpolation)

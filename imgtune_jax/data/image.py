@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from imgtune_jax.data.record import BadRecord, Cause
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning threshold
 WHITE = (255, 255, 255)
+SCRATCH_BYTES = 1 << 24  # a larger picture's pages are little beside its decoding
 ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 
 
@@ -31,19 +33,37 @@ class Jpeg:
         """Of the whole picture: height, width, 3."""
         return self.opened.height, self.opened.width, 3
 
-    def decode(self, reduction: int = 1) -> UInt8[np.ndarray, "h w 3"]:
+    def decode(self, reduction: int = 1, *, scratch: bool = False) -> UInt8[np.ndarray, "h w 3"]:
         """RGB by libjpeg-turbo, whole the same to the bit as Pillow's.
 
         A `reduction` of 2, 4 or 8 divides both sides, rounded up: each pixel comes from the lower
-        frequencies of its block. Raises BadRecord.
+        frequencies of its block. With `scratch`, the thread's next such call overwrites the pixels.
+        Raises BadRecord.
         """
         height, width = (-(-side // reduction) for side in self.shape[:2])
         try:
             return simplejpeg.decode_jpeg(
-                self.data, min_height=height, min_width=width, min_factor=reduction, strict=True
+                self.data,
+                min_height=height,
+                min_width=width,
+                min_factor=reduction,
+                buffer=_scratch(height * width * 3) if scratch else None,
+                strict=True,
             )
         except ValueError:  # Pillow says what is wrong, or forgives it
             return _guarded(self.opened, WHITE, self.data)
+
+
+_OF_THREAD = threading.local()
+
+
+def _scratch(size: int) -> UInt8[np.ndarray, " n"] | None:
+    """Memory of this thread, so that pixels that are let go at once need no fresh pages."""
+    if size > SCRATCH_BYTES:
+        return None
+    if not hasattr(_OF_THREAD, "memory"):
+        _OF_THREAD.memory = np.empty(SCRATCH_BYTES, np.uint8)  # pages come when they are touched
+    return _OF_THREAD.memory
 
 
 def decode(

@@ -8,8 +8,7 @@ may change in number. A broken record keeps its row, with zeros and `example_mas
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,24 +18,19 @@ import numpy as np
 from absl import flags
 
 from imgtune_jax.data import image as image_lib
-from imgtune_jax.data.captions import Caption, CaptionDraw
+from imgtune_jax.data.captions import CaptionDraw
 from imgtune_jax.data.record import (
-    BadRecord,
     BadRecordCounter,
-    Cause,
     Fault,
-    Record,
     Source,
-    describe,
 )
+from imgtune_jax.data.rows import PADDING, Collate, Rows
 from imgtune_jax.data.store import FeatureStore
 from imgtune_jax.data.text import Tokenizer
 from imgtune_jax.data.transforms import Compose
 
 NumpyBatch = dict[str, np.ndarray]
-CAPTION_STREAM, IMAGE_STREAM = 0, 1  # apart, so a run without decoding draws the same captions
 ENDLESS = 1 << 40  # batches; more than a run takes
-PADDING = -1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,6 +47,9 @@ class Pipeline:
     is opened), or beside its text. With a store, a record is augmented, or its caption drawn, as
     in epoch `view` = epoch % views, and image_good and text_good bool[b] say which rows to store.
     What a store holds is read once, when iteration begins.
+
+    `num_threads` read `prefetch` batches ahead. With `num_workers` processes, each has so many
+    threads, and they hold at most num_threads + 2 ceil(prefetch / num_workers) + 2 batches each.
 
     Raises ValueError when fields do not fit each other or the source.
     """
@@ -115,7 +112,7 @@ class Pipeline:
 
     def batches(self, start: int = 0, stop: int = ENDLESS) -> Iterator[NumpyBatch]:
         """Batches start, start + 1, … until `stop`. Raises TooManyBadRecords past the cap."""
-        return self._run(self._rows(deterministic=False), start, stop)
+        return self._run(self.rows(deterministic=False), start, stop)
 
     def one_pass(self) -> Iterator[NumpyBatch]:
         """Every record once, in source order; the last batch is padded.
@@ -123,11 +120,12 @@ class Pipeline:
         Captions are the first alternative of the heaviest set. A random transform draws as in
         epoch 0, so use a deterministic one to evaluate.
         """
-        return self._run(self._rows(deterministic=True), 0, -(-len(self.source) // self.batch_size))
+        return self._run(self.rows(deterministic=True), 0, -(-len(self.source) // self.batch_size))
 
-    def _rows(self, *, deterministic: bool) -> _Rows:
+    def rows(self, *, deterministic: bool = False) -> Rows:
+        """What makes a row of a position of the stream; `deterministic` as `one_pass` needs it."""
         stores = {} if deterministic else self.stores
-        return _Rows(
+        return Rows(
             source=self.source,
             transform=self.transform,
             captions=self._draw() if self.tokenizer else None,
@@ -144,11 +142,14 @@ class Pipeline:
             complete={tower: tuple(store.complete()) for tower, store in stores.items()},
         )
 
-    def _run(self, rows: _Rows, start: int, stop: int) -> Iterator[NumpyBatch]:
+    def collate(self, rows: Rows) -> Collate:
+        """What makes a batch of what `rows` gives."""
+        stores = self.stores if rows.views else {}
+        return Collate(self.tokenizer, rows.with_group, rows.shape(), stores)
+
+    def _run(self, rows: Rows, start: int, stop: int) -> Iterator[NumpyBatch]:
         local = self.batch_size // self.host_count
-        collate = _Collate(
-            self.tokenizer, rows.with_group, rows.shape(), self.stores if rows.views else {}
-        )
+        collate = self.collate(rows)
         dataset = grain.MapDataset.range(start * local, stop * local).map(rows)
         batched = dataset.batch(local, drop_remainder=True, batch_fn=collate)
         iterator = iter(self._parallel(batched))
@@ -159,19 +160,17 @@ class Pipeline:
             iterator.close()
 
     def _parallel(self, batches: grain.MapDataset) -> grain.IterDataset:
-        options = grain.ReadOptions(
-            num_threads=self.num_threads,
-            prefetch_buffer_size=max(self.prefetch, self.num_threads),
-        )
+        workers, threads = self.num_workers, self.num_threads
+        ahead = threads if workers else max(self.prefetch, threads)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
         dataset = batches.to_iter_dataset(options)
-        if not self.num_workers:
+        if not workers:
             return dataset
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain passes its flags on to workers
+        each = max(1, -(-self.prefetch // workers))
         return dataset.mp_prefetch(
-            grain.MultiprocessingOptions(
-                num_workers=self.num_workers, per_worker_buffer_size=max(1, self.prefetch)
-            )
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=each)
         )
 
     def _finish(self, loaded: dict[str, Any]) -> NumpyBatch:
@@ -179,165 +178,4 @@ class Pipeline:
         faults: tuple[Fault, ...] = loaded.pop("faults").faults
         batch: NumpyBatch = {k: np.asarray(v) for k, v in loaded.items()}
         self._counter.add(int((batch["index"] != PADDING).sum()), faults)
-        return batch
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Local stream position -> one row. Pure, and what worker processes run."""
-
-    source: Source
-    transform: Compose | None
-    captions: CaptionDraw | None
-    with_group: bool
-    seed: int
-    shuffle: bool
-    one_pass: bool
-    max_pixels: int
-    background: tuple[int, int, int]
-    batch_size: int
-    host_index: int
-    host_count: int
-    views: Mapping[str, int]
-    complete: Mapping[str, tuple[bool, ...]]
-
-    @cached_property
-    def _order(self) -> grain.MapDataset:
-        # Grain derives an epoch's order from seed + epoch: a digest keeps runs of neighbouring
-        # seeds from sharing each other's epochs.
-        seed = int.from_bytes(hashlib.sha256(f"order {self.seed}".encode()).digest()[:4])
-        return grain.MapDataset.range(len(self.source)).shuffle(seed=seed)
-
-    def _shuffled(self, position: int) -> int:
-        index: Any = self._order[position]
-        return int(index)
-
-    def locate(self, local: int) -> tuple[int, int]:
-        """(epoch, record) of a position of this host's stream; the record -1 is padding."""
-        size = self.batch_size // self.host_count
-        step, row = divmod(local, size)
-        position = step * self.batch_size + self.host_index * size + row
-        epoch, index = divmod(position, len(self.source))
-        if self.one_pass and epoch:
-            return 0, PADDING
-        return epoch, self._shuffled(position) if self.shuffle else index
-
-    def reads(self, tower: str, local: int) -> bool:
-        """Does a position's whole batch, on all hosts, find its features in the store?"""
-        if tower not in self.views:
-            return False
-        first = local // (self.batch_size // self.host_count) * self.batch_size
-        epochs = {p // len(self.source) for p in (first, first + self.batch_size - 1)}
-        return all(self.complete[tower][epoch % self.views[tower]] for epoch in epochs)
-
-    def __call__(self, local: int) -> dict[str, Any]:
-        epoch, index = self.locate(int(local))
-        row: dict[str, Any] = {"index": index, "key": "", "fault": None, "epoch": epoch}
-        row["reads"] = [t for t in self.views if self.reads(t, int(local))]
-        if index == PADDING:
-            return row
-        with_image = self.transform is not None and "image" not in row["reads"]
-        record = self.source[index] if with_image else describe(self.source, index)
-        row["key"] = record.key
-        parts: dict[str, Any] = {} if self.captions is None else {"text": self._text}
-        parts |= {"image": self._image} if with_image else {}
-        for tower, part in parts.items():  # both, even if one is broken: each has its own store
-            drawn = epoch % self.views[tower] if tower in self.views else epoch
-            try:
-                row.update(part(record, drawn, index))
-                row[f"{tower}_good"] = True
-            except BadRecord as bad:
-                row["fault"] = row["fault"] or Fault(record.key, bad.cause, bad.detail)
-        if row["fault"] is None:
-            row["good"] = True
-        return row
-
-    def _text(self, record: Record, epoch: int, index: int) -> dict[str, Any]:
-        assert self.captions is not None
-        rng = np.random.default_rng((self.seed, epoch, index, CAPTION_STREAM))
-        draw = self.captions
-        values: dict[str, Any] = {
-            "caption": draw.first(record) if self.one_pass else draw(record, rng)
-        }
-        if self.with_group:
-            record.check("group")
-            values["group"] = record.group
-        return values
-
-    def _image(self, record: Record, epoch: int, index: int) -> dict[str, Any]:
-        assert self.transform is not None
-        record.check("image")
-        picture = image_lib.peek(
-            record.image, max_pixels=self.max_pixels, background=self.background
-        )
-        rng = np.random.default_rng((self.seed, epoch, index, IMAGE_STREAM))
-        return {"image": self.transform(picture, rng)}
-
-    def shape(self) -> tuple[int, ...] | None:
-        """The pictures' shape, found on two blank ones.
-
-        Raises ValueError when the transforms leave it to the picture.
-        """
-        if self.transform is None:
-            return None
-        blank = np.zeros((48, 64, 3), np.uint8), np.zeros((80, 40, 3), np.uint8)
-        first, second = (self.transform(b, np.random.default_rng(0)).shape for b in blank)
-        if first != second:
-            raise ValueError(
-                f"the transforms give pictures of different sizes ({first}, {second}); end them "
-                "with a resize (squash or longest) or a crop"
-            )
-        return first
-
-
-@dataclass(frozen=True)
-class _Faults:
-    """One leaf to Grain, whatever it holds."""
-
-    faults: tuple[Fault, ...]
-
-
-@dataclass(frozen=True)
-class _Collate:
-    """Rows -> batch. Texts are tokenized together, features read together."""
-
-    tokenizer: Tokenizer | None
-    with_group: bool
-    shape: tuple[int, ...] | None
-    stores: Mapping[str, FeatureStore]
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        good = np.array(["good" in row for row in rows])
-        faults = [row["fault"] for row in rows if row["fault"] is not None]
-        batch: dict[str, Any] = {"index": np.array([row["index"] for row in rows], np.int64)}
-        epochs = np.array([row["epoch"] for row in rows], np.int64)
-        for tower, store in self.stores.items():
-            views = epochs % store.views
-            if tower in rows[0]["reads"]:
-                batch[f"{tower}_features"], usable = store.read(views, batch["index"])
-                for j in np.flatnonzero(good & ~usable).tolist():
-                    what = f"its {tower} could not be read when cached"
-                    faults.append(Fault(rows[j]["key"], Cause.INVALID_FEATURES, what))
-                good = good & usable
-            else:
-                batch[f"{tower}_view"] = views
-                batch[f"{tower}_good"] = np.array([f"{tower}_good" in row for row in rows])
-        batch |= {"example_mask": good, "faults": _Faults(tuple(faults))}
-        if self.shape is not None and "image_features" not in batch:
-            blank = np.zeros(self.shape, np.uint8)
-            present = batch.get("image_good", good)
-            pictures = zip(rows, present, strict=True)
-            batch["image"] = np.stack([row["image"] if p else blank for row, p in pictures])
-        if self.tokenizer is not None:
-            captions = [row.get("caption", Caption("")) for row in rows]
-            ids, mask, targets = self.tokenizer.prompted(
-                [c.prefix for c in captions], [c.text for c in captions]
-            )
-            present = batch.get("text_good", good)[:, None]
-            batch["text"] = np.where(present, ids, 0).astype(np.int32)
-            batch["text_mask"] = mask & present
-            batch["target_mask"] = targets & present
-        if self.with_group:
-            groups = np.array([row.get("group", -1) for row in rows], np.int32)
-            batch["group"] = np.where(good, groups, np.int32(-1))
         return batch

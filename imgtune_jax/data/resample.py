@@ -69,13 +69,13 @@ def resized(image: Picture, height: int, width: int, interpolation: str) -> Pict
 def resampled(image: Picture, box: Box, height: int, width: int, interpolation: str) -> Picture:
     """The window `box` to height x width, in one go: Pillow's filters to a rounding, in SIMD.
 
-    Pixels outside the window count only where its edge cuts them.
+    Always a new array. Pixels outside the window count only where its edge cuts them.
     """
     top, left, h, w = box
     y, x = int(top), int(left)
     part = image[y : math.ceil(top + h), x : math.ceil(left + w)]
     if part.shape[:2] == (height, width) == (h, w):
-        return part
+        return part.copy()
     options = ResizeOptions(
         resize_alg=_SIMD[interpolation], crop_box=CropBox(left - x, top - y, w, h)
     )

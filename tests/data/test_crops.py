@@ -1,4 +1,5 @@
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -83,7 +84,7 @@ def test_a_jpeg_is_reduced_only_where_its_window_keeps_twice_the_size():
 def test_scaled_decode_changes_less_than_another_interpolation(monkeypatch):
     data, seen = jpeg(SMOOTH), []
     plain = Jpeg.decode
-    monkeypatch.setattr(Jpeg, "decode", lambda s, r=1: seen.append(r) or plain(s, r))
+    monkeypatch.setattr(Jpeg, "decode", lambda s, r=1, **kw: seen.append(r) or plain(s, r, **kw))
 
     def crops(**fields):
         crop = RandomResizedCrop(40, scale=(0.5, 1.0), **fields)
@@ -98,3 +99,25 @@ def test_scaled_decode_changes_less_than_another_interpolation(monkeypatch):
     assert set(seen) == {1} and drawn == drawn_whole
     bilinear, _ = crops(scaled_decode=False, interpolation="bilinear")
     assert 0 < np.abs(reduced - whole).mean() < np.abs(bilinear - whole).mean()
+
+
+def test_pictures_share_no_memory():
+    """Also where the window needs no resize, though both were decoded into one place."""
+    crop = RandomResizedCrop((360, 480), scale=(1.0, 1.0), ratio=(4 / 3, 4 / 3))
+    pictures = [SMOOTH, SMOOTH[::-1]]
+    found = [crop(peek(jpeg(x)), np.random.default_rng(0)) for x in pictures]
+    for one, picture in zip(found, pictures, strict=True):
+        np.testing.assert_array_equal(one, decode(jpeg(picture)))
+
+
+def test_threads_do_not_disturb_each_other():
+    crop, data = RandomResizedCrop(64), [jpeg(np.roll(SMOOTH, 9 * i, 1)) for i in range(8)]
+    jobs = [(data[i % 8], i) for i in range(200)]
+
+    def run(job):
+        return crop(peek(job[0]), np.random.default_rng(job[1]))
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(run, jobs))
+    for job, one in zip(jobs, found, strict=True):
+        np.testing.assert_array_equal(one, run(job))

@@ -1,11 +1,13 @@
 import itertools
+import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from imgtune_jax.data import FeatureStore, Pipeline, build_transform, decode
+from imgtune_jax.data import FeatureStore, Pipeline, Record, build_transform, decode
 
 B = 8
 
@@ -190,7 +192,7 @@ def test_stored_features_replace_decoding(make, monkeypatch, tmp_path):
     def fail(*args, **kwargs):
         raise AssertionError("an image was decoded")
 
-    monkeypatch.setattr("imgtune_jax.data.image.decode", fail)
+    monkeypatch.setattr("imgtune_jax.data.image.peek", fail)
     stores = {"image": filled(tmp_path, features)}
     batches = take(make(stores=stores), 0, 15)
     for t, (batch, other) in enumerate(zip(batches, plain, strict=True)):
@@ -265,6 +267,40 @@ def test_fields_that_do_not_fit_are_refused(make, source):
     shortest = build_transform([{"name": "resize", "size": 8, "mode": "shortest"}])
     with pytest.raises(ValueError, match="pictures of different sizes"):
         take(make(transform=shortest), 0, 1)
+
+
+@dataclass(frozen=True)
+class Counting:
+    """Black pictures, in any process; a byte goes to the file at `path` whenever one is read."""
+
+    path: str
+    fingerprint: str = "black"
+
+    def __len__(self):
+        return 10_000
+
+    def __getitem__(self, index):
+        with open(self.path, "ab") as file:
+            file.write(b"x")
+        return Record(str(index), image=np.zeros((4, 4, 3), np.uint8))
+
+
+@pytest.mark.parametrize("threads, workers, most", [(1, 0, 4), (3, 0, 4), (1, 1, 1 + 2 * 3 + 2)])
+def test_no_more_is_read_ahead_than_promised(tmp_path, threads, workers, most):
+    counts = tmp_path / "counts"
+    counts.touch()
+    pipeline = Pipeline(
+        source=Counting(str(counts)), transform=build_transform([{"name": "resize", "size": 4}]),
+        batch_size=B, prefetch=3,
+        num_threads=threads, num_workers=workers,
+    )  # fmt: skip
+    batches, seen = pipeline.batches(), -1
+    next(batches)
+    while seen < counts.stat().st_size:  # until nothing more is read
+        seen = counts.stat().st_size
+        time.sleep(0.7)
+    assert 2 <= seen / B <= 1 + most
+    batches.close()
 
 
 def test_order_is_pinned(make):
