@@ -1,4 +1,4 @@
-"""`imgtune train | cache | eval | embed | search | classify | caption | info`."""
+"""`imgtune train | cache | bench | eval | embed | search | classify | caption | info`."""
 
 from __future__ import annotations
 
@@ -25,12 +25,17 @@ Train, or go on training: the same command resumes the run in DIR.
                          (all keys and their defaults: configs/base.py)
 """
 
-
 CACHE_HELP = """\
 usage: imgtune cache --config=FILE.py[:ARG] [--config.KEY=VALUE ...]
 
 Compute what the locked towers give on the training data, ahead of training. Not needed: training
 fills the cache on its way. Stopped, the same command goes on. Settings as for imgtune train.
+"""
+
+BENCH_HELP = """\
+usage: imgtune bench data --config=FILE.py[:ARG] [--config.KEY=VALUE ...]
+
+Time a training's input, stage by stage, and its step, and say which limits it. Writes nothing.
 """
 
 
@@ -106,15 +111,25 @@ def _cache(given: Any) -> None:
         print(f"{tower}: {store.computed} rows, {store.bytes / 1e6:.1f} MB in {store.folder}")
 
 
+def _bench(given: Any) -> None:
+    from imgtune_jax import bench, config
+
+    c = config.parse(given.config)
+    print(bench.describe(bench.measure(c), c))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry of the console script."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] == "train":  # absl parses --config.key=value
-        train(["imgtune train", *arguments[1:]])
-        return
-    if arguments and arguments[0] == "cache":
-        _with_config(["imgtune cache", *arguments[1:]], CACHE_HELP, _cache)
-        return
+    with_config = {
+        "train": (TRAIN_HELP, _train, ["workdir"]),
+        "cache": (CACHE_HELP, _cache, []),
+        "bench data": (BENCH_HELP, _bench, []),
+    }
+    for command, entry in with_config.items():  # absl parses --config.key=value
+        n = len(command.split())
+        if arguments[:n] == command.split():
+            return _with_config([f"imgtune {command}", *arguments[n:]], *entry)
     options = _parser().parse_args(arguments)
     _set_up()
     with _clear_errors():
@@ -126,13 +141,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="imgtune", description="Tune an image tower and a text tower together, and use them."
     )
     commands = parser.add_subparsers(required=True, metavar="command")
-    commands.add_parser(
-        "train", help="train, or resume: imgtune train --config=configs/lit_emoji.py --workdir=DIR"
-    )
-
-    commands.add_parser(
-        "cache", help="compute the locked towers ahead of training: imgtune cache --config=…"
-    )
+    commands.add_parser("train", help="train, or resume: imgtune train --config=… --workdir=DIR")
+    commands.add_parser("cache", help="compute locked towers ahead: imgtune cache --config=…")
+    p = commands.add_parser("bench", help="time a training: imgtune bench data --config=…")
+    p.add_argument("what", choices=["data"], help="its input, and what limits it")
 
     p = _command(commands, "eval", _eval, "run a trained model's evaluators and rewrite its report")
     p.add_argument("--workdir", required=True, help="the run's folder")

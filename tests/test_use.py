@@ -187,7 +187,8 @@ def test_a_mistake_in_training_ends_in_one_message(arguments, says, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "cache", "eval", "embed", "search", "classify", "caption", "info"]
+    "command",
+    ["train", "cache", "bench", "eval", "embed", "search", "classify", "caption", "info"],
 )
 def test_every_command_has_help(command):
     code = f"from imgtune_jax.cli import main; main(['{command}', '--help'])"

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from imgtune_jax import evals, objectives
 from imgtune_jax.config import Config
-from imgtune_jax.train import checkpoint, feed, lock, setup, state
+from imgtune_jax.train import checkpoint, experiment, feed, lock, optim, setup, state
 from imgtune_jax.train.step import Step, make_train_step
 from imgtune_jax.train.watch import Watch
 from imgtune_jax.types import Params, TrainState
@@ -78,7 +78,7 @@ def run(
     try:
         if not p.resumed:
             _run_baselines(r)
-        _loop(r, _compile_step(r), start)
+        _loop(r, compile_step(p.experiment, p.optimizer, p.state), start)
     finally:
         r.watch.close()
         p.checkpoints.close()
@@ -190,21 +190,20 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _compile_step(r: Run) -> Step:
-    p, c = r.prepared, r.config
+def compile_step(exp: experiment.Experiment, optimizer: optim.Optimizer, start: TrainState) -> Step:
+    """The jitted step of an experiment, which takes over `start` and states laid out like it."""
+    c = exp.config
 
     def forward(params: Params, batch: Any, rng: jax.Array) -> Any:
-        return p.experiment.model.apply(params, batch, rng=rng, train=True)
+        return exp.model.apply(params, batch, rng=rng, train=True)
 
     step = make_train_step(
         forward,
-        objectives.build(c.objectives, mesh=p.experiment.partitioner.mesh),
-        p.optimizer,
-        key=p.experiment.key,
+        objectives.build(c.objectives, mesh=exp.partitioner.mesh),
+        optimizer,
+        key=exp.key,
         accumulation=c.accumulation,
         ema_decay=c.optim.ema_decay,
     )
-    layout = jax.tree.map(lambda x: x.sharding, r.state)
-    return jax.jit(
-        step, donate_argnums=0, out_shardings=(layout, p.experiment.partitioner.replicated)
-    )
+    layout = jax.tree.map(lambda x: x.sharding, start)
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout, exp.partitioner.replicated))
