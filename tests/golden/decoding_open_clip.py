@@ -1,0 +1,136 @@
+"""Makes decoding_open_clip.npz: what small random open_clip CoCa models write of random images.
+
+    pip install -r tests_peers/requirements.txt transformers==4.55.4 "huggingface-hub<1"
+    python tests/golden/decoding_open_clip.py
+
+with open-clip-torch 3.3.0, torch 2.13.0. Its generation cannot be imported with transformers 5,
+which has no BeamSearchScorer; `tests_peers/test_coca_generation.py` runs the greedy one live.
+
+Greedy is theirs as it is (`top_k` with k = 1). Their beam search has two faults, which are mended
+here: it adds up logits where log probabilities belong, and it counts the begin token into the
+length. Their text tower hides a token of id `pad_id` that was written like any other; no id is
+hidden here.
+"""
+
+import json
+import sys
+from functools import partialmethod
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+
+if "open_clip" not in sys.modules:
+    # torchvision built for CUDA lacks these on a CPU torch, and fails at import without them.
+    for op in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{op}", "(Tensor a, Tensor b, float t) -> Tensor")
+from open_clip import coca_model
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
+GOLDEN = Path(__file__).with_name("decoding_open_clip.npz")
+VOCAB, LENGTH, PAD, BEGIN, END = 16, 14, 0, 1, 3
+NO_PAD = -1
+IMAGES, BEAMS, SHORTEST, LONGEST = 8, 4, 5, 12
+
+SMALL = dict(
+    embed_dim=12,
+    vision_cfg=dict(
+        layers=1,
+        width=16,
+        head_width=8,
+        patch_size=4,
+        image_size=8,
+        output_tokens=True,
+        attentional_pool=True,
+        attn_pooler_queries=5,
+        attn_pooler_heads=2,
+    ),
+    text_cfg=dict(
+        context_length=LENGTH,
+        vocab_size=VOCAB,
+        width=12,
+        heads=3,
+        layers=1,
+        embed_cls=True,
+        output_tokens=True,
+    ),
+    multimodal_cfg=dict(context_length=LENGTH, vocab_size=VOCAB, width=12, heads=2, layers=2),
+)
+WIDE = SMALL | dict(
+    embed_dim=16,
+    quick_gelu=True,
+    text_cfg={**SMALL["text_cfg"], "width": 16, "heads": 4},
+    multimodal_cfg={**SMALL["multimodal_cfg"], "width": 16, "heads": 4, "layers": 1},
+)
+CASES = {"small": SMALL, "wide": WIDE}
+SEEDS = {"small": 2, "wide": 39}  # texts of many lengths, from greedy and from beam search
+
+
+def build(name):
+    """A model, every parameter drawn anew, wide enough apart that texts differ and end.
+
+    The numbers are those of float16, so that the golden file is small.
+    """
+    cfg = CASES[name] | {"text_cfg": CASES[name]["text_cfg"] | {"pad_id": NO_PAD}}
+    model = coca_model.CoCa(**cfg).eval()
+    rng = np.random.default_rng(SEEDS[name])
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if not key.startswith("logit"):
+                noise = rng.normal(0, 0.5, tuple(parameter.shape)).astype(np.float16)
+                norm = key.endswith("weight") and ".ln_" in key
+                parameter.copy_(torch.from_numpy((noise + norm).astype(np.float16)))
+    return model
+
+
+def images():
+    """uint8 RGB."""
+    return np.random.default_rng(9).integers(0, 256, (IMAGES, 8, 8, 3), np.uint8)
+
+
+def generate(model, **options):
+    """Token ids [b l], the begin token first."""
+    pixels = (images() / 255 - OPENAI_DATASET_MEAN) / OPENAI_DATASET_STD
+    pixels = torch.from_numpy(pixels.astype(np.float32).transpose(0, 3, 1, 2))
+    common = dict(seq_len=LONGEST, pad_token_id=PAD, eos_token_id=END, sot_token_id=BEGIN)
+    return model.generate(pixels, **common, **options).numpy()
+
+
+def greedy(model):
+    """Their deterministic draw. It ends at the pad token too, and forces an end at the longest."""
+    return generate(model, generation_type="top_k", top_k=1, min_seq_len=1)
+
+
+def beam(model):
+    """Their beam search, mended, with one group, which is the plain one."""
+    scorer, forward = coca_model.BeamSearchScorer, coca_model.CoCa.forward
+
+    def normalised(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        return out | {"logits": out["logits"].log_softmax(-1)}
+
+    with (
+        mock.patch.object(coca_model.CoCa, "forward", normalised),
+        mock.patch.object(scorer, "process", partialmethod(scorer.process, decoder_prompt_len=1)),
+        mock.patch.object(scorer, "finalize", partialmethod(scorer.finalize, decoder_prompt_len=1)),
+    ):
+        return generate(model, num_beams=BEAMS, num_beam_groups=1, min_seq_len=SHORTEST)
+
+
+def main():
+    """Write the golden file."""
+    settings = dict(pad=PAD, begin=BEGIN, end=END, beams=BEAMS, shortest=SHORTEST, longest=LONGEST)
+    arrays = {"image": images(), "settings": np.array(json.dumps(settings))}
+    for name, cfg in CASES.items():
+        model = build(name)
+        arrays[f"{name}/cfg"] = np.array(json.dumps(cfg))
+        state = {k: x.numpy() for k, x in model.state_dict().items() if "logit" not in k}
+        arrays |= {f"{name}/state/{k}": x.astype(np.float16) for k, x in state.items()}
+        arrays[f"{name}/greedy"] = greedy(model)
+        arrays[f"{name}/beam"] = beam(model)
+    np.savez_compressed(GOLDEN, **arrays)
+
+
+if __name__ == "__main__":
+    main()
