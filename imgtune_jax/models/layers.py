@@ -176,9 +176,9 @@ class KeysValues(NamedTuple):
 
     def written(self, new: KeysValues, position: Int[Array, " b"]) -> KeysValues:
         """With each row's one new entry at its position; one beyond the room is dropped."""
-        rows = jnp.arange(len(position))
-        pairs = zip(self, new, strict=True)
-        return KeysValues(*(old.at[rows, position].set(x[:, 0], mode="drop") for old, x in pairs))
+        # Row by row: indices over all rows would have every device gather the others' rows.
+        write = jax.vmap(lambda old, at, x: old.at[at].set(x[0], mode="drop"))
+        return KeysValues(*(write(old, position, x) for old, x in zip(self, new, strict=True)))
 
 
 class Attention(nn.Module):
