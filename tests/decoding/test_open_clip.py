@@ -1,4 +1,4 @@
-"""What open_clip's CoCa writes, replayed from a golden that tests/golden/decoding_open_clip.py makes.
+"""What open_clip's CoCa writes, replayed from a golden (tests/golden/decoding_open_clip.py).
 
 Its beam search is compared with its two faults mended; that script names them.
 """
