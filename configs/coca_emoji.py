@@ -22,10 +22,10 @@ def get_config(arm: str = "both") -> Any:
     c = caption_emoji.get_config()
     c.name = f"coca_emoji_{arm}"
     c.data.captions, c.data.prefixes = ConfigDict(dict(en=1.0)), ConfigDict()
-    c.tokenizer.length = c.model.decoder.max_length = 16
-    sizes = dict(width=256, mlp_dim=1024, num_heads=4, max_length=16, dropout=0.2)
+    length = caption_emoji.LENGTH
+    sizes = dict(width=256, mlp_dim=1024, num_heads=4, max_length=length, dropout=0.2)
     c.model.text = ConfigDict(
-        dict(name="text_transformer", pool="class", depth=2, vocab_size=4000) | sizes
+        dict(name="text_transformer", pool="class", depth=2, vocab_size=6000) | sizes
     )
     c.model.image_pooler = ConfigDict(
         dict(name="attentional", width=256, num_queries=16, num_heads=4, layout="cascade")

@@ -179,6 +179,7 @@ def key_parts(exp: Experiment, locked: Params, tower: str, source: data.Source) 
         keys = ("image_size", "image_mean", "image_std")
         parts["normalisation"] = {k: v for k, v in c.model.items() if k in keys}
         parts["preprocess"] = c.data.transforms or c.preprocess
+        parts["pixels"] = data.PIXELS
         parts["seed"] = c.seed if c.data.transforms else None  # preprocessing draws nothing
     else:
         parts["tokenizer"] = exp.tokenizer.fingerprint

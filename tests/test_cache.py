@@ -70,7 +70,7 @@ LOCKS = {
     },
     "a whole convolutional tower whose tokens a pooler reads": {
         "lock.image": True,
-        "model.image": dict(name="resnet", stage_sizes=(1, 1), width=8, norm="group"),
+        "model.image": dict(name="resnet", stage_sizes=(1, 1), width=16, norm="group"),
         "model.image_pooler": dict(name="attentional", width=32, num_queries=3),
     },
     "all but the attention pooling: tokens": {"lock.patterns": (r"image/(?!pool/).*",)},

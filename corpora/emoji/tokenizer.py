@@ -11,8 +11,8 @@ from pathlib import Path
 from configs import emoji
 from imgtune_jax import data
 
-VOCAB_SIZE = 4000
-LENGTH = 36
+VOCAB_SIZE = 6000
+LENGTH = 28
 FOLDER = Path(__file__).with_name("tokenizer")
 
 

@@ -19,11 +19,12 @@ from imgtune_jax.data.sources import SOURCES, build_source
 from imgtune_jax.data.store import FeatureStore
 from imgtune_jax.data.text import Tokenizer, build_tokenizer, load_tokenizer, train_tokenizer
 from imgtune_jax.data.tfds import TFDS
-from imgtune_jax.data.transforms import TRANSFORMS, Compose, Transform, build_transform
+from imgtune_jax.data.transforms import PIXELS, TRANSFORMS, Compose, Transform, build_transform
 from imgtune_jax.data.webdataset import WebDataset
 
 __all__ = [
     "ENDLESS",
+    "PIXELS",
     "SOURCES",
     "TFDS",
     "TRANSFORMS",

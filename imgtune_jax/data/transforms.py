@@ -29,6 +29,8 @@ from imgtune_jax.data.resample import (
     resized,
 )
 
+PIXELS = 2  # raise it when equal settings give other pixels: what was cached of them is then stale
+
 
 class Transform(Protocol):
     """A pure function of the picture and of a generator that is its own."""
