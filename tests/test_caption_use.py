@@ -141,6 +141,11 @@ def test_kept_image_tokens_uneven_batches_and_broken_images_change_nothing(
         # Greedy decoding scores the caption it wrote: cached steps and one pass agree.
         want = [own[0].score for own in written if own]
         np.testing.assert_allclose(mean[valid], want, rtol=1e-4, err_msg=str(i))
+        # And of all names, each image's own is the likeliest.
+        scores, readable = one.answer_scores(source, names, prefix="<en>", normalise=True)
+        assert readable.tolist() == valid.tolist()
+        assert scores[valid].argmax(1).tolist() == [*range(5), *range(5)]
+        np.testing.assert_allclose(scores[valid].max(1), want, rtol=1e-4, err_msg=str(i))
     (tokens, _), *_ = keeping.kept.values()
     assert len(tokens) == 16 and not model.encoders.kept
 

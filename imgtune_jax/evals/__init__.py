@@ -12,6 +12,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from imgtune_jax import data, objectives
+from imgtune_jax.evals.answers import Answers
 from imgtune_jax.evals.captioning import Captioning
 from imgtune_jax.evals.encoders import ModelEncoders
 from imgtune_jax.evals.fewshot import FewShot
@@ -47,6 +48,7 @@ EVALUATORS: dict[str, type] = {
     "loss": Loss,
     "ridge_retrieval": RidgeRetrieval,
     "captioning": Captioning,
+    "answers": Answers,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +12,14 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
-from imgtune_jax import data, models
+from imgtune_jax import data, decoding, models
 from imgtune_jax.evals.protocol import CaptionScores, Source, Written
 from imgtune_jax.evals.writing import Writer
 from imgtune_jax.partition import Partitioner
 from imgtune_jax.types import Batch, Params
 
 BATCH_SIZE = 128
+ANSWER_LOGITS = 1 << 28  # bytes, over all devices
 KEPT_TOKENS = 1 << 30  # bytes; a source with more image tokens has them computed anew
 Rows = Float[np.ndarray, "n d"]
 
@@ -160,6 +162,31 @@ class ModelEncoders:
         scores = jax.tree.map(lambda *parts: np.concatenate(parts)[:n], *rows)
         return CaptionScores(scores, mask, targets, np.concatenate(readable)[:n])
 
+    def answer_scores(
+        self, source: Source, texts: Sequence[str], /, *, prefix: str = "", normalise: bool = False
+    ) -> tuple[Rows, Bool[np.ndarray, " n"]]:
+        """log p of each text for each image behind `prefix`, in nats, a row for each image.
+
+        A token, if `normalise`. Raises ValueError for a model without a decoder.
+        """
+        if self.model.decoder is None:
+            raise ValueError("this model has no decoder, so it gives texts no likelihood")
+        given = self.tokenizer.prompted([prefix] * len(texts), texts)
+        length = int(given[1].sum(1).max())
+        answers = tuple(x[:, :length] for x in given)
+        name = "answers, normalised" if normalise else "answers"
+        if name not in self.programs:
+            self.programs[name] = jax.jit(
+                functools.partial(_answers, self.model, normalise),
+                out_shardings=self.partitioner.replicated,
+            )
+        rows, readable = [], []
+        for tokens, valid in self._image_tokens(source):
+            rows.append(np.asarray(self.programs[name](self.params, tokens, *answers)))
+            readable.append(valid)
+        n = len(source)
+        return np.concatenate(rows)[:n], np.concatenate(readable)[:n]
+
     @property
     def _batch_size(self) -> int:
         n = self.partitioner.batch_devices
@@ -224,6 +251,29 @@ class ModelEncoders:
         if not out:
             raise ValueError("nothing to encode: got an empty list")
         return np.concatenate(out)
+
+
+def _answers(
+    model: models.Model,
+    normalise: bool,
+    params: Params,
+    tokens: jax.Array,
+    text: jax.Array,
+    text_mask: jax.Array,
+    target_mask: jax.Array,
+) -> jax.Array:
+    """As many answers at a time as keep their logits within ANSWER_LOGITS."""
+    positions = min(model.decoder.chunk, text.shape[1])
+    logits = 4 * len(tokens) * positions * model.decoder.vocab_size
+    return decoding.answer_scores(
+        lambda *given: model.caption_scores(params, *given).log_prob,
+        tokens,
+        text,
+        text_mask,
+        target_mask,
+        normalise=normalise,
+        block=max(1, ANSWER_LOGITS // logits),
+    )
 
 
 def _padded(rows: np.ndarray, size: int) -> np.ndarray:

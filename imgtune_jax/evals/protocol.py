@@ -86,6 +86,15 @@ class Encoders(Protocol):
         """
         ...
 
+    def answer_scores(
+        self, source: Source, texts: Sequence[str], /, *, prefix: str = "", normalise: bool = False
+    ) -> tuple[Float[np.ndarray, "n a"], Bool[np.ndarray, " n"]]:
+        """log p of each text for each image behind `prefix`, in nats; and the same mask.
+
+        A token, if `normalise`. Raises ValueError for a model that does not write.
+        """
+        ...
+
 
 @runtime_checkable
 class Evaluator(Protocol):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from imgtune_jax.data import Source
 from imgtune_jax.evals.checks import check_finite, checked_labels
@@ -24,10 +24,9 @@ def class_embeddings(
 ) -> Float[np.ndarray, "c d"]:
     """One unit vector per class: the mean of its prompts' unit vectors, normalised again (CLIP).
 
-    `templates` are strings in which `{}` (or `{c}`) stands for the class's name, or, per class
-    name, finished prompts (CuPL, 2209.03320). Every distinct prompt is encoded once.
+    Prompts are those of `prompts_of`. Every distinct one is encoded once.
     """
-    per_class = [_prompts(name, templates) for name in classnames]
+    per_class = [prompts_of(name, templates) for name in classnames]
     distinct = list(dict.fromkeys(prompt for prompts in per_class for prompt in prompts))
     row_of = {prompt: row for row, prompt in enumerate(distinct)}
     emb = np.asarray(encoders.texts(distinct), np.float32)
@@ -50,15 +49,20 @@ def true_class_ranks(
     predicted, ranks = np.empty(len(emb), np.int64), np.empty(len(emb), np.int64)
     check_finite(emb, "image embeddings")
     check_finite(class_emb, "class embeddings")
-    classes = np.arange(len(class_emb))
     for start in range(0, len(emb), chunk):
         rows = slice(start, start + chunk)
-        scores = emb[rows] @ class_emb.T
-        label = labels[rows, None]
-        own = np.take_along_axis(scores, label, 1)
-        ahead = (scores > own) | ((scores == own) & (classes < label))
-        predicted[rows], ranks[rows] = scores.argmax(1), ahead.sum(1)
+        predicted[rows], ranks[rows] = ranks_in(emb[rows] @ class_emb.T, labels[rows])
     return predicted, ranks
+
+
+def ranks_in(
+    scores: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " n"]
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    """As `true_class_ranks`, of scores that are at hand."""
+    label = labels[:, None]
+    own = np.take_along_axis(scores, label, 1)
+    ahead = (scores > own) | ((scores == own) & (np.arange(scores.shape[1]) < label))
+    return scores.argmax(1), ahead.sum(1)
 
 
 class PerClass(NamedTuple):
@@ -120,7 +124,7 @@ class ZeroShot:
     """Zero-shot classification of a labelled source.
 
     `classnames` are the names in the order of the labels, or a name of `CLASSNAMES`; `templates`
-    are the prompts (see `class_embeddings`), or a name of `TEMPLATES`. With `per_class`, the F1,
+    are the prompts (see `prompts_of`), or a name of `TEMPLATES`. With `per_class`, the F1,
     precision, recall and support of each class are reported too, as `f1/<name>` and so on (classes
     that share a name get their label appended). Broken images leave; `num_broken` counts them.
     """
@@ -151,14 +155,28 @@ class ZeroShot:
         chosen = self.classnames
         return CLASSNAMES[chosen]() if isinstance(chosen, str) else tuple(chosen)
 
+    @property
+    def named_templates(self) -> Templates:
+        """The prompt templates themselves."""
+        return TEMPLATES[self.templates] if isinstance(self.templates, str) else self.templates
+
     def __call__(self, encoders: Encoders) -> dict[str, float]:
         """acc1, acc5, mean_per_class_recall and the rest, by name."""
-        names = self.names
         image_emb, valid = encoders.images(self.source)
-        labels = checked_labels(self.source, valid, num_classes=len(names))
-        named = TEMPLATES[self.templates] if isinstance(self.templates, str) else self.templates
-        class_emb = class_embeddings(encoders, names, named)
+        labels = checked_labels(self.source, valid, num_classes=len(self.names))
+        class_emb = class_embeddings(encoders, self.names, self.named_templates)
         predicted, ranks = true_class_ranks(image_emb[valid], class_emb, labels)
+        return self.metrics(predicted, ranks, labels, valid)
+
+    def metrics(
+        self,
+        predicted: Int[np.ndarray, " n"],
+        ranks: Int[np.ndarray, " n"],
+        labels: Int[np.ndarray, " n"],
+        valid: Bool[np.ndarray, " m"],
+    ) -> dict[str, float]:
+        """What is reported of predictions for the valid images."""
+        names = self.names
         metrics = classification_metrics(predicted, ranks, labels, num_classes=len(names))
         metrics |= {"num_images": float(len(labels)), "num_broken": float((~valid).sum())}
         if self.per_class:
@@ -175,7 +193,12 @@ def _by_class(scores: PerClass, names: Sequence[str]) -> dict[str, float]:
     }
 
 
-def _prompts(name: str, templates: Templates) -> list[str]:
+def prompts_of(name: str, templates: Templates) -> list[str]:
+    """A class's prompts: of strings in which `{}` (or `{c}`) stands for its name, or as given.
+
+    Templates by class name are finished prompts (CuPL, 2209.03320). Raises ValueError for a class
+    without a prompt, and for templates that leave the name out or are the same.
+    """
     if isinstance(templates, Mapping):
         prompts = list(templates.get(name, ()))
     else:

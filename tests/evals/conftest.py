@@ -55,6 +55,12 @@ class FakeEncoders:
         written = [[] if x is None else [Written(prefix + x, -1.0)] for x in images]
         return written, np.array([x is not None for x in images])
 
+    def answer_scores(self, source, texts, *, prefix="", normalise=False):
+        """Inner products of a record's `image` with the text's vector, behind the prefix."""
+        features, valid = self.features(source)
+        self.asked.append((list(texts), normalise))
+        return features @ np.stack([self.text_emb[prefix + t] for t in texts], 1), valid
+
     def caption_scores(self, source, texts, prefix=""):
         """Log probabilities -1, -2, … of as many tokens as a text has letters."""
         if not isinstance(source[0].image, str):
