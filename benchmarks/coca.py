@@ -1,0 +1,34 @@
+"""Matching and writing together, or apart: all arms of configs/coca_emoji.py, several seeds.
+
+python benchmarks/coca.py [--seeds 3] [--output runs/coca]
+
+Prints a Markdown table of means and standard deviations over seeds, with the median wall time of a
+run, and writes it as JSON. A finished run is not run again. All arms share one cache.
+"""
+
+from arms import Column, arguments, run_all
+
+from configs.coca_emoji import ARMS
+
+I2T, T2I = "text_retrieval_recall", "image_retrieval_recall"
+COLUMNS = [
+    Column("emoji_s", f"{I2T}@1", "S i→t R@1"),
+    Column("emoji_s", f"{T2I}@1", "S t→i R@1"),
+    Column("emoji_g", f"{I2T}@5", "G i→t R@5"),
+    Column("emoji_f", f"{I2T}@5", "F i→t R@5"),
+    Column("emoji_s_en", "exact_match", "S exact"),
+    Column("emoji_s_en", "CIDEr", "S CIDEr-D", times=1.0),
+    Column("emoji_s_en", "chrF", "S chrF", times=1.0),
+    Column("emoji_g_en", "CIDEr", "G CIDEr-D", times=1.0),
+    Column("emoji_f_en", "CIDEr", "F CIDEr-D", times=1.0),
+]
+
+
+def main() -> None:
+    """Run all arms and print the table."""
+    o = arguments(__doc__, "runs/coca").parse_args()
+    run_all("configs/coca_emoji.py", ARMS, o.seeds, COLUMNS, o.output)
+
+
+if __name__ == "__main__":
+    main()
