@@ -8,8 +8,7 @@ run, and writes it as JSON. A finished run is not run again. All arms share one 
 
 from arms import Column, arguments, run_all
 
-from configs.coca_emoji import ARMS
-
+ARMS = ("both", "contrastive", "captioning")
 I2T, T2I = "text_retrieval_recall", "image_retrieval_recall"
 COLUMNS = [
     Column("emoji_s", f"{I2T}@1", "S i→t R@1"),
