@@ -1,0 +1,37 @@
+"""What every command does first, and how it ends on a mistake."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+
+def set_up() -> None:
+    """Log what a person wants to read, and keep compiled programs between processes."""
+    import jax
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("imgtune_jax").setLevel(logging.INFO)
+    logging.getLogger("jax").setLevel(logging.WARNING)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of every read-only folder
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "imgtune_jax" / "xla"
+    jax.config.update(
+        "jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(default))
+    )
+
+
+class clear_errors:
+    """A user's mistake ends in one message, not in a traceback; anything else stays loud."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        from imgtune_jax.data import TooManyBadRecords
+        from imgtune_jax.train.loop import NotFiniteError
+
+        users = (ValueError, FileNotFoundError, FileExistsError, TooManyBadRecords, NotFiniteError)
+        if isinstance(error, users) and not os.environ.get("IMGTUNE_TRACEBACK"):
+            raise SystemExit(f"imgtune: {error}\n(IMGTUNE_TRACEBACK=1 shows where)") from None
