@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from configs import base, caption_emoji, emoji
 
+LENGTH = 18  # in tokens; the longest English name of the corpus has 17
 ARMS = ("both", "contrastive", "captioning")
 
 
@@ -22,15 +23,15 @@ def get_config(arm: str = "both") -> Any:
     c = caption_emoji.get_config()
     c.name = f"coca_emoji_{arm}"
     c.data.captions, c.data.prefixes = ConfigDict(dict(en=1.0)), ConfigDict()
-    length = caption_emoji.LENGTH
-    sizes = dict(width=256, mlp_dim=1024, num_heads=4, max_length=length, dropout=0.2)
+    c.tokenizer.length = LENGTH
+    sizes = dict(width=256, mlp_dim=1024, num_heads=4, max_length=LENGTH, dropout=0.2)
     c.model.text = ConfigDict(
         dict(name="text_transformer", pool="class", depth=2, vocab_size=6000) | sizes
     )
     c.model.image_pooler = ConfigDict(
         dict(name="attentional", width=256, num_queries=16, num_heads=4, layout="cascade")
     )
-    c.model.decoder.update(reads="tokens", depth=2, context_norm=False)
+    c.model.decoder.update(reads="tokens", context_norm=False, max_length=LENGTH, chunk=LENGTH)
     c.model.embed_dim = 256
     c.objectives.softmax = ConfigDict(dict(weight=1.0, positives="group"))
     if arm == "contrastive":

@@ -12,7 +12,6 @@ from configs import emoji
 from imgtune_jax import data
 
 VOCAB_SIZE = 6000
-LENGTH = 28
 FOLDER = Path(__file__).with_name("tokenizer")
 
 
@@ -25,7 +24,7 @@ def names() -> list[str]:
 
 def build(folder: Path) -> data.Tokenizer:
     """Write it to a folder; the same bytes every time."""
-    fields = dict(vocab_size=VOCAB_SIZE, length=LENGTH, cleaning="none")
+    fields = dict(vocab_size=VOCAB_SIZE, cleaning="none")
     return data.train_tokenizer(names(), folder, prompts=emoji.PREFIXES.values(), **fields)
 
 

@@ -163,9 +163,13 @@ class Tokenizer:
         """Write `tokenizer.json` and the settings; `load_tokenizer(folder)` reads them."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(folder / "tokenizer.json"))
-        (folder / SETTINGS).write_text(json.dumps(self.settings, indent=1) + "\n")
+        _save(self.backend, self.settings, folder)
         return folder
+
+
+def _save(backend: tokenizers.Tokenizer, settings: Mapping[str, Any], folder: Path) -> None:
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
 
 
 def load_tokenizer(path: str | Path, **settings: Any) -> Tokenizer:
@@ -278,7 +282,8 @@ def train_tokenizer(
 
     kind: "bpe" (byte-level, so no text is unknown) or "wordpiece". Ids 0 to 3 are <pad>, <bos>,
     <eos>, <unk>; every text is wrapped in <bos> and <eos>. Each of `prompts` ("<de>") is one token,
-    and none of what decoding shows.
+    and none of what decoding shows. `length` is that of the tokenizer returned; it is not saved, as
+    no weights depend on it yet: each config says its own.
     """
     if kind not in KINDS:
         raise ValueError(f"kind = {kind!r}; known: {', '.join(KINDS)}")
@@ -288,9 +293,10 @@ def train_tokenizer(
     backend.post_processor = tokenizers.processors.TemplateProcessing(
         single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
     )
-    tokenizer = Tokenizer(backend, length=length, pad_id=0, cleaning=cleaning)
-    tokenizer.save(folder)
-    return tokenizer
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _save(backend, {"pad_id": 0, "cleaning": cleaning}, folder)
+    return Tokenizer(backend, length=length, pad_id=0, cleaning=cleaning)
 
 
 # GPT-2's words, with marks: without them no Hindi word would be one token.

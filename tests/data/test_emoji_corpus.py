@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from configs import caption_emoji, coca_emoji
 from imgtune_jax.data import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -113,9 +114,12 @@ def test_tokenizer_is_learnt_from_the_training_names_alone_and_can_be_learnt_aga
     )
     for file in folder.iterdir():
         assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, length=caption_emoji.LENGTH)
+    english = load_tokenizer(folder, length=coca_emoji.LENGTH)
     for split in ("seen", "heldout"):
-        names = [n for c in concepts(read(f"{split}.tar")) for n in c["name"].values()]
+        named = [c["name"] for c in concepts(read(f"{split}.tar"))]
+        assert english([n["en"] for n in named])[1].sum(1).max() < english.length
+        names = [n for name in named for n in name.values()]
         ids, mask = tokenizer(names)
         assert mask.sum(1).max() < tokenizer.length  # there is room for a prompt
         back = [

@@ -17,8 +17,10 @@ TEXTS = ["a red fox", "a grey wolf", "the fox runs", "狐狸", "ثعلب أحم�
 
 @pytest.fixture(scope="module", params=["bpe", "wordpiece"])
 def trained(request, tmp_path_factory):
+    """A tokenizer, and the folder where a run saved it."""
     folder = tmp_path_factory.mktemp(request.param)
-    return train_tokenizer(TEXTS, folder, vocab_size=300, kind=request.param, length=16), folder
+    made = train_tokenizer(TEXTS, folder, vocab_size=300, kind=request.param, length=16)
+    return made, made.save(folder)
 
 
 @pytest.mark.parametrize("key, length", [("ids", 77), ("ids_8", 8)])
@@ -103,6 +105,13 @@ def test_a_saved_tokenizer_is_not_loaded_under_other_settings(trained):
         load_tokenizer(folder, length=64)
     with pytest.raises(ValueError, match="cleaning"):
         build_tokenizer({"path": str(folder), "cleaning": "canonicalize"})
+
+
+def test_a_learnt_tokenizer_leaves_the_length_to_each_config(tmp_path):
+    train_tokenizer(TEXTS, tmp_path, vocab_size=300)
+    assert [load_tokenizer(tmp_path, length=n).length for n in (8, 12)] == [8, 12]
+    with pytest.raises(ValueError, match="length of texts is not set"):
+        load_tokenizer(tmp_path)
 
 
 def test_absent_tokenizer_says_what_is_wanted(tmp_path):
