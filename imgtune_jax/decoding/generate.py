@@ -74,7 +74,7 @@ class Generator:
         self,
         params: Params,
         inputs: Any,
-        prompt: Int[np.ndarray, "b p"],
+        prompt: Int[Array | np.ndarray, "b p"],
         prompt_mask: Bool[np.ndarray, "b p"],
         *,
         key: Array | None = None,

@@ -131,14 +131,17 @@ class ModelEncoders:
         written of an image that could not be read. Raises ValueError for a model without a decoder
         and for settings that it cannot follow.
         """
-        writer = Writer.build(self.model, self.tokenizer, prefix=prefix, settings=decoding or {})
+        prompt = np.array(self.tokenizer.prompt(prefix), np.int32)
+        writer = Writer.build(
+            self.model, self.tokenizer, prompt_length=len(prompt), settings=decoding or {}
+        )
         if writer not in self.programs:
             self.programs[writer] = jax.jit(writer, out_shardings=self.partitioner.replicated)
         written: list[list[Written]] = []
         readable: list[np.ndarray] = []
         for i, (tokens, valid) in enumerate(self._image_tokens(source)):
             key = jax.random.fold_in(jax.random.key(seed), i)
-            out = self.programs[writer](self.params, tokens, key)
+            out = self.programs[writer](self.params, tokens, prompt, key)
             written += writer.read(out, self.tokenizer)
             readable.append(valid)
         valid = np.concatenate(readable)[: len(source)]

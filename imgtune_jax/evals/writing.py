@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from imgtune_jax import data, decoding, models
 from imgtune_jax.evals.protocol import Written
@@ -17,13 +18,12 @@ from imgtune_jax.types import Params
 
 @dataclass(frozen=True)
 class Writer:
-    """Writes behind one prompt: a pure function of parameters, image tokens and a key.
+    """Writes behind a prompt: a pure function of parameters, image tokens, prompt and a key.
 
-    Equal ones are one compiled program.
+    Equal ones are one compiled program, whatever the prompts say.
     """
 
     model: models.Model
-    prompt: tuple[int, ...]
     settings: decoding.Decoding
 
     @classmethod
@@ -32,10 +32,10 @@ class Writer:
         model: models.Model,
         tokenizer: data.Tokenizer,
         *,
-        prefix: str,
+        prompt_length: int,
         settings: Mapping[str, Any],
     ) -> Writer:
-        """Of what `decoding.build` takes; a caption may be as long as the model can write.
+        """Of what `decoding.build` takes; a caption may be as long as the model can still write.
 
         Raises ValueError for a model without a decoder, for a tokenizer without an end token, for
         an unknown setting, or a max_length that the model cannot write.
@@ -47,23 +47,24 @@ class Writer:
             )
         if not tokenizer.end:
             raise ValueError("this tokenizer puts no end token behind a text: captions cannot end")
-        prompt = tuple(tokenizer.prompt(prefix))
-        room = min(tokenizer.length, model.decoder.max_length) - len(prompt)
+        room = min(tokenizer.length, model.decoder.max_length) - prompt_length
         wanted = settings.get("max_length", room)
         if wanted > room:
             raise ValueError(f"max_length = {wanted}; this model writes at most {room} tokens here")
         built = decoding.build(
             {**settings, "max_length": wanted}, stop=tokenizer.end[:1], pad=tokenizer.pad_id
         )
-        return cls(model, prompt, built)
+        return cls(model, built)
 
     def __call__(
-        self, params: Params, image_tokens: Float[Array, "b m e"], key: Array
+        self,
+        params: Params,
+        image_tokens: Float[Array, "b m e"],
+        prompt: Int[Array, " p"],
+        key: Array,
     ) -> decoding.Generated:
         """`n` captions of each image; the key is for methods that draw."""
-        prompt = np.broadcast_to(
-            np.array(self.prompt, np.int32), (len(image_tokens), len(self.prompt))
-        )
+        prompts = jnp.broadcast_to(prompt, (len(image_tokens), len(prompt)))
         generator = decoding.Generator(
             self.model.decoder_cache,
             self.model.decode_step,
@@ -73,7 +74,7 @@ class Writer:
         )
         draws = isinstance(self.settings.method, decoding.Sample)
         return generator(
-            params, image_tokens, prompt, np.ones_like(prompt, bool), key=key if draws else None
+            params, image_tokens, prompts, np.ones(prompts.shape, bool), key=key if draws else None
         )
 
     def read(self, out: decoding.Generated, tokenizer: data.Tokenizer) -> list[list[Written]]:

@@ -233,6 +233,22 @@ class Parts:
         out = jax.lax.map(lambda part: one(*part), parts)
         return out.reshape(b, *out.shape[2:])
 
+    def as_operands(self, frozen: Params) -> Params:
+        """Locked parameters, matrices in the type in which products read them.
+
+        Every product rounds its matrix to that type, so the values are the same, in half the memory
+        for bfloat16. For what is not trained alone: small updates of a rounded matrix get lost.
+        """
+
+        def read(path: tuple[Any, ...], x: Array) -> Array:
+            component = getattr(self, str(path[0].key), None)
+            depthwise = x.ndim == 4 and x.shape[2] == 1  # runs in float32
+            if getattr(path[-1], "key", None) != "kernel" or component is None or depthwise:
+                return x
+            return x.astype(component.dtype)
+
+        return jax.tree_util.tree_map_with_path(read, frozen)
+
     def freeze(self, is_frozen: Callable[[str], bool]) -> Self:
         """The model whose locked parts run in eval mode, as locked weights must.
 

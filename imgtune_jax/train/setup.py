@@ -111,8 +111,19 @@ def prepare(config: Config, workdir: Path, make_feed: feed.MakeFeed) -> Prepared
         batches = brought.batches(saved)
     if brought.folders and jax.process_index() == 0:
         (workdir / "cache.json").write_text(json.dumps(brought.folders, indent=1) + "\n")
-    resumed = saved is not None
-    return Prepared(exp, optimizer, steps, brought, batches, checkpoints, *started, resumed)
+    at, frozen, digest = started
+    return Prepared(
+        experiment=exp,
+        optimizer=optimizer,
+        steps=steps,
+        feed=brought,
+        batches=batches,
+        checkpoints=checkpoints,
+        state=at,
+        frozen=exp.model.as_operands(frozen),
+        frozen_digest=digest,
+        resumed=saved is not None,
+    )
 
 
 def _refuse_another_run(config: Config, workdir: Path) -> None:

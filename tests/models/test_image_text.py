@@ -234,3 +234,32 @@ def test_the_front_and_the_rest_make_the_whole(model):
     found, wanted = locked.apply(params | needed, cached), locked.apply(params, b)
     np.testing.assert_allclose(found.image_emb, wanted.image_emb, rtol=1e-6)
     np.testing.assert_allclose(found.text_emb, wanted.text_emb, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        CFG["image"],
+        dict(name="efficientnet_lite", variant="lite0"),
+        dict(name="resnet", stage_sizes=(1, 1), width=8),
+    ],
+    ids=lambda image: image["name"],
+)
+def test_locked_matrices_are_held_in_the_type_of_products_and_give_the_same_values(image):
+    model = models.build({**CFG, "image": image, "image_size": 32, "dtype": "bfloat16"})
+    params = model.init(jax.random.key(0))
+    held = model.as_operands(params)
+    types = {path.split("/")[-1]: set() for path in parts.param_paths(params)}
+    for path, x in zip(parts.param_paths(held), jax.tree.leaves(held), strict=True):
+        types[path.split("/")[-1]].add(x.dtype.name)
+    assert "bfloat16" in types.pop("kernel")
+    assert set.union(*types.values()) == {"float32"}
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)), jnp.uint8)
+    out, want = (jax.jit(model.apply)(p, batch(image=images)) for p in (held, params))
+    np.testing.assert_array_equal(out.image_emb, want.image_emb)
+    np.testing.assert_array_equal(out.text_emb, want.text_emb)
+
+
+def test_a_float32_model_holds_its_locked_matrices_as_they_are(model, params):
+    jax.tree.map(np.testing.assert_array_equal, model.as_operands(params), params)
+    assert {x.dtype for x in jax.tree.leaves(model.as_operands(params))} == {jnp.dtype("float32")}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from imgtune_jax import models
 from imgtune_jax.data import TooManyBadRecords
 from imgtune_jax.train import checkpoint, feed, loop
 from tests.debug_run import ROOT, losses, metrics, settings, signal_after, start
@@ -159,3 +160,14 @@ def test_training_goes_on_over_broken_records_and_counts_them(tmp_path, caplog):
     changes["data.max_bad_fraction"] = 0.1
     with pytest.raises(TooManyBadRecords, match=r"5 of 40 records are broken \(12\.5%, allowed"):
         loop.run(settings(**changes), tmp_path / "capped")
+
+
+def test_locked_matrices_in_bfloat16_train_alike(tmp_path, monkeypatch):
+    """… to the last byte, as every product rounds them to that."""
+    changes = {"model.dtype": "bfloat16", "lock.image": True, "total.steps": 4}
+    loop.run(settings(**changes), tmp_path / "held")
+    monkeypatch.setattr(models.Model, "as_operands", lambda self, frozen: frozen)
+    loop.run(settings(**changes), tmp_path / "cast")
+    assert (tmp_path / "held/metrics.jsonl").read_bytes() == (
+        tmp_path / "cast/metrics.jsonl"
+    ).read_bytes()
