@@ -3,7 +3,9 @@
 .venv-peers/bin/python benchmarks/data.py [--tensorflow PYTHON] [--rounds 5] [--output FILE.json]
 
 Random-resized crop to 224, bilinear, and flip, to uint8 batches of 64 in host memory. Ours with
-threads and with worker processes; torch DataLoader with torchvision on Pillow; and, in the
+threads and with worker processes; torch DataLoader with torchvision on Pillow. Then open_clip's own
+training transform (windows of at least 0.9 of the area, bicubic, no flip, to normalised float32)
+and ours of the same windows (uint8: a device normalises). And, in the
 interpreter that --tensorflow names (one with tensorflow-cpu installed), tf.data with the operations
 of big_vision's decode_jpeg_and_inception_crop, as it is by default and antialiased as ours and
 Pillow's are. Every arm has a thread or process a core, fills its buffers before each round, and is
@@ -67,14 +69,18 @@ def jpegs(count: int) -> list[bytes]:
     return out
 
 
-def ours(tar: Path, *, threads: int, workers: int) -> Iterator[Any]:
+CROP = [
+    dict(name="random_resized_crop", size=SIZE, interpolation="bilinear"),
+    dict(name="horizontal_flip"),
+]
+OPEN_CLIP_CROP = [
+    dict(name="random_resized_crop", size=SIZE, interpolation="bicubic", scale=(0.9, 1.0))
+]
+
+
+def ours(tar: Path, transforms: list[Any], *, threads: int, workers: int) -> Iterator[Any]:
     """Our batches without end."""
-    transform = data.build_transform(
-        [
-            dict(name="random_resized_crop", size=SIZE, interpolation="bilinear"),
-            dict(name="horizontal_flip"),
-        ]
-    )
+    transform = data.build_transform(transforms)
     return data.Pipeline(
         source=data.build_source({"name": "webdataset", "path": str(tar)}),
         transform=transform,
@@ -87,10 +93,13 @@ def ours(tar: Path, *, threads: int, workers: int) -> Iterator[Any]:
 
 
 class TorchImages:
-    """A map-style torch data set of JPEGs, decoded and augmented as torchvision's examples do."""
+    """A map-style torch data set of JPEGs, decoded by Pillow.
 
-    def __init__(self, encoded: Sequence[bytes]) -> None:
-        self.encoded = encoded
+    Augmented as torchvision's examples do, or as open_clip does.
+    """
+
+    def __init__(self, encoded: Sequence[bytes], open_clip: bool) -> None:
+        self.encoded, self.open_clip = encoded, open_clip
 
     def __len__(self) -> int:
         return 1 << 30  # so an epoch never ends
@@ -105,7 +114,7 @@ class TorchImages:
         if not hasattr(self, "_transform"):
             import side_by_side
 
-            side_by_side.open_clip()  # makes torchvision importable
+            peer = side_by_side.open_clip()  # makes torchvision importable
             from torchvision import transforms
 
             self._transform = transforms.Compose(
@@ -115,10 +124,12 @@ class TorchImages:
                     transforms.PILToTensor(),
                 ]
             )
+            if self.open_clip:
+                self._transform = peer.image_transform(SIZE, is_train=True)
         return self._transform
 
 
-def torch_loader(encoded: Sequence[bytes]) -> Iterator[Any]:
+def torch_loader(encoded: Sequence[bytes], *, open_clip: bool = False) -> Iterator[Any]:
     """torch DataLoader's batches without end."""
     import torch
 
@@ -126,7 +137,7 @@ def torch_loader(encoded: Sequence[bytes]) -> Iterator[Any]:
         torch.set_num_threads(1)
 
     loader = torch.utils.data.DataLoader(
-        TorchImages(encoded),  # pyright: ignore[reportArgumentType]
+        TorchImages(encoded, open_clip),  # pyright: ignore[reportArgumentType]
         batch_size=BATCH_SIZE,
         num_workers=CORES,
         prefetch_factor=PREFETCH,
@@ -188,8 +199,11 @@ def main() -> None:
         arms: dict[str, Callable[[int], float]] = {}
         if find_spec("torchvision"):
             arms["torch DataLoader, Pillow"] = timed(torch_loader(encoded))
-        arms[f"ours, {CORES} threads"] = timed(ours(tar, threads=CORES, workers=0))
-        arms[f"ours, {CORES} workers"] = timed(ours(tar, threads=1, workers=CORES))
+            arms["open_clip's transform"] = timed(torch_loader(encoded, open_clip=True))
+        arms[f"ours, {CORES} threads"] = timed(ours(tar, CROP, threads=CORES, workers=0))
+        arms[f"ours, {CORES} workers"] = timed(ours(tar, CROP, threads=1, workers=CORES))
+        same = ours(tar, OPEN_CLIP_CROP, threads=CORES, workers=0)
+        arms["ours, open_clip's windows"] = timed(same)
         if o.tensorflow:
             for antialias in (False, True):
                 how = "tf.data, antialiased" if antialias else "tf.data"

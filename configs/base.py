@@ -72,6 +72,7 @@ def get_config() -> Any:
     c.data.source = ConfigDict(dict(name="webdataset", path=""))
     c.data.captions = ConfigDict(dict(caption=1.0))
     c.data.prefixes = ConfigDict()
+    c.data.length_buckets = ()  # lengths below the tokenizer's, for batches of short texts
     c.data.transforms = ()  # () = preprocess alone
     c.data.num_threads = 4
     c.data.num_workers = 0

@@ -22,6 +22,7 @@ def get_config() -> Any:
     c.data.source = emoji.captions_source("seen", "google", "twitter")
     c.data.captions = ConfigDict({k: 4.0 if k == "en" else 1.0 for k in emoji.LANGUAGES})
     c.data.prefixes = ConfigDict(emoji.PREFIXES)
+    c.data.length_buckets = (12, 16, 20)  # names have 8 tokens in the mean
     c.tokenizer = ConfigDict(dict(path="corpora/emoji/tokenizer", length=LENGTH))
     c.evals, c.baselines = ConfigDict(emoji.captioning(emoji.PREFIXES)), ConfigDict()
 
@@ -41,7 +42,7 @@ def get_config() -> Any:
             max_length=LENGTH,
             chunk=LENGTH,
             context_norm=True,
-            dropout=0.2,
+            dropout=0.1,
         )
     )
     c.weights.text = ConfigDict()
@@ -49,8 +50,12 @@ def get_config() -> Any:
     c.cache.update(image_views=4, text_views=0)
 
     c.objectives = ConfigDict(dict(captioning=dict(weight=1.0, label_smoothing=0.1)))
-    c.batch_size = 256
-    c.total = base.duration(epochs=20)
-    c.optim.warmup = base.duration(epochs=1)
+    c.batch_size = 64  # from scratch, many small steps learn faster than few large ones
+    c.total = base.duration(epochs=30)
+    c.optim.lr = 3e-3
+    c.optim.warmup = base.duration(epochs=3)
+    c.optim.weight_decay = 0.01
+    c.log_every = 20
+    c.checkpoint.every = base.duration(steps=500)
     c.optim.lr_multipliers = ((".*", 1.0),)
     return c

@@ -23,8 +23,8 @@ def get_config(arm: str = "both") -> Any:
     c = caption_emoji.get_config()
     c.name = f"coca_emoji_{arm}"
     c.data.captions, c.data.prefixes = ConfigDict(dict(en=1.0)), ConfigDict()
-    c.tokenizer.length = LENGTH
-    sizes = dict(width=256, mlp_dim=1024, num_heads=4, max_length=LENGTH, dropout=0.2)
+    c.tokenizer.length, c.data.length_buckets = LENGTH, (12,)
+    sizes = dict(width=256, mlp_dim=1024, num_heads=4, max_length=LENGTH, dropout=0.1)
     c.model.text = ConfigDict(
         dict(name="text_transformer", pool="class", depth=2, vocab_size=6000) | sizes
     )
@@ -42,5 +42,7 @@ def get_config(arm: str = "both") -> Any:
     if arm != "captioning":
         c.evals.update({k: dict(name="retrieval", source=v, caption_set="name")
                         for k, v in emoji.tests().items()})  # fmt: skip
-    c.total = base.duration(epochs=30)
+    c.batch_size = 128
+    c.optim.warmup = base.duration(epochs=1)
+    c.total = base.duration(epochs=10)
     return c

@@ -78,11 +78,15 @@ class Lock:
 @dataclass(frozen=True)
 class Data:
     """Training data. `captions` weighs the caption sets of a record, `prefixes` says what stands
-    before a set's captions and carries no loss ("<de>"); `transforms` augment."""
+    before a set's captions and carries no loss ("<de>"); `transforms` augment.
+
+    `length_buckets`: a batch's texts are padded to the least of these lengths that holds all of
+    them, or else to the tokenizer's. A step is compiled for each, and padding changes no value."""
 
     source: Component
     captions: dict[str, float]
     prefixes: dict[str, str]
+    length_buckets: tuple[int, ...]
     transforms: tuple[Component, ...]
     num_threads: int
     num_workers: int

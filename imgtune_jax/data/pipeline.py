@@ -61,6 +61,7 @@ class Pipeline:
     captions: Mapping[str, float] = field(default_factory=dict)
     templates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     prefixes: Mapping[str, str] = field(default_factory=dict)
+    length_buckets: tuple[int, ...] = ()
     seed: int = 0
     shuffle: bool = False
     host_index: int = 0
@@ -91,8 +92,30 @@ class Pipeline:
                     f"{tower} features of {store.n} records, and the source has {n}; compute them "
                     "from this source"
                 )
+        self._check_buckets()
         if self.tokenizer is not None:
             self._draw().check(getattr(self.source, "caption_sets", tuple(self.captions)))
+
+    def _check_buckets(self) -> None:
+        buckets = self.length_buckets
+        if not buckets:
+            return
+        longest = self.tokenizer.length if self.tokenizer else 0
+        if list(buckets) != sorted({*buckets}) or not 0 < buckets[0] <= buckets[-1] < longest:
+            raise ValueError(
+                f"length_buckets = {buckets}; wanted rising lengths of at least 1, all below the "
+                f"tokenizer's, {longest}"
+            )
+        if self.host_count > 1:
+            raise ValueError(
+                "length_buckets on several hosts: each sees its own texts only, and they would not "
+                "agree on a length; set length_buckets=() and a shorter tokenizer.length"
+            )
+        if "text" in self.stores:
+            raise ValueError(
+                "length_buckets with a text tower's cache, whose rows have one length; set "
+                "length_buckets=() or cache.text_views=0"
+            )
 
     @cached_property
     def _counter(self) -> BadRecordCounter:
@@ -145,7 +168,8 @@ class Pipeline:
     def collate(self, rows: Rows) -> Collate:
         """What makes a batch of what `rows` gives."""
         stores = self.stores if rows.views else {}
-        return Collate(self.tokenizer, rows.with_group, rows.shape(), stores)
+        buckets = () if rows.one_pass else self.length_buckets
+        return Collate(self.tokenizer, rows.with_group, rows.shape(), stores, buckets)
 
     def _run(self, rows: Rows, start: int, stop: int) -> Iterator[NumpyBatch]:
         local = self.batch_size // self.host_count

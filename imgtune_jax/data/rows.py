@@ -145,6 +145,7 @@ class Collate:
     with_group: bool
     shape: tuple[int, ...] | None
     stores: Mapping[str, FeatureStore]
+    length_buckets: tuple[int, ...]
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         good = np.array(["good" in row for row in rows])
@@ -174,9 +175,12 @@ class Collate:
                 [c.prefix for c in captions], [c.text for c in captions]
             )
             present = batch.get("text_good", good)[:, None]
-            batch["text"] = np.where(present, ids, 0).astype(np.int32)
-            batch["text_mask"] = mask & present
-            batch["target_mask"] = targets & present
+            mask &= present
+            longest, lengths = mask.sum(1).max(), (*self.length_buckets, mask.shape[1])
+            short = slice(next(length for length in lengths if length >= longest))
+            batch["text"] = np.where(present, ids, 0).astype(np.int32)[:, short]
+            batch["text_mask"] = mask[:, short]
+            batch["target_mask"] = (targets & present)[:, short]
         if self.with_group:
             groups = np.array([row.get("group", -1) for row in rows], np.int32)
             batch["group"] = np.where(good, groups, np.int32(-1))

@@ -102,6 +102,12 @@ def build(config: Config, *, tokenizer_dir: Path | None = None) -> Experiment:
             "a decoder needs a tokenizer with a begin token, or the first token of a caption is "
             "never predicted; data.train_tokenizer makes one that has it"
         )
+    if config.data.length_buckets and sees_padding(model.text):
+        raise ValueError(
+            "config.data.length_buckets with a text tower that sees its padding "
+            "(mask_padding=False or shifted_class_mask=True), so that its length changes values; "
+            "set length_buckets=()"
+        )
     return Experiment(
         config=config,
         partitioner=partitioner,
@@ -110,3 +116,9 @@ def build(config: Config, *, tokenizer_dir: Path | None = None) -> Experiment:
         preprocess=data.build_transform(config.preprocess),
         tokenizer=tokenizer,
     )
+
+
+def sees_padding(text: Any) -> bool:
+    """Does what a text tower gives depend on how far texts are padded?"""
+    blind = getattr(text, "mask_padding", True) or getattr(text, "causal", False)
+    return not blind or getattr(text, "shifted_class_mask", False)

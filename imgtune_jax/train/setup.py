@@ -217,6 +217,7 @@ def training_pipeline(exp: experiment.Experiment, source: data.Source) -> data.P
         tokenizer=exp.tokenizer,
         captions=c.data.captions,
         prefixes=c.data.prefixes,
+        length_buckets=c.data.length_buckets,
         batch_size=c.batch_size,
         seed=c.seed,
         shuffle=True,

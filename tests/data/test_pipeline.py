@@ -252,6 +252,38 @@ def test_a_mixture_is_seen_in_its_proportions(make, source):
     assert counts == {0: 222, 1: 74}
 
 
+def test_texts_are_padded_to_the_least_bucket_that_holds_them(make):
+    whole, cut = (
+        take(make(batch_size=2), 0, 30),
+        take(make(batch_size=2, length_buckets=(4, 5)), 0, 30),
+    )
+    lengths = Counter()
+    for a, b in zip(whole, cut, strict=True):
+        length, longest = b["text"].shape[1], a["text_mask"].sum(1).max()
+        lengths[length] += 1
+        assert length == min(n for n in (4, 5, 12) if n >= longest)
+        for key in ("text", "text_mask", "target_mask"):
+            np.testing.assert_array_equal(a[key][:, :length], b[key])
+        assert not a["text_mask"][:, length:].any()
+    assert set(lengths) == {4, 5, 12}
+    (padded,) = itertools.islice(make(length_buckets=(7,)).one_pass(), 1)
+    assert padded["text"].shape[1] == 12, "an evaluator sees one length"
+
+
+@pytest.mark.parametrize("buckets", [(9, 7), (7, 7), (0, 7), (7, 12)])
+def test_buckets_that_are_no_rising_lengths_are_refused(make, buckets):
+    with pytest.raises(ValueError, match=r"length_buckets = .* below the tokenizer's, 12"):
+        make(length_buckets=buckets)
+
+
+def test_buckets_are_refused_where_lengths_must_agree(make, tmp_path):
+    with pytest.raises(ValueError, match="would not agree on a length"):
+        make(length_buckets=(7,), host_count=2)
+    store = FeatureStore.open(tmp_path, views=1, n=37, shape=(12, 4), dtype="float32", parts={})
+    with pytest.raises(ValueError, match=r"cache\.text_views=0"):
+        make(length_buckets=(7,), stores={"text": store})
+
+
 def test_fields_that_do_not_fit_are_refused(make, source):
     with pytest.raises(ValueError, match="batch 9 does not divide over 2 hosts; 8 would"):
         make(batch_size=9, host_count=2)

@@ -162,6 +162,19 @@ def test_training_goes_on_over_broken_records_and_counts_them(tmp_path, caplog):
         loop.run(settings(**changes), tmp_path / "capped")
 
 
+def test_shorter_padding_trains_alike(tmp_path):
+    """… and a text tower that sees its padding is refused."""
+    image = dict(settings().model["image"], dropout=0.0)
+    changes = {"model.image": image, "total.steps": 6, "data.captions": {"name": 1.0}}
+    buckets = {"data.length_buckets": (8, 10)}
+    loop.run(settings(**changes), tmp_path / "whole")
+    loop.run(settings(**changes, **buckets), tmp_path / "cut")
+    np.testing.assert_allclose(losses(tmp_path / "cut"), losses(tmp_path / "whole"), rtol=1e-5)
+    text = dict(settings().model["text"], mask_padding=False, causal=False)
+    with pytest.raises(ValueError, match="a text tower that sees its padding"):
+        loop.run(settings(**changes, **buckets, **{"model.text": text}), tmp_path / "refused")
+
+
 def test_locked_matrices_in_bfloat16_train_alike(tmp_path, monkeypatch):
     """… to the last byte, as every product rounds them to that."""
     changes = {"model.dtype": "bfloat16", "lock.image": True, "total.steps": 4}
