@@ -3,7 +3,7 @@
 python train.py --config=configs/caption_emoji.py --workdir=runs/caption
 
 The decoder looks at the 16 tokens of the tower's last feature map, and is told the language by the
-first token of its caption. English is drawn more often than each of the other nine.
+first token of its caption. Half of the captions drawn are English.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ def get_config() -> Any:
     c = lit_emoji.get_config()
     c.name = "caption_emoji"
     c.data.source = emoji.captions_source("seen", "google", "twitter")
-    c.data.captions = ConfigDict({k: 4.0 if k == "en" else 1.0 for k in emoji.LANGUAGES})
+    c.data.captions = ConfigDict({k: 9.0 if k == "en" else 1.0 for k in emoji.LANGUAGES})
     c.data.prefixes = ConfigDict(emoji.PREFIXES)
     c.data.length_buckets = (12, 16, 20)  # names have 8 tokens in the mean
     c.tokenizer = ConfigDict(dict(path="corpora/emoji/tokenizer", length=LENGTH))
@@ -51,7 +51,7 @@ def get_config() -> Any:
 
     c.objectives = ConfigDict(dict(captioning=dict(weight=1.0, label_smoothing=0.1)))
     c.batch_size = 64  # from scratch, many small steps learn faster than few large ones
-    c.total = base.duration(epochs=30)
+    c.total = base.duration(epochs=40)
     c.optim.lr = 3e-3
     c.optim.warmup = base.duration(epochs=3)
     c.optim.weight_decay = 0.01
