@@ -42,7 +42,6 @@ def get_config(arm: str = "both") -> Any:
     if arm != "captioning":
         c.evals.update({k: dict(name="retrieval", source=v, caption_set="name")
                         for k, v in emoji.tests().items()})  # fmt: skip
-    c.batch_size = 128
     c.optim.warmup = base.duration(epochs=1)
-    c.total = base.duration(epochs=10)
+    c.total = base.duration(epochs=8)
     return c
