@@ -298,16 +298,23 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return out
 
 
+# Keys that runs of an earlier day lack, and what was so then.
+YOUNGER_KEYS = (("data", "prefixes", {}), ("data", "length_buckets", ()))
+
+
 def save(config: Config, path: str | Path) -> None:
     """Write the resolved config as JSON."""
     Path(path).write_text(json.dumps(config.to_dict(), indent=1) + "\n")
 
 
 def read(path: str | Path) -> Config:
-    """Read what `save` wrote. Raises FileNotFoundError with what is wanted there."""
+    """Read what `save` wrote, today or before. Raises FileNotFoundError with what is wanted."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
             f"no config at {path}; wanted a run's folder, as train.py writes it"
         )
-    return parse(json.loads(path.read_text()))
+    saved = json.loads(path.read_text())
+    for group, key, value in YOUNGER_KEYS:
+        saved.get(group, {}).setdefault(key, value)
+    return parse(saved)

@@ -61,6 +61,14 @@ def test_json_round_trip_is_the_identity(tmp_path):
     assert config.read(tmp_path / "config.json") == base()
 
 
+def test_a_run_saved_before_a_key_existed_is_read(tmp_path):
+    saved = base().to_dict()
+    for group, key, _ in config.YOUNGER_KEYS:
+        del saved[group][key]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert config.read(tmp_path / "config.json") == base()
+
+
 def test_all_wrong_keys_are_named_together():
     raw = base().to_dict()
     raw["lock"]["imag"] = True
