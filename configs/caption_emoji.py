@@ -52,7 +52,8 @@ def get_config() -> Any:
     c.objectives = ConfigDict(dict(captioning=dict(weight=1.0, label_smoothing=0.1)))
     c.batch_size = 64  # from scratch, many small steps learn faster than few large ones
     c.total = base.duration(epochs=40)
-    c.optim.update(lr=3e-3, weight_decay=0.01, warmup=base.duration(epochs=3))
+    c.optim.update(lr=3e-3, weight_decay=0.01)
+    c.optim.warmup = base.duration(epochs=3)
     c.optim.lr_multipliers = ((".*", 1.0),)
     c.log_every, c.checkpoint.every = 20, base.duration(steps=500)
     return c
