@@ -1,7 +1,7 @@
 """Captions by cached decoding, by recomputing the prefix at every token, and by open_clip.
 
-.venv-peers/bin/python benchmarks/decode.py [--length 64] [--batch-size 4] [--rounds 5]
-    [--output FILE.json]
+.venv-peers/bin/python benchmarks/decode.py [--length 64] [--batch-size 8] [--rounds 5]
+    [--arms ARM ...] [--output FILE.json]
 
 One process an arm, one round after another, of the sizes of open_clip's coca_ViT-B-32 with random
 weights, in float32: from images to `length` new tokens each, which no end token cuts short. What
@@ -21,6 +21,7 @@ from side_by_side import Run, arguments, in_processes, medians, open_clip, table
 from imgtune_jax import interop, models
 from imgtune_jax.decoding import Beam, Decoding, Generator, Greedy, pad_prompts
 
+ARMS = ("cached, greedy", "cached, beam of 4", "recomputed, greedy", "open_clip, greedy")
 BEGIN, END, BLOCK = 49406, 49407, 8
 TEXT = dict(context_length=76, vocab_size=49408, width=512, heads=8, layers=12)
 SIZES = dict(
@@ -117,18 +118,17 @@ def main() -> None:
     """Time all arms, interleaved, and print a table."""
     parser = arguments(__doc__)
     parser.add_argument("--length", type=int, default=64, help=f"a multiple of {BLOCK}, up to 72")
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     o = parser.parse_args()
     given = (o.batch_size, o.length)
-    times = in_processes(
-        {
-            "cached, greedy": (cached, (*given, Greedy())),
-            "cached, beam of 4": (cached, (*given, Beam(width=4))),
-            "recomputed, greedy": (recomputed, given),
-            "open_clip, greedy": (open_clip_greedy, given),
-        },
-        o.rounds,
-    ).times
+    arms = {
+        "cached, greedy": (cached, (*given, Greedy())),
+        "cached, beam of 4": (cached, (*given, Beam(width=4))),
+        "recomputed, greedy": (recomputed, given),
+        "open_clip, greedy": (open_clip_greedy, given),
+    }
+    times = in_processes({arm: arms[arm] for arm in ARMS if arm in o.arms}, o.rounds).times
     rates = {name: o.batch_size * o.length / s for name, s in medians(times).items()}
     print(f"\ncoca_ViT-B-32, batch {o.batch_size}, {o.length} tokens\n")
     print(table(times, "cached, greedy"))
