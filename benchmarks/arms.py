@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+I2T, T2I = "text_retrieval_recall", "image_retrieval_recall"
+
 
 @dataclass(frozen=True)
 class Column:

@@ -6,10 +6,9 @@ Prints a Markdown table of means and standard deviations over seeds, with the me
 run, and writes it as JSON. A finished run is not run again. All arms share one cache.
 """
 
-from arms import Column, arguments, run_all
+from arms import I2T, T2I, Column, arguments, run_all
 
 ARMS = ("both", "contrastive", "captioning")
-I2T, T2I = "text_retrieval_recall", "image_retrieval_recall"
 COLUMNS = [
     Column("emoji_s", f"{I2T}@1", "S i→t R@1"),
     Column("emoji_s", f"{T2I}@1", "S t→i R@1"),

@@ -41,9 +41,11 @@ def search(begin: Start, settings: Decoding, *, limit: Int[Array, ""]) -> Genera
     k = method.width
 
     def go_on(s: _State) -> Bool[Array, ""]:
+        """Whether a row could still find a better text."""
         return (s.count < limit) & ~jnp.all(s.done)
 
     def body(s: _State) -> _State:
+        """One token more for every live text."""
         found, parent, own = _extend(begin, s, settings)
         count = s.count + 1
         stops = is_stop(last(found.context, found.length), settings)
@@ -54,7 +56,8 @@ def search(begin: Start, settings: Decoding, *, limit: Int[Array, ""]) -> Genera
         ended = _where(s.done, s.ended, ended)
         live, kept = _best(found._replace(score=jnp.where(stops, -jnp.inf, found.score)), k)
         longest = limit if method.exhaustive and method.length_penalty > 0 else count
-        could_be = found.score[:, 0] / _penalty(longest, method)
+        # Not [:, 0]: sliced twice, XLA:CPU's top-k becomes a sort of the whole vocabulary.
+        could_be = found.score.max(1) / _penalty(longest, method)
         return _State(
             count=count,
             live=live,

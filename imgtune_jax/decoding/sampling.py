@@ -34,9 +34,11 @@ def draw(
     b, n, _ = begin.context.shape
 
     def go_on(s: _State) -> Bool[Array, ""]:
+        """Whether a text has not ended."""
         return (s.count < limit) & ~jnp.all(s.ended)
 
     def body(s: _State) -> _State:
+        """One token more for every text that has not ended."""
         logp, own = begin.step(s.own, last(s.context, s.length))
         scores = apply_rules(logp, s.context, s.length, s.count, settings)
         if isinstance(settings.method, Sample) and key is not None:

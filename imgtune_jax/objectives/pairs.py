@@ -46,6 +46,7 @@ def fold(
     def around(
         scalars: PyTree, sides: tuple[PyTree, PyTree], sums: tuple[PyTree, PyTree]
     ) -> tuple[PyTree, PyTree]:
+        """What one device does: its images meet the texts of every device in turn."""
         images, texts = sides
 
         def hop(carry: Any, _: None) -> tuple[Any, None]:
