@@ -2,12 +2,14 @@
 
 .venv-peers/bin/python benchmarks/lit_step.py [--variant B/16] [--batch-size 32] [--tokens 16]
     [--rounds 5] [--output FILE.json]
+.venv/bin/python benchmarks/lit_step.py --count [--batch-size 32] [--tokens 16]
 
 One process an arm, one round after another: ours uncached and cached, open_clip in bfloat16 and
 float32. Random weights, AdamW. Prints medians over the rounds in seconds, and the job that they
 make: so many epochs, the first of which fills the cache on its way. Beside them the ratio that the
 floating-point operations alone give, counted by the compiler. Without open_clip installed (make
-test-peers installs it), or for a pair of towers that open_clip has not, ours alone.
+test-peers installs it), or for a pair of towers that open_clip has not, ours alone. With --count,
+the operations of all pairs of towers, and nothing is timed.
 """
 
 from typing import Any
@@ -134,6 +136,16 @@ def open_clip_step(variant: str, batch_size: int, length: int, bf16: bool) -> Ru
     return run
 
 
+def counted(batch_size: int, length: int) -> str:
+    """A Markdown table of what the compiler counts for every pair of towers."""
+    lines = ["| | TFLOP a step, uncached | cached | ratio |", "|---|---|---|---|"]
+    for variant in VARIANTS:
+        given = (variant, batch_size, length)
+        uncached, cached = (operations(*given, part) / 1e12 for part in ("uncached", "cached"))
+        lines.append(f"| {variant} | {uncached:.2f} | {cached:.3f} | {uncached / cached:.1f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Time all arms, interleaved, and print two tables."""
     parser = arguments(__doc__)
@@ -142,7 +154,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, help="length of a text")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--count", action="store_true", help="operations alone, of all variants")
     o = parser.parse_args()
+    if o.count:
+        return print(
+            f"\nbatch {o.batch_size}, {o.tokens} tokens\n\n{counted(o.batch_size, o.tokens)}"
+        )
     given = (o.variant, o.batch_size, o.tokens)
     arms: dict[str, Any] = {
         part: (ours, (*given, o.dtype, part)) for part in ("cached", "uncached", "front")
