@@ -164,8 +164,47 @@ class Embed(nn.Module):
         return jnp.take(table, ids, axis=0, mode="fill", fill_value=jnp.nan)
 
 
+def _centred(x: Array, epsilon: float) -> tuple[Array, Array]:
+    """x without its mean, and the reciprocal of its standard deviation."""
+    # E[(x-m)^2], not E[x^2]-m^2: the latter cancels when the mean is large.
+    centred = x - x.mean(-1, keepdims=True)
+    return centred, lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(
+    x: Float[Array, "*n d"], scale: Float[Array, " d"], bias: Float[Array, " d"], epsilon: float
+) -> Float[Array, "*n d"]:
+    """Layer normalisation over the last axis (1607.06450), all in float32.
+
+    Its gradient is written out: it keeps x alone, and XLA:CPU takes longer for autodiff's.
+    """
+    return _layer_norm_forward(x, scale, bias, epsilon)[0]
+
+
+def _layer_norm_forward(
+    x: Array, scale: Array, bias: Array, epsilon: float
+) -> tuple[Array, tuple[Array, Array]]:
+    centred, reciprocal = _centred(x, epsilon)
+    return centred * reciprocal * over_last(scale, x) + over_last(bias, x), (x, scale)
+
+
+def _layer_norm_backward(
+    epsilon: float, residuals: tuple[Array, Array], g: Array
+) -> tuple[Array, Array, Array]:
+    x, scale = residuals
+    centred, reciprocal = _centred(x, epsilon)
+    y, gy, rows = centred * reciprocal, g * over_last(scale, x), tuple(range(x.ndim - 1))
+    along = y * (gy * y).mean(-1, keepdims=True)
+    dx = reciprocal * (gy - gy.mean(-1, keepdims=True) - along)
+    return dx, (g * y).sum(rows), g.sum(rows)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
 class LayerNorm(nn.Module):
-    """Layer normalisation over the last axis (1607.06450), in float32; `scale` and `bias`."""
+    """`layer_norm` with parameters `scale` and `bias`."""
 
     epsilon: float = 1e-6
 
@@ -173,12 +212,7 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
         scale = self.param("scale", init.ONES, (x.shape[-1],), jnp.float32)
         bias = self.param("bias", init.ZEROS, (x.shape[-1],), jnp.float32)
-        x = x.astype(jnp.float32)
-        # E[(x-m)^2], not E[x^2]-m^2: the latter cancels when the mean is large.
-        centred = x - x.mean(-1, keepdims=True)
-        variance = jnp.square(centred).mean(-1, keepdims=True)
-        y = centred * lax.rsqrt(variance + self.epsilon)
-        return y * over_last(scale, y) + over_last(bias, y)
+        return layer_norm(x.astype(jnp.float32), scale, bias, self.epsilon)
 
 
 class KeysValues(NamedTuple):

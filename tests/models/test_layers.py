@@ -97,6 +97,22 @@ def test_layer_norm_equals_numpy_far_from_zero():
     np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)  # x itself has 7 digits, 4 spent
 
 
+def test_layer_norm_has_the_gradient_of_its_formula():
+    x, g = normal(3, 5, 16), jnp.asarray(normal(3, 5, 16, seed=1))
+    scale, bias = jnp.asarray(normal(16, seed=2)), jnp.asarray(normal(16, seed=3))
+
+    def formula(x, scale, bias):
+        centred = x - x.mean(-1, keepdims=True)
+        y = centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+        return (g * (y * layers.over_last(scale, y) + layers.over_last(bias, y))).sum()
+
+    given = (jnp.asarray(2 * x + 3), scale, bias)
+    want = jax.grad(formula, (0, 1, 2))(*given)
+    got = jax.grad(lambda *a: (g * layers.layer_norm(*a, 1e-5)).sum(), (0, 1, 2))(*given)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "want"),
     [
