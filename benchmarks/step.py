@@ -54,6 +54,7 @@ def ours(s: Sizes, batch_size: int, dtype: str) -> Run:
     """A step of our trainer, compiled at its first call."""
     text = dict(width=s.text_width, depth=s.depth, mlp_dim=4 * s.text_width)
     causal = dict(causal=True, pool="eot") if not s.sigmoid else dict(causal=False, pool="last")
+    act = "gelu_tanh" if s.sigmoid else "gelu"  # as SigLIP and CLIP have it
     model = models.build(
         dict(
             image=dict(
@@ -66,6 +67,7 @@ def ours(s: Sizes, batch_size: int, dtype: str) -> Run:
                 pre_norm=not s.sigmoid,
                 class_token=not s.sigmoid,
                 pool="attention" if s.sigmoid else "cls",
+                act=act,
             ),
             text=dict(
                 name="text_transformer",
@@ -73,6 +75,7 @@ def ours(s: Sizes, batch_size: int, dtype: str) -> Run:
                 max_length=s.length,
                 vocab_size=s.vocab_size,
                 mask_padding=not s.sigmoid,
+                act=act,
                 **text,
                 **causal,
             ),
@@ -134,8 +137,9 @@ def open_clip_step(s: Sizes, batch_size: int, dtype: str) -> Run:
     )
     bias = dict(init_logit_bias=-10.0) if s.sigmoid else {}
     if s.sigmoid:
-        vision |= dict(attentional_pool=False, pool_type="avg")
-        text |= dict(no_causal_mask=True, pool_type="last")
+        tanh = dict(act_kwargs=dict(approximate="tanh"))
+        vision |= dict(attentional_pool=False, pool_type="avg", **tanh)
+        text |= dict(no_causal_mask=True, pool_type="last", **tanh)
     model = library.CLIP(s.embed_dim, vision, text, **bias)
     model.train()
     loss = library.loss.SigLipLoss() if s.sigmoid else library.ClipLoss()
