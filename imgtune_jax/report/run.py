@@ -232,14 +232,17 @@ class Number:
 
 
 def key_numbers(run: Run, tables: Sequence[Table], *, limit: int = 8) -> list[Number]:
-    """How far the run is, its loss, and on every data set its own R@1, accuracy or CIDEr."""
+    """How far the run is, its loss, and on every data set its own R@1, accuracy or CIDEr.
+
+    English, which results are in unless they say otherwise, comes before other languages.
+    """
     numbers = [] if run.last_step is None else [Number("training steps", f"{run.last_step:,}")]
     if "train/loss" in run.series:
         numbers.append(Number("training loss", f"{run.series['train/loss'][-1][1]:.3g}"))
     for table in tables:
         heads = ("accuracy", "CIDEr", "exact match")
         chosen = [i for i, c in enumerate(table.columns) if c.endswith("R@1") or c in heads]
-        for row in table.rows:
+        for row in sorted(table.rows, key=lambda row: row.language != "en"):
             if row.ours:
                 numbers += [_number(table, row, i) for i in chosen if row.cells[i]]
     return numbers[:limit]

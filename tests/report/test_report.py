@@ -19,7 +19,7 @@ from imgtune_jax.report import page as page_module
 from imgtune_jax.report.captions import caption_views
 from imgtune_jax.report.figures import MAX_POINTS, Curve, Panel, describe, panels, svg
 from imgtune_jax.report.gallery import view
-from imgtune_jax.report.run import Column, label, read_run, result_tables
+from imgtune_jax.report.run import Column, key_numbers, label, read_run, result_tables
 
 NASTY = "<script>alert(\"x\")</script> & 'quotes' {{ 7 * 7 }}"
 
@@ -130,6 +130,14 @@ def test_hits_and_misses_are_marked_right():
     assert {q.picture.alt: q.rank for q in v.image_queries} == {"red": 1, "green": 1, NASTY: 1}
     assert v.recalls["image_retrieval_recall@1"] == pytest.approx(2 / 3)
     assert [[c.right for c in row] for row in v.heatmap.cells] == np.eye(3, dtype=bool).tolist()
+
+
+def test_the_head_of_the_page_begins_with_english():
+    common = dict(model="m", pretrained="", task="captioning", metrics={"CIDEr": 0.5})
+    records = [result(dataset=f"s_{x}", language=x, **common) for x in ("ar", "en", "zh")]
+    run = SimpleNamespace(last_step=None, series={})
+    numbers = key_numbers(run, result_tables(records, model="m"))
+    assert [n.label for n in numbers] == ["s_en: CIDEr", "s_ar: CIDEr", "s_zh: CIDEr"]
 
 
 def test_marks_are_a_colour_and_a_symbol(workdir):
