@@ -40,8 +40,7 @@ def start(
     """Read the prompts, row by row as long as they are, then lay out n texts a row.
 
     A leaf that `step` hands back as it came (keys and values of the image, say) is the same for all
-    texts of a row, and no beam moves it. The texts are rows of one batch to the model: under `vmap`
-    XLA:CPU takes three times as long for their sums.
+    texts of a row, and no beam moves it. The texts are rows of one batch to the model.
     """
     length = prompt_mask.sum(1, dtype=jnp.int32)
     leaves, tree = jax.tree.flatten(cache)
