@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from imgtune_jax import data, decoding, models
-from imgtune_jax.evals.protocol import CaptionScores, Source, Written
+from imgtune_jax.evals.protocol import CaptionScores, Source, T, Written
 from imgtune_jax.evals.writing import Writer
 from imgtune_jax.partition import Partitioner
 from imgtune_jax.types import Batch, Params
@@ -30,7 +30,7 @@ class ModelEncoders:
 
     What the image side gives of a source is computed once and kept in `kept` (None: not kept). It
     outlives a change of parameters when the image side is wholly locked, so judging again during
-    training costs the head or the decoder alone.
+    training costs the head or the decoder alone. What evaluators share through `once` does not.
     """
 
     model: models.Model
@@ -41,6 +41,7 @@ class ModelEncoders:
     image_is_locked: bool
     programs: dict[Any, Callable[..., Any]]
     kept: dict[tuple[str, str], tuple[np.ndarray, Bool[np.ndarray, " n"]]] | None
+    shared: dict[tuple[Any, ...], Any] | None
 
     @classmethod
     def build(
@@ -76,12 +77,23 @@ class ModelEncoders:
             image_is_locked,
             programs,
             kept={} if keep else None,
+            shared={} if keep else None,
         )
 
     def with_params(self, params: Params) -> ModelEncoders:
         """The same programs with other parameters, of which a locked tower's are the same."""
-        keep_old = self.kept is None or self.image_is_locked
-        return dataclasses.replace(self, params=params, kept=self.kept if keep_old else {})
+        if self.kept is None:
+            return dataclasses.replace(self, params=params)
+        kept = self.kept if self.image_is_locked else {}
+        return dataclasses.replace(self, params=params, kept=kept, shared={})
+
+    def once(self, key: tuple[Any, ...], compute: Callable[[], T], /) -> T:
+        """What `compute` gives, computed once for these parameters and this key, if it may keep."""
+        if self.shared is None:
+            return compute()
+        if key not in self.shared:
+            self.shared[key] = compute()
+        return self.shared[key]
 
     @property
     def logit_scale(self) -> float | None:
@@ -110,11 +122,11 @@ class ModelEncoders:
 
     def texts(self, texts: Sequence[str], /) -> Rows:
         """Unit-norm text embeddings, in order."""
-        return self._rows("text", self.tokenizer(list(texts)))
+        return self._text_rows("text", texts)
 
     def text_features(self, texts: Sequence[str], /) -> Rows:
         """The text tower's pooled output, before the head, in order."""
-        return self._rows("text_features", self.tokenizer(list(texts)))
+        return self._text_rows("text_features", texts)
 
     def captions(
         self,
@@ -242,6 +254,11 @@ class ModelEncoders:
             placed = self.partitioner.put(batch)
             mask = jax.device_put(placed.example_mask, self.partitioner.replicated)
             yield placed, np.asarray(mask)
+
+    def _text_rows(self, program: str, texts: Sequence[str]) -> Rows:
+        """Run a program over texts, once for each that is not like an earlier one."""
+        place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        return self._rows(program, self.tokenizer(list(place)))[[place[text] for text in texts]]
 
     def _rows(self, program: str, arrays: tuple[np.ndarray, ...]) -> Rows:
         """Run a program over rows that every host holds, padded to whole batches."""

@@ -13,7 +13,7 @@ from imgtune_jax.data import Source
 from imgtune_jax.evals.checks import check_finite
 from imgtune_jax.evals.probe import labelled_features
 from imgtune_jax.evals.protocol import Encoders
-from imgtune_jax.evals.ridge import ridge_solutions
+from imgtune_jax.evals.ridge import Ridge
 
 BIAS = 100.0  # a constant feature this large is hardly regularised
 
@@ -48,7 +48,6 @@ def few_shot_predictions(
 
     Computed in float64. Mean and deviation are those of the shots.
     """
-    check_finite(train, "training features")
     check_finite(test, "test features")
     mean, std = train.mean(0, dtype=np.float64), train.std(0, dtype=np.float64) + 1e-5
 
@@ -56,8 +55,9 @@ def few_shot_predictions(
         return np.pad((x - mean) / std, [(0, 0), (0, 1)], constant_values=BIAS)
 
     targets = 2.0 * np.eye(num_classes)[labels] - 1.0
-    (weight,) = ridge_solutions(prepared(train), targets, [l2])
-    return (prepared(test) @ weight).argmax(1)
+    ridge = Ridge.fit(prepared(train), targets, intercept=False)
+    (predicted,) = ridge.predictions(prepared(test), [l2])
+    return predicted.argmax(1)
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from imgtune_jax.data import Source
 from imgtune_jax.types import TokenScores
+
+T = TypeVar("T")
 
 
 class CaptionScores(NamedTuple):
@@ -50,6 +52,10 @@ class Encoders(Protocol):
     @property
     def logit_bias(self) -> float | None:
         """What is added to the scaled similarities; None for a model that has no bias."""
+        ...
+
+    def once(self, key: tuple[Any, ...], compute: Callable[[], T], /) -> T:
+        """What `compute` gives, computed once for these parameters and this key."""
         ...
 
     def images(self, source: Source, /) -> tuple[Float[np.ndarray, "n d"], Bool[np.ndarray, " n"]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -13,23 +14,46 @@ from imgtune_jax.evals.checks import check_finite
 from imgtune_jax.evals.retrieval import retrieval_metrics
 
 
-def ridge_solutions(
-    x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "n c"], lambdas: Sequence[float]
-) -> Iterator[Float[np.ndarray, "d c"]]:
-    """argmin_w ‖x w - y‖² + λ ‖w‖² for every λ > 0, in float64.
+@dataclass(frozen=True)
+class Ridge:
+    """argmin_w ‖x w - y‖² + λ ‖w‖² for every λ > 0, in float64, from one eigendecomposition.
 
-    One eigendecomposition serves all: of xᵀx, (xᵀx + λ)⁻¹ xᵀy (primal), or, with fewer rows than
-    columns, of x xᵀ, xᵀ (x xᵀ + λ)⁻¹ y (dual).
+    Of xᵀx, for (xᵀx + λ)⁻¹ xᵀy (primal), or, with fewer rows than columns, of x xᵀ, for
+    xᵀ (x xᵀ + λ)⁻¹ y (dual): w = left (values + λ)⁻¹ right. The means are taken off before and
+    put back after.
     """
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    primal = x.shape[0] >= x.shape[1]
-    values, vectors = np.linalg.eigh(x.T @ x if primal else x @ x.T)
-    left = vectors if primal else x.T @ vectors
-    right = vectors.T @ (x.T @ y if primal else y)
-    for value in lambdas:
-        if value <= 0:
-            raise ValueError(f"λ = {value}; ridge regression needs a positive one")
-        yield (left / (values.clip(min=0) + value)) @ right
+
+    mean_x: Float[np.ndarray, " d"]
+    mean_y: Float[np.ndarray, " c"]
+    left: Float[np.ndarray, "d r"]
+    values: Float[np.ndarray, " r"]
+    right: Float[np.ndarray, "r c"]
+
+    @classmethod
+    def fit(
+        cls, x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "n c"], *, intercept: bool
+    ) -> Ridge:
+        """Decompose. With an `intercept`, both sides are centred, which frees a bias of the λ."""
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        check_finite(x, "training features")
+        check_finite(y, "training targets")
+        mean_x, mean_y = (z.mean(0) if intercept else np.zeros(z.shape[1]) for z in (x, y))
+        x, y = x - mean_x, y - mean_y
+        primal = x.shape[0] >= x.shape[1]
+        values, vectors = np.linalg.eigh(x.T @ x if primal else x @ x.T)
+        left = vectors if primal else x.T @ vectors
+        right = vectors.T @ (x.T @ y if primal else y)
+        return cls(mean_x, mean_y, left, values.clip(min=0), right)
+
+    def predictions(
+        self, x: Float[np.ndarray, "m d"], lambdas: Sequence[float]
+    ) -> Iterator[Float[np.ndarray, "m c"]]:
+        """What each λ's w predicts of new rows. Raises ValueError for a λ that is not positive."""
+        projected = (x - self.mean_x) @ self.left
+        for value in lambdas:
+            if value <= 0:
+                raise ValueError(f"λ = {value}; ridge regression needs a positive one")
+            yield (projected / (self.values + value)) @ self.right + self.mean_y
 
 
 class RidgeBaseline(NamedTuple):
@@ -41,8 +65,7 @@ class RidgeBaseline(NamedTuple):
 
 
 def ridge_baseline(
-    train_features: Float[np.ndarray, "n d"],
-    train_text_emb: Float[np.ndarray, "n e"],
+    ridge: Ridge,
     test_features: Float[np.ndarray, "m d"],
     test_text_emb: Float[np.ndarray, "k e"],
     lambdas: Sequence[float] = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0),
@@ -53,35 +76,22 @@ def ridge_baseline(
     select: str = "text_retrieval_recall@1",
     mesh: Mesh | None = None,
 ) -> RidgeBaseline:
-    """Regress text embeddings on image features, then retrieve by cosine: no training at all.
+    """Retrieve by cosine with a regression of text embeddings on image features: no training.
 
-    Row i of `train_text_emb` is the text of row i of `train_features`. Both sides are centred by
-    their training means, which stands for a free bias; a test image's embedding is its predicted
-    text embedding. `image_of_text` is as in `retrieval_metrics`; by default text i is image i's.
+    A test image's embedding is its predicted text embedding. `image_of_text` is as in
+    `retrieval_metrics`; by default text i is image i's.
 
     λ is chosen by `select` on the test data itself. That flatters the baseline, never ours.
     """
-    for rows, what in (
-        (train_features, "training features"),
-        (train_text_emb, "training text embeddings"),
-        (test_features, "test features"),
-    ):
-        check_finite(rows, what)
+    check_finite(test_features, "test features")
+    check_finite(test_text_emb, "test text embeddings")
     if image_of_text is None:
         image_of_text = np.arange(len(test_text_emb))
-    mean_x = train_features.mean(0, dtype=np.float64)
-    mean_y = train_text_emb.mean(0, dtype=np.float64)
-    weights = ridge_solutions(train_features - mean_x, train_text_emb - mean_y, lambdas)
+    text_emb = _unit(test_text_emb)
     by_lambda = {}
-    for value, weight in zip(lambdas, weights, strict=True):
-        image_emb = (test_features - mean_x) @ weight + mean_y
+    for value, emb in zip(lambdas, ridge.predictions(test_features, lambdas), strict=True):
         by_lambda[float(value)] = retrieval_metrics(
-            _unit(image_emb),
-            _unit(test_text_emb),
-            image_of_text,
-            ks=ks,
-            image_group=image_group,
-            mesh=mesh,
+            _unit(emb), text_emb, image_of_text, ks=ks, image_group=image_group, mesh=mesh
         )
     best = max(by_lambda, key=lambda value: by_lambda[value][select])
     return RidgeBaseline(best, by_lambda[best], by_lambda)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from imgtune_jax.data import Source
 from imgtune_jax.evals.protocol import Encoders
 from imgtune_jax.evals.retrieval import Retrieval
-from imgtune_jax.evals.ridge import ridge_baseline
+from imgtune_jax.evals.ridge import Ridge, ridge_baseline
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,22 @@ class RidgeRetrieval:
     mesh: Mesh | None = None
 
     def __call__(self, encoders: Encoders) -> dict[str, float]:
-        x, y, of_text = self._pairs(encoders, self.train_source, max_captions=1)
-        test_x, test_y, test_of_text = self._pairs(encoders, self.source, max_captions=None)
-        if self.standardize:
-            std = x.std(0)
-            std[std < 1e-6] = 1.0
-            x, test_x = x / std, test_x / std
+        key = ("ridge", self.train_source.fingerprint, self.caption_set, self.standardize)
+        std, ridge = encoders.once(key, lambda: self._fit(encoders))
+        x, y, of_text = self._pairs(encoders, self.source, max_captions=None)
         found = ridge_baseline(
-            x[of_text], y, test_x, test_y, self.lambdas, image_of_text=test_of_text, mesh=self.mesh
+            ridge, x / std, y, self.lambdas, image_of_text=of_text, mesh=self.mesh
         )
         return found.metrics | {"best_lambda": found.best_lambda}
+
+    def _fit(self, encoders: Encoders) -> tuple[np.ndarray, Ridge]:
+        """What the features are divided by, and the regression; one serves every test."""
+        x, y, of_text = self._pairs(encoders, self.train_source, max_captions=1)
+        std = np.ones(x.shape[1])
+        if self.standardize:
+            found = x.std(0)
+            std = np.where(found < 1e-6, 1.0, found)
+        return std, Ridge.fit((x / std)[of_text], y, intercept=True)
 
     def _pairs(
         self, encoders: Encoders, source: Source, max_captions: int | None

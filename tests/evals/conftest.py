@@ -29,6 +29,12 @@ class FakeEncoders:
     logit_scale: float = 10.0
     logit_bias: float | None = None
     asked: list = field(default_factory=list)
+    shared: dict = field(default_factory=dict)
+
+    def once(self, key, compute):
+        if key not in self.shared:
+            self.shared[key] = compute()
+        return self.shared[key]
 
     def images(self, source):
         emb, valid = self.features(source)
@@ -73,6 +79,14 @@ class FakeEncoders:
         return CaptionScores(scores, mask, mask & (np.arange(length) > 0), valid)
 
 
+class FakeSource(list):
+    """Records, and a fingerprint that tells one list from another."""
+
+    @property
+    def fingerprint(self):
+        return str(id(self))
+
+
 def record(image, *captions, label=None, group=None, **sets):
     """One record; `captions` go into the set called `caption`."""
     named = {"caption": captions} if captions else {}
@@ -93,4 +107,4 @@ def golden():
 @pytest.fixture
 def fakes():
     """The fakes above, by name."""
-    return SimpleNamespace(Encoders=FakeEncoders, record=record, unit=unit)
+    return SimpleNamespace(Encoders=FakeEncoders, Source=FakeSource, record=record, unit=unit)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from imgtune_jax.evals.retrieval import retrieval_metrics
-from imgtune_jax.evals.ridge import ridge_baseline, ridge_solutions
+from imgtune_jax.evals.ridge import Ridge, ridge_baseline
 from imgtune_jax.evals.ridge_retrieval import RidgeRetrieval
 
 
@@ -13,14 +13,24 @@ def test_solutions_are_those_of_the_normal_equations_for_every_lambda(n):
     rng = np.random.default_rng(n)
     x, y = rng.normal(size=(n, 12)), rng.normal(size=(n, 3))
     lambdas = [1e-3, 1.0, 50.0]
-    for value, got in zip(lambdas, ridge_solutions(x, y, lambdas), strict=True):
+    got = Ridge.fit(x, y, intercept=False).predictions(np.eye(12), lambdas)
+    for value, weight in zip(lambdas, got, strict=True):
         want = np.linalg.solve(x.T @ x + value * np.eye(12), x.T @ y)
-        np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-10)
+        np.testing.assert_allclose(weight, want, rtol=1e-8, atol=1e-10)
 
 
 def test_lambda_must_be_positive():
+    ridge = Ridge.fit(np.eye(2), np.eye(2), intercept=False)
     with pytest.raises(ValueError, match="needs a positive one"):
-        list(ridge_solutions(np.eye(2), np.eye(2), [0.0]))
+        list(ridge.predictions(np.eye(2), [0.0]))
+
+
+def test_a_row_that_is_not_finite_is_refused():
+    x = np.eye(3)
+    x[1, 2] = np.nan
+    for features, targets, what in ((x, np.eye(3), "features"), (np.eye(3), x, "targets")):
+        with pytest.raises(ValueError, match=f"1 of 3 training {what} are not finite"):
+            Ridge.fit(features, targets, intercept=True)
 
 
 def test_baseline_recovers_a_linear_map_and_reports_the_best_lambda():
@@ -28,7 +38,7 @@ def test_baseline_recovers_a_linear_map_and_reports_the_best_lambda():
     w = rng.normal(size=(10, 6))
     x, x_test = rng.normal(2, 1, (200, 10)), rng.normal(2, 1, (30, 10))
     y, y_test = x @ w + 5, x_test @ w + 5  # an offset that only centring can follow
-    got = ridge_baseline(x, y, x_test, y_test, (1e-6, 1e6))
+    got = ridge_baseline(Ridge.fit(x, y, intercept=True), x_test, y_test, (1e-6, 1e6))
     assert got.best_lambda == 1e-6 and set(got.by_lambda) == {1e-6, 1e6}
     assert got.metrics == got.by_lambda[1e-6]
     assert got.metrics["text_retrieval_recall@1"] == got.metrics["image_retrieval_recall@1"] == 1
@@ -39,7 +49,8 @@ def test_baseline_is_retrieval_on_predicted_text_embeddings(fakes):
     x, y = rng.normal(size=(50, 5)), rng.normal(size=(50, 4))
     x_test, y_test = rng.normal(size=(8, 5)), rng.normal(size=(16, 4))
     owner = np.repeat(np.arange(8), 2)
-    got = ridge_baseline(x, y, x_test, y_test, [3.0], image_of_text=owner)
+    ridge = Ridge.fit(x, y, intercept=True)
+    got = ridge_baseline(ridge, x_test, y_test, [3.0], image_of_text=owner)
     xc, yc = x - x.mean(0), y - y.mean(0)
     w = np.linalg.solve(xc.T @ xc + 3.0 * np.eye(5), xc.T @ yc)
     predicted = (x_test - x.mean(0)) @ w + y.mean(0)
@@ -53,12 +64,20 @@ def test_evaluator_fits_the_training_source_and_scores_the_other(fakes):
     def source(name, n):
         x = rng.normal(3, 2, (n, 6))
         texts.update({f"{name}{i}": y for i, y in enumerate(x @ w)})
-        return [fakes.record(v, f"{name}{i}") for i, v in enumerate(x)]
+        return fakes.Source(fakes.record(v, f"{name}{i}") for i, v in enumerate(x))
 
     texts = {}
     train, test = source("train", 80), source("test", 20)
     train[5] = fakes.record(None, "train5")
     test[3] = fakes.record(None, "test3")
-    got = RidgeRetrieval(train, test, lambdas=(1e-3, 1e9))(fakes.Encoders(texts))
+    encoders = fakes.Encoders(texts)
+    got = RidgeRetrieval(train, test, lambdas=(1e-3, 1e9))(encoders)
     # The texts' unit norm bends the linear map: nearly all are found, by the weak λ.
     assert got["best_lambda"] == 1e-3 and got["text_retrieval_recall@5"] > 0.9
+
+    assert RidgeRetrieval(train, train, lambdas=(1e-3,))(encoders)["text_retrieval_recall@5"] > 0.9
+    asked = [texts[0] for texts in encoders.asked]
+    assert asked == ["train0", "test0", "train0"]  # a second test fits nothing anew
+    one_caption = RidgeRetrieval(train, test, standardize=True)
+    one_caption(encoders)
+    assert [texts[0] for texts in encoders.asked][3:] == ["train0", "test0"]
