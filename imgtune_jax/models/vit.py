@@ -32,7 +32,9 @@ class ViT(Transformer):
     `patch_dropout` leaves out that share of the patches in training (2212.00794).
 
     From scratch: Xavier normal matrices, LeCun normal patches, positions normal(1/sqrt(width)),
-    class token zero. Raises ValueError on an image that is not `image_size`².
+    class token zero. Where patches do not fill the image (So400m/14 at 384), the pixels beyond the
+    last whole patch are not looked at, as with an unpadded convolution. Raises ValueError on an
+    image that is not `image_size`².
     """
 
     width: int = 768
@@ -76,9 +78,9 @@ class ViT(Transformer):
                 f"image of {image.shape[1]}×{image.shape[2]} pixels, but vit has "
                 f"image_size={self.image_size}; resize the data or set image_size"
             )
-        if self.image_size % self.patch_size:
+        if self.image_size < self.patch_size:
             raise ValueError(
-                f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}"
+                f"image_size={self.image_size} is smaller than patch_size={self.patch_size}"
             )
         if self.pool == "cls" and not self.class_token:
             raise ValueError("pool='cls' needs class_token=True")
@@ -107,6 +109,7 @@ class ViT(Transformer):
     def _patches(self, image: Float[Array, "b h w c"]) -> Float[Array, "b l d"]:
         b, size, _, channels = image.shape
         p, grid = self.patch_size, size // self.patch_size
+        image = image[:, : grid * p, : grid * p]
         x = image.reshape(b, grid, p, grid, p, channels).swapaxes(2, 3)
         return PatchEmbed(self.width, p, self.patch_bias, self.dtype, name="patch_embed")(
             x.reshape(b, grid * grid, p * p * channels)

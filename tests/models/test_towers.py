@@ -174,10 +174,20 @@ def test_patch_dropout_keeps_a_random_share_in_training_only():
     np.testing.assert_allclose(still.pooled, run(params, x).pooled, **CLOSE)
 
 
-@pytest.mark.parametrize("fields", [dict(pool="cls", class_token=False), dict(patch_size=3)])
+@pytest.mark.parametrize("fields", [dict(pool="cls", class_token=False), dict(patch_size=9)])
 def test_contradictory_vit_fields_are_an_error(fields):
-    with pytest.raises(ValueError, match=r"class_token=True|not a multiple"):
+    with pytest.raises(ValueError, match=r"class_token=True|smaller than patch_size=9"):
         models.abstract_tower(models.build_tower({**VIT, **fields}))
+
+
+def test_pixels_beyond_the_last_whole_patch_are_not_looked_at():
+    fields = dict(patch_size=3, positions="sincos")  # 8 pixels: 2 × 2 patches, of 6 pixels
+    _, params, run = image_tower(**fields)
+    _, _, run_cropped = image_tower(**fields, image_size=6)
+    x = image(8)
+    got = run(params, x).tokens
+    assert got.shape[1] == 5
+    np.testing.assert_array_equal(got, run_cropped(params, x[:, :6, :6]).tokens)
 
 
 def test_another_image_size_is_an_error():
