@@ -206,4 +206,9 @@ def compile_step(exp: experiment.Experiment, optimizer: optim.Optimizer, start: 
         ema_decay=c.optim.ema_decay,
     )
     layout = jax.tree.map(lambda x: x.sharding, start)
-    return jax.jit(step, donate_argnums=0, out_shardings=(layout, exp.partitioner.replicated))
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(layout, exp.partitioner.replicated),
+        compiler_options=exp.partitioner.compiler_options,
+    )
