@@ -63,7 +63,7 @@ def search(begin: Start, settings: Decoding, *, limit: Int[Array, ""]) -> Genera
             live=live,
             ended=ended,
             done=s.done | (ended.score[:, -1] >= could_be),
-            own=_rows(own, jnp.take_along_axis(parent, kept, 1)),
+            own=_moved(own, jnp.take_along_axis(parent, kept, 1)),
         )
 
     s = jax.lax.while_loop(go_on, body, _first(begin, k))
@@ -138,3 +138,9 @@ def _where(rows: Bool[Array, " b"], a: _Texts, b: _Texts) -> _Texts:
 def _rows(tree: PyTree, index: Int[Array, "b n"]) -> PyTree:
     """Rows of the second axis, within each of the first: no device needs another's."""
     return jax.tree.map(lambda x: jax.vmap(lambda rows, i: rows[i])(x, index), tree)
+
+
+def _moved(own: PyTree, index: Int[Array, "b k"]) -> PyTree:
+    """`_rows` of a tree [bk ...]."""
+    texts = jax.tree.map(lambda x: x.reshape(*index.shape, *x.shape[1:]), own)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), _rows(texts, index))

@@ -15,7 +15,7 @@ from imgtune_jax.types import PyTree
 # (cache, token i32[b]) -> (logits f32[b v], cache); every leaf of the cache has b rows, and rows
 # may stand at different positions.
 Step = Callable[[PyTree, Int[Array, " b"]], tuple[Float[Array, "b v"], PyTree]]
-# The same over n texts a row: (own leaves [b n ...], token i32[b n]) -> (log p f32[b n v], own).
+# The same over n texts a row: (own leaves [bn ...], token i32[b n]) -> (log p f32[b n v], own).
 NStep = Callable[[PyTree, Int[Array, "b n"]], tuple[Float[Array, "b n v"], PyTree]]
 
 
@@ -23,7 +23,7 @@ class Start(NamedTuple):
     """Rows that have read all but the last token of their prompt."""
 
     step: NStep
-    own: PyTree  # what a text changes in the cache, [b n ...]
+    own: PyTree  # what a text changes in the cache, [bn ...]: in any other shape, XLA copies it
     context: Int[Array, "b n t"]  # the prompt, with room for the text
     length: Int[Array, " b"]  # tokens of the prompt
 
@@ -63,16 +63,16 @@ def start(
     def step_n(
         own: list[Array], token: Int[Array, "b n"]
     ) -> tuple[Float[Array, "b n v"], list[Array]]:
-        logits, cache = step(whole(_flat(own), _flat(_copies(shared, n))), _flat(token))
+        logits, cache = step(whole(own, _copies(shared, n)), token.reshape(-1))
         logp = jax.nn.log_softmax(logits.astype(jnp.float32))
-        return jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]), (logp, own_of(cache)))
+        return logp.reshape(-1, n, logp.shape[-1]), own_of(cache)
 
     own = jax.lax.fori_loop(0, jnp.max(length) - 1, read, own_of(cache))
     context = jnp.pad(jnp.where(prompt_mask, prompt, 0), ((0, 0), (0, room)))
     return Start(
         step=step_n,
         own=_copies(own, n),
-        context=_copies(context, n),
+        context=jnp.repeat(context[:, None], n, axis=1),
         length=length,
     )
 
@@ -132,13 +132,8 @@ def _changed(step: Step, cache: PyTree, token: Int[Array, " b"]) -> list[bool]:
 
 
 def _copies(tree: PyTree, n: int) -> PyTree:
-    """[b ...] as [b n ...]."""
-    return jax.tree.map(lambda x: jnp.repeat(x[:, None], n, axis=1), tree)
-
-
-def _flat(tree: PyTree) -> PyTree:
-    """[b n ...] as [bn ...]."""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+    """[b ...] as [bn ...], n equal rows for each."""
+    return jax.tree.map(lambda x: jnp.repeat(x, n, axis=0), tree)
 
 
 def _like(rows: Bool[Array, " b"], x: Array) -> Bool[Array, "b ..."]:

@@ -108,7 +108,7 @@ def test_no_beam_moves_the_keys_of_the_image(writer):
     begin = start(step, cache, *prompts, n=3, room=4)
     image_keys = 2 * model.decoder.depth
     assert len(begin.own) == len(jax.tree.leaves(cache)) - image_keys
-    assert {x.shape[3] for x in begin.own if x.ndim > 2} == {LONGEST}
+    assert {x.shape[2] for x in begin.own if x.ndim > 1} == {LONGEST}
 
 
 def test_beams_on_eight_devices_are_those_of_one_and_no_cache_is_gathered(writer, texts):

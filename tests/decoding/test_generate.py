@@ -184,7 +184,7 @@ def test_what_a_step_leaves_alone_is_kept_once_a_row(model):
     cache = model.start(model.params, model.images(2), length=9)
     prompts = map(jnp.asarray, pad_prompts([[5], [5]]))
     begin = start(step, cache, *prompts, n=5, room=8)
-    assert sorted(x.shape for x in begin.own) == [(2, 5), (2, 5, 6), (2, 5, 9)]
+    assert sorted(x.shape for x in begin.own) == [(10,), (10, 6), (10, 9)]
     assert len(cache) == 4  # and the image
 
 
