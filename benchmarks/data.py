@@ -3,9 +3,10 @@
 .venv-peers/bin/python benchmarks/data.py [--tensorflow PYTHON] [--rounds 5] [--output FILE.json]
 
 Random-resized crop to 224, bilinear, and flip, to uint8 batches of 64 in host memory. Ours with
-threads and with worker processes; torch DataLoader with torchvision on Pillow. Then open_clip's own
-training transform (windows of at least 0.9 of the area, bicubic, no flip, to normalised float32)
-and ours of the same windows (uint8: a device normalises). And, in the
+threads and with worker processes; torch DataLoader with torchvision on Pillow, and the same to
+normalised float32, as torchvision's examples give a model (ours leaves that to the step on the
+device). Then open_clip's own training transform (windows of at least 0.9 of the area, bicubic, no
+flip, to normalised float32) and ours of the same windows. And, in the
 interpreter that --tensorflow names (one with tensorflow-cpu installed), tf.data with the operations
 of big_vision's decode_jpeg_and_inception_crop, as it is by default and antialiased as ours and
 Pillow's are. Every arm has a thread or process a core, fills its buffers before each round, and is
@@ -95,11 +96,12 @@ def ours(tar: Path, transforms: list[Any], *, threads: int, workers: int) -> Ite
 class TorchImages:
     """A map-style torch data set of JPEGs, decoded by Pillow.
 
-    Augmented as torchvision's examples do, or as open_clip does.
+    `augment` is "uint8" (torchvision's crop and flip), "float32" (and normalised, as torchvision's
+    examples do) or "open_clip".
     """
 
-    def __init__(self, encoded: Sequence[bytes], open_clip: bool) -> None:
-        self.encoded, self.open_clip = encoded, open_clip
+    def __init__(self, encoded: Sequence[bytes], augment: str) -> None:
+        self.encoded, self.augment = encoded, augment
 
     def __len__(self) -> int:
         return 1 << 30  # so an epoch never ends
@@ -113,23 +115,29 @@ class TorchImages:
         """Built in the worker, once."""
         if not hasattr(self, "_transform"):
             import side_by_side
+            import torch
 
             peer = side_by_side.open_clip()  # makes torchvision importable
             from torchvision import transforms
 
-            self._transform = transforms.Compose(
-                [
-                    transforms.RandomResizedCrop(SIZE),
-                    transforms.RandomHorizontalFlip(),
-                    transforms.PILToTensor(),
+            steps: list[Any] = [
+                transforms.RandomResizedCrop(SIZE),
+                transforms.RandomHorizontalFlip(),
+                transforms.PILToTensor(),
+            ]
+            if self.augment == "float32":
+                mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+                steps += [
+                    transforms.ConvertImageDtype(torch.float32),
+                    transforms.Normalize(mean, std),
                 ]
-            )
-            if self.open_clip:
+            self._transform = transforms.Compose(steps)
+            if self.augment == "open_clip":
                 self._transform = peer.image_transform(SIZE, is_train=True)
         return self._transform
 
 
-def torch_loader(encoded: Sequence[bytes], *, open_clip: bool = False) -> Iterator[Any]:
+def torch_loader(encoded: Sequence[bytes], augment: str) -> Iterator[Any]:
     """torch DataLoader's batches without end."""
     import torch
 
@@ -137,7 +145,7 @@ def torch_loader(encoded: Sequence[bytes], *, open_clip: bool = False) -> Iterat
         torch.set_num_threads(1)
 
     loader = torch.utils.data.DataLoader(
-        TorchImages(encoded, open_clip),  # pyright: ignore[reportArgumentType]
+        TorchImages(encoded, augment),  # pyright: ignore[reportArgumentType]
         batch_size=BATCH_SIZE,
         num_workers=CORES,
         prefetch_factor=PREFETCH,
@@ -198,8 +206,9 @@ def main() -> None:
                 archive.addfile(info, io.BytesIO(one))
         arms: dict[str, Callable[[int], float]] = {}
         if find_spec("torchvision"):
-            arms["torch DataLoader, Pillow"] = timed(torch_loader(encoded))
-            arms["open_clip's transform"] = timed(torch_loader(encoded, open_clip=True))
+            arms["torch DataLoader, Pillow"] = timed(torch_loader(encoded, "uint8"))
+            arms["the same, normalised"] = timed(torch_loader(encoded, "float32"))
+            arms["open_clip's transform"] = timed(torch_loader(encoded, "open_clip"))
         arms[f"ours, {CORES} threads"] = timed(ours(tar, CROP, threads=CORES, workers=0))
         arms[f"ours, {CORES} workers"] = timed(ours(tar, CROP, threads=1, workers=CORES))
         same = ours(tar, OPEN_CLIP_CROP, threads=CORES, workers=0)

@@ -25,13 +25,13 @@ from imgtune_jax.train.optim import Optimizer
 from imgtune_jax.train.step import make_train_step
 from imgtune_jax.types import Batch, TrainState
 
-VARIANTS = {  # open_clip's name, image tower, pixels of whole patches, text width, heads, embedding
+VARIANTS = {  # open_clip's name, image tower, pixels, text width, heads, embedding
     "B/32": ("ViT-B-32", "B/32", 224, 512, 8, 512),
     "B/16": ("ViT-B-16", "B/16", 224, 512, 8, 512),
     "L/14": ("ViT-L-14", "L/14", 224, 768, 12, 768),
     "L/14-336": ("ViT-L-14-336", "L/14", 336, 768, 12, 768),
-    "So400m/14-384": (None, "So400m/14", 378, 768, 12, 768),
-    "g/14-288": (None, "g/14", 280, 1024, 16, 1024),
+    "So400m/14-384": (None, "So400m/14", 384, 768, 12, 768),
+    "g/14-288": (None, "g/14", 288, 1024, 16, 1024),
 }
 VOCABULARY, TEXT_DEPTH = 49408, {1024: 24}  # by width; 12 else
 
