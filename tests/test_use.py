@@ -195,3 +195,16 @@ def test_every_command_has_help(command):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     wanted = f"usage: imgtune {command}"
     assert wanted in done.stdout
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    code = (
+        "from imgtune_jax.cli.process import clear_errors\n"
+        "with clear_errors():\n"
+        "    for _ in range(100_000): print('a line of a long description')\n"
+    )
+    command = [sys.executable, "-c", code]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child.stdout.readline()
+    child.stdout.close()  # as `| head -1` does
+    assert (child.stderr.read(), child.wait()) == (b"", 0)

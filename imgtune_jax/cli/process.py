@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ class clear_errors:
         from imgtune_jax.data import TooManyBadRecords
         from imgtune_jax.train.loop import NotFiniteError
 
+        if isinstance(error, BrokenPipeError):  # the reader, `head` say, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(0) from None
         users = (ValueError, FileNotFoundError, FileExistsError, TooManyBadRecords, NotFiniteError)
         if isinstance(error, users) and not os.environ.get("IMGTUNE_TRACEBACK"):
             raise SystemExit(f"imgtune: {error}\n(IMGTUNE_TRACEBACK=1 shows where)") from None
