@@ -92,9 +92,9 @@ class Column:
         return -1 if less else 1
 
     def format(self, value: float) -> str:
-        """A share as a percentage, a count as an integer."""
-        if self._is_share():
-            return f"{100 * value:.1f}"
+        """A share as a percentage, as chrF is already; a count as an integer."""
+        if self._is_share() or self.metric == "chrF":
+            return f"{value if self.metric == 'chrF' else 100 * value:.1f}"
         return f"{value:,.0f}" if value == int(value) and abs(value) >= 1 else f"{value:.4g}"
 
     def _is_share(self) -> bool:
