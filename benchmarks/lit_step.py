@@ -1,7 +1,7 @@
 """A training step with the image tower locked: uncached, cached, and open_clip's --lock-image.
 
 .venv-peers/bin/python benchmarks/lit_step.py [--variant B/16] [--batch-size 32] [--tokens 16]
-    [--rounds 5] [--output FILE.json]
+    [--open-clip bfloat16 float32] [--rounds 5] [--output FILE.json]
 .venv/bin/python benchmarks/lit_step.py --count [--batch-size 32] [--tokens 16]
 
 One process an arm, one round after another: ours uncached and cached, open_clip in bfloat16 and
@@ -33,6 +33,7 @@ VARIANTS = {  # open_clip's name, image tower, pixels, text width, heads, embedd
     "So400m/14-384": (None, "So400m/14", 384, 768, 12, 768),
     "g/14-288": (None, "g/14", 288, 1024, 16, 1024),
 }
+TYPES = ("bfloat16", "float32")
 VOCABULARY, TEXT_DEPTH = 49408, {1024: 24}  # by width; 12 else
 
 
@@ -152,7 +153,8 @@ def main() -> None:
     parser.add_argument("--variant", choices=VARIANTS, default="B/16")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=16, help="length of a text")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--dtype", choices=TYPES, default="float32")
+    parser.add_argument("--open-clip", nargs="+", choices=TYPES, default=TYPES, help="its dtypes")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--count", action="store_true", help="operations alone, of all variants")
     o = parser.parse_args()
@@ -165,8 +167,8 @@ def main() -> None:
         part: (ours, (*given, o.dtype, part)) for part in ("cached", "uncached", "front")
     }
     if VARIANTS[o.variant][0] is not None:
-        arms["open_clip --lock-image, bfloat16"] = (open_clip_step, (*given, True))
-        arms["open_clip --lock-image, float32"] = (open_clip_step, (*given, False))
+        for dtype in o.open_clip:
+            arms[f"open_clip --lock-image, {dtype}"] = (open_clip_step, (*given, dtype == TYPES[0]))
     times = in_processes(arms, o.rounds).times
     ratio = operations(*given, "uncached") / operations(*given, "cached")
     m = medians(times)
