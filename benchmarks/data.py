@@ -9,9 +9,12 @@ device). Then open_clip's own training transform (windows of at least 0.9 of the
 flip, to normalised float32) and ours of the same windows. And, in the
 interpreter that --tensorflow names (one with tensorflow-cpu installed), tf.data with the operations
 of big_vision's decode_jpeg_and_inception_crop, as it is by default and antialiased as ours and
-Pillow's are. Every arm has a thread or process a core, fills its buffers before each round, and is
-timed over the same number of images, one arm after another. The pictures are 500x375 parts of
-the photographs that scikit-image, scikit-learn and matplotlib ship, JPEG of quality 95, 4:2:0;
+Pillow's are. Two more arms only decode: libjpeg-turbo whole pictures, in threads, and tf.data the
+windows that it draws. They are what no pipeline on that decoder can pass.
+
+Every arm has a thread or process a core, fills its buffers before each round, and is timed over the
+same number of images, one arm after another. The pictures are 500x375 parts of the photographs that
+scikit-image, scikit-learn and matplotlib ship, JPEG of quality 95, 4:2:0;
 ours are read from a WebDataset tar, the peers' from memory.
 """
 
@@ -23,6 +26,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -74,6 +78,11 @@ CROP = [
     dict(name="random_resized_crop", size=SIZE, interpolation="bilinear"),
     dict(name="horizontal_flip"),
 ]
+TENSORFLOW = {  # arm: what follows on decoding
+    "tf.data": "resize",
+    "tf.data, antialiased": "antialias",
+    "tf.data, decoding alone": "nothing",
+}
 OPEN_CLIP_CROP = [
     dict(name="random_resized_crop", size=SIZE, interpolation="bicubic", scale=(0.9, 1.0))
 ]
@@ -158,11 +167,11 @@ def torch_loader(encoded: Sequence[bytes], augment: str) -> Iterator[Any]:
 class TensorFlow:
     """data_tf.py in another interpreter: a line with a number of batches in, seconds out."""
 
-    def __init__(self, python: str, encoded: Sequence[bytes], folder: Path, antialias: bool):
+    def __init__(self, python: str, encoded: Sequence[bytes], folder: Path, then: str):
         stored = folder / "jpegs.pickle"
         stored.write_bytes(pickle.dumps(list(encoded)))
         command = [python, str(Path(__file__).with_name("data_tf.py")), str(stored)]
-        command += [str(SIZE), str(BATCH_SIZE), str(CORES), str(int(antialias))]
+        command += [str(SIZE), str(BATCH_SIZE), str(CORES), then]
         quiet = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
         self.child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=quiet
@@ -174,6 +183,24 @@ class TensorFlow:
         self.child.stdin.write(f"{batches}\n")
         self.child.stdin.flush()
         return float(self.child.stdout.readline())
+
+
+def decoding(encoded: Sequence[bytes]) -> Callable[[int], float]:
+    """Seconds of so many batches of whole pictures, decoded in threads and let go."""
+
+    def one(index: int) -> None:
+        picture = data.image.peek(encoded[index % len(encoded)])
+        assert isinstance(picture, data.image.Jpeg)
+        picture.decode(scratch=True)
+
+    def run(batches: int) -> float:
+        began = time.perf_counter()
+        with ThreadPoolExecutor(CORES) as pool:
+            for _ in pool.map(one, range(batches * BATCH_SIZE)):
+                pass
+        return time.perf_counter() - began
+
+    return run
 
 
 def timed(batches: Iterator[Any]) -> Callable[[int], float]:
@@ -213,10 +240,10 @@ def main() -> None:
         arms[f"ours, {CORES} workers"] = timed(ours(tar, CROP, threads=1, workers=CORES))
         same = ours(tar, OPEN_CLIP_CROP, threads=CORES, workers=0)
         arms["ours, open_clip's windows"] = timed(same)
+        arms["decoding alone"] = decoding(encoded)
         if o.tensorflow:
-            for antialias in (False, True):
-                how = "tf.data, antialiased" if antialias else "tf.data"
-                arms[how] = TensorFlow(o.tensorflow, encoded, Path(name), antialias)
+            for how, then in TENSORFLOW.items():
+                arms[how] = TensorFlow(o.tensorflow, encoded, Path(name), then)
         rates = interleaved_rates(arms, o.rounds, o.images)
     kilobytes = float(np.mean([len(x) for x in encoded])) / 1e3
     print(f"\n{len(encoded)} JPEGs of 500x375, {kilobytes:.0f} kB in the mean; {CORES} cores\n")

@@ -1,6 +1,7 @@
 """tf.data's side of data.py, for an interpreter that has TensorFlow; started by it.
 
-The operations are big_vision's: decode_jpeg_and_inception_crop, then flip_lr.
+The operations are big_vision's: decode_jpeg_and_inception_crop, then flip_lr. What is done with the
+window that was decoded is "resize", "antialias" (resize so) or "nothing".
 """
 
 import pickle
@@ -13,7 +14,7 @@ import tensorflow as tf
 BUFFERED = 2  # batches
 
 
-def augment(encoded: tf.Tensor, size: int, antialias: bool) -> tf.Tensor:
+def augment(encoded: tf.Tensor, size: int, then: str) -> tf.Tensor:
     """The window that is drawn is all that is decoded."""
     begin, extent, _ = tf.image.sample_distorted_bounding_box(
         tf.image.extract_jpeg_shape(encoded),
@@ -25,16 +26,18 @@ def augment(encoded: tf.Tensor, size: int, antialias: bool) -> tf.Tensor:
     )
     window = tf.concat([begin[:2], extent[:2]], axis=0)
     image = tf.image.decode_and_crop_jpeg(encoded, window, channels=3)
-    image = tf.image.resize(image, (size, size), method="bilinear", antialias=antialias)
+    if then == "nothing":
+        return image[:1, :1]  # batches are of one shape
+    image = tf.image.resize(image, (size, size), method="bilinear", antialias=then == "antialias")
     return tf.image.random_flip_left_right(tf.cast(image, tf.uint8))
 
 
 def main() -> None:
     """Answer each line, a number of batches, with the seconds that they took."""
-    path, size, batch_size, threads, antialias = sys.argv[1:]
+    path, size, batch_size, threads, then = sys.argv[1:]
     dataset = tf.data.Dataset.from_tensor_slices(pickle.loads(Path(path).read_bytes()))
     dataset = dataset.repeat().map(
-        lambda x: augment(x, int(size), antialias == "1"), num_parallel_calls=int(threads)
+        lambda x: augment(x, int(size), then), num_parallel_calls=int(threads)
     )
     dataset = dataset.batch(int(batch_size)).prefetch(BUFFERED)
     options = tf.data.Options()
