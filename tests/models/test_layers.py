@@ -1,5 +1,7 @@
 """Dense, attention, norm, activations against NumPy."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,37 +52,95 @@ def test_dense_gradients_have_their_operands_types_and_values(kernel_type):
 
 
 def numpy_attention(q, k, v, visible):
-    scores = np.einsum("bqhd,bkhd->bhqk", *(a.astype(np.float64) for a in (q, k)))
+    scores = np.einsum("bhqd,bhkd->bhqk", *(a.astype(np.float64) for a in (q, k)))
     scores = np.where(visible, scores / np.sqrt(q.shape[-1]), -np.inf)
     weight = np.exp(scores - scores.max(-1, keepdims=True))
     weight /= weight.sum(-1, keepdims=True)
-    return np.einsum("bhqk,bkhd->bqhd", weight, v)
+    return np.einsum("bhqk,bhkd->bhqd", weight, v)
+
+
+def attention_masks():
+    keys = np.arange(5) < np.array([5, 3])[:, None]
+    pairs = np.random.default_rng(9).random((2, 5, 5)) < 0.6
+    pairs[0, 1] = False  # a query that sees nothing
+    return {"none": None, "keys": jnp.asarray(keys), "pairs": jnp.asarray(pairs)}
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_equals_numpy(causal, masked):
-    q, k, v = (normal(2, 5, 3, 4, seed=i) for i in range(3))
-    mask = np.arange(5) < np.array([5, 3])[:, None] if masked else None
+    q, k, v = (normal(2, 3, 5, 4, seed=i) for i in range(3))
+    mask = attention_masks()["keys"] if masked else None
     visible = np.ones((2, 1, 5, 5), bool)
-    visible &= mask[:, None, None, :] if masked else True
+    visible &= np.asarray(mask)[:, None, None, :] if mask is not None else True
     visible &= np.tri(5, dtype=bool) if causal else True
     y = layers.attention(*map(jnp.asarray, (q, k, v)), mask=mask, causal=causal)
     np.testing.assert_allclose(y, numpy_attention(q, k, v, visible), rtol=1e-5, atol=1e-6)
 
 
-def test_a_row_with_no_visible_key_gives_no_nan():
-    q, k, v = (jnp.asarray(normal(1, 3, 2, 4, seed=i)) for i in range(3))
+def jax_attention(q, k, v, *, mask, causal):
+    """JAX's own, differentiated by JAX."""
+    if mask is not None:
+        mask = mask[:, None, None] if mask.ndim == 2 else mask[:, None]
+    by_length = (x.swapaxes(1, 2) for x in (q, k, v))
+    return jax.nn.dot_product_attention(*by_length, mask=mask, is_causal=causal).swapaxes(1, 2)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mask", ["none", "keys", "pairs"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_attention_and_its_gradient_equal_jaxs(mask, causal, dtype):
+    given = tuple(jnp.asarray(normal(2, 3, 5, 4, seed=i), dtype) for i in range(3))
+    weights = jnp.asarray(normal(2, 3, 5, 4, seed=3))
+
+    def values(attend, dtype):
+        def of(*qkv):
+            y = attend(*qkv, mask=attention_masks()[mask], causal=causal)
+            return (weights * y.astype(jnp.float32)).sum(), y
+
+        (_, y), gradients = jax.value_and_grad(of, (0, 1, 2), has_aux=True)(
+            *(x.astype(dtype) for x in given)
+        )
+        return y, *gradients
+
+    got, want = values(layers.attention, dtype), values(jax_attention, jnp.float32)
+    assert all(x.dtype == dtype for x in got)
+    # bf16 carries 8 bits: of values up to 4, and of sums of five of them.
+    close = dict(rtol=1e-5, atol=2e-6) if dtype == jnp.float32 else dict(rtol=0.05, atol=0.05)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float32), b, **close)
+
+
+def test_a_row_with_no_visible_key_averages_all_and_has_no_gradient_of_scores():
+    q, k, v = (jnp.asarray(normal(1, 2, 3, 4, seed=i)) for i in range(3))
     mask = jnp.zeros((1, 3), bool)
-    value, gradient = jax.value_and_grad(lambda q: layers.attention(q, k, v, mask=mask).sum())(q)
-    assert np.isfinite(value) and np.isfinite(gradient).all()
+    y = layers.attention(q, k, v, mask=mask)
+    mean = jnp.broadcast_to(v.mean(2, keepdims=True), v.shape)
+    np.testing.assert_allclose(y, mean, rtol=1e-6, atol=1e-6)
+    gradients = jax.grad(lambda q, k: layers.attention(q, k, v, mask=mask).sum(), (0, 1))(q, k)
+    assert not any(np.any(g) for g in gradients)
+
+
+def test_nothing_is_transposed_for_a_product():
+    """Compilers copy what they transpose, and compute in that order what fused into the copy."""
+
+    def lowered(f, *shapes):
+        given = [jnp.ones(shape) for shape in shapes]
+        return jax.jit(jax.grad(f, tuple(range(len(given))))).lower(*given).as_text()
+
+    dense = lowered(lambda x, w: layers.dense(x, w).sum(), (2, 3, 4), (4, 5))
+    attention = lowered(lambda *qkv: layers.attention(*qkv).sum(), *[(2, 3, 5, 4)] * 3)
+    for text, products in ((dense, 2), (attention, 6)):
+        summed = re.findall(r"contracting_dims = \[([^]]*)\] x \[([^]]*)\]", text)
+        assert len(summed) == products and all(len(a) == len(b) == 1 for a, b in summed)
+        assert "transpose" not in text
 
 
 def test_softmax_stays_float32_for_bf16_operands():
     """1024 equal keys: a bf16 softmax would sum their weights to something else than one."""
     q = jnp.zeros((1, 1, 1, 4), jnp.bfloat16)
     text = jax.jit(lambda q, k: layers.attention(q, k, k)).lower(
-        q, jnp.zeros((1, 1024, 1, 4), q.dtype)
+        q, jnp.zeros((1, 1, 1024, 4), q.dtype)
     )
     exponentials = [x for x in text.as_text().splitlines() if "exponential" in x]
     assert exponentials and all("f32" in x for x in exponentials)
