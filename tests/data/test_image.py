@@ -195,6 +195,21 @@ def test_rotated_jpeg_is_upright(orientation):
     np.testing.assert_array_equal(decode(data), np.rot90(by_pillow(data), turns))
 
 
+def test_jpeg_that_xmp_turns_is_upright():
+    xmp = b'http://ns.adobe.com/xap/1.0/\0<rdf:Description tiff:Orientation="6"/>'
+    app1 = b"\xff\xe1" + (len(xmp) + 2).to_bytes(2) + xmp
+    data = JPEGS["4:2:0"][:2] + app1 + JPEGS["4:2:0"][2:]
+    np.testing.assert_array_equal(decode(data), np.rot90(decode(JPEGS["4:2:0"]), 3))
+
+
+def test_several_pictures_in_a_jpeg_give_the_first():
+    other = Image.fromarray(SMOOTH[::-1].copy())
+    data = encode(SMOOTH, "MPO", save_all=True, append_images=[other])
+    assert not isinstance(peek(data), Jpeg)
+    np.testing.assert_array_equal(decode(data), by_pillow(data))
+    assert np.abs(decode(data).astype(int) - SMOOTH).mean() < 5
+
+
 def test_jpeg_of_too_many_pixels_is_refused_by_its_header(monkeypatch):
     monkeypatch.setattr("simplejpeg.decode_jpeg", lambda *a, **k: pytest.fail("decoded"))
     assert cause_of(JPEGS["4:2:0"], max_pixels=93 * 131 - 1) is Cause.TOO_MANY_PIXELS
