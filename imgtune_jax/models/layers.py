@@ -7,6 +7,7 @@ in float32 and everything element-wise (norm, softmax, activation, residual) sta
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from imgtune_jax.models import init
 
@@ -79,11 +80,32 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 def _product(a: Array, b: Array, *, axes: tuple[int, int]) -> Array:
     """The sum over one axis of each, in float32; what lies before the last two axes is shared."""
+    by_column = axes[0] == a.ndim - 2 and a.dtype != jnp.float32
+    if not by_column:
+        return _dot(a, b, axes=axes)
+
+    def on_cpu(a: Array, b: Array) -> Array:
+        return _dot(_turned(a), b, axes=(axes[0] + 1, axes[1]))
+
+    return lax.platform_dependent(a, b, cpu=on_cpu, default=functools.partial(_dot, axes=axes))
+
+
+def _dot(a: Array, b: Array, *, axes: tuple[int, int]) -> Array:
     shared = tuple(range(a.ndim - 2))
     one, other = ((axis,) for axis in axes)
     return lax.dot_general(
         a, b, ((one, other), (shared, shared)), preferred_element_type=jnp.float32
     )
+
+
+def _turned(x: Shaped[Array, "*n i j"]) -> Shaped[Array, "*n j i"]:
+    """The last two axes swapped, j in two steps: XLA:CPU finds no transpose to fold into a product.
+
+    Folded, a product in low precision sums along columns; that it computes in float32.
+    """
+    *n, i, j = x.shape
+    step = math.gcd(j, 32)
+    return jnp.moveaxis(x.reshape(*n, i, j // step, step), -3, -1).reshape(*n, j, i)
 
 
 def dense(

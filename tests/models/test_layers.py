@@ -136,6 +136,32 @@ def test_nothing_is_transposed_for_a_product():
         assert "transpose" not in text
 
 
+def lowered_gradient(f, dtype, platform, *shapes):
+    given = [jnp.ones(shape, dtype) for shape in shapes]
+    gradient = jax.jit(jax.grad(lambda *xs: f(*xs).astype(jnp.float32).sum(), range(len(given))))
+    return gradient.trace(*given).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_only_low_precision_on_a_cpu_turns_what_it_would_sum_by_column(dtype, platform):
+    """There XLA computes a product that sums along its first operand's columns in float32."""
+    dense = lowered_gradient(
+        lambda x, w: layers.dense(x, w, dtype=dtype), dtype, platform, (8, 4), (4, 6)
+    )
+    attention = lowered_gradient(layers.attention, dtype, platform, *[(2, 3, 6, 4)] * 3)
+    turned = platform == "cpu" and dtype == jnp.bfloat16
+    for text, rank in ((dense, 2), (attention, 4)):
+        summed = re.findall(r"contracting_dims = \[(\d)\]", text)
+        assert (str(rank - 2) not in summed) == ("transpose" in text) == turned
+
+
+@pytest.mark.parametrize("columns", [1, 6, 7, 48])
+def test_turned_is_the_transpose(columns):
+    x = jnp.asarray(normal(2, 5, columns))
+    np.testing.assert_array_equal(layers._turned(x), np.swapaxes(x, 1, 2))
+
+
 def test_softmax_stays_float32_for_bf16_operands():
     """1024 equal keys: a bf16 softmax would sum their weights to something else than one."""
     q = jnp.zeros((1, 1, 1, 4), jnp.bfloat16)
