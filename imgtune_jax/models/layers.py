@@ -63,7 +63,7 @@ def _matmul_forward(x: Array, kernel: Array, dtype: Dtype) -> tuple[Array, Any]:
     low = x.astype(dtype), kernel.astype(dtype)
     # Empty arrays remember the operands' own types for the cotangents.
     empty = jnp.empty(0, x.dtype), jnp.empty(0, kernel.dtype)
-    return _product(*low, axes=(1, 0)), (*low, *empty)
+    return _product(*low, axes=(-1, -2)), (*low, *empty)
 
 
 def _matmul_backward(dtype: Dtype, residuals: Any, g: Array) -> tuple[Array, Array]:
@@ -71,7 +71,7 @@ def _matmul_backward(dtype: Dtype, residuals: Any, g: Array) -> tuple[Array, Arr
     # Without this rule autodiff multiplies a float32 cotangent with low-precision operands, which
     # no matrix unit does: it would run in float32.
     g = g.astype(dtype)
-    dx, dkernel = _product(g, kernel, axes=(1, 1)), _product(x, g, axes=(0, 0))
+    dx, dkernel = _product(g, kernel, axes=(-1, -1)), _product(x, g, axes=(-2, -2))
     return dx.astype(x_type.dtype), dkernel.astype(kernel_type.dtype)
 
 
@@ -79,23 +79,36 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def _product(a: Array, b: Array, *, axes: tuple[int, int]) -> Array:
-    """The sum over one axis of each, in float32; what lies before the last two axes is shared."""
-    by_column = axes[0] == a.ndim - 2 and a.dtype != jnp.float32
-    if not by_column:
-        return _dot(a, b, axes=axes)
+    """The sum over one axis of each, in float32; what lies before the last two axes is shared.
 
-    def on_cpu(a: Array, b: Array) -> Array:
-        return _dot(_turned(a), b, axes=(axes[0] + 1, axes[1]))
-
-    return lax.platform_dependent(a, b, cpu=on_cpu, default=functools.partial(_dot, axes=axes))
+    Axes are -1 and -2: of rows and of columns.
+    """
+    dot = functools.partial(_dot, axes=axes)
+    by_row = axes[0] == -1 and a.ndim == 2
+    if by_row or a.dtype == jnp.float32:
+        return dot(a, b)
+    return lax.platform_dependent(a, b, cpu=functools.partial(_dot_on_cpu, axes=axes), default=dot)
 
 
 def _dot(a: Array, b: Array, *, axes: tuple[int, int]) -> Array:
     shared = tuple(range(a.ndim - 2))
-    one, other = ((axis,) for axis in axes)
+    one, other = ((axis + a.ndim,) for axis in axes)
     return lax.dot_general(
         a, b, ((one, other), (shared, shared)), preferred_element_type=jnp.float32
     )
+
+
+def _dot_on_cpu(a: Array, b: Array, *, axes: tuple[int, int]) -> Array:
+    """`_dot` in a form that XLA:CPU computes in low precision, and not in float32.
+
+    That wants the first operand by row, and both as they lie in memory: heads that were split off
+    by a transpose are copied into their order where their axis is made one with the batch's.
+    """
+    shared = a.shape[:-2]
+    if shared:
+        a, b = (x.reshape(-1, *x.shape[-2:]) for x in (a, b))
+    y = _dot(_turned(a) if axes[0] == -2 else a, b, axes=(-1, axes[1]))
+    return y.reshape(*shared, *y.shape[-2:])
 
 
 def _turned(x: Shaped[Array, "*n i j"]) -> Shaped[Array, "*n j i"]:
@@ -156,23 +169,23 @@ def _attention(q: Array, k: Array, v: Array, visible: Array | None) -> Array:
 def _attention_forward(
     q: Array, k: Array, v: Array, visible: Array | None
 ) -> tuple[Array, tuple[Array | None, ...]]:
-    scores = _product(q, k, axes=(3, 3)) * q.shape[-1] ** -0.5
+    scores = _product(q, k, axes=(-1, -1)) * q.shape[-1] ** -0.5
     if visible is not None:
         scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores).astype(v.dtype)
-    y = _product(weights, v, axes=(3, 2)).astype(v.dtype)
+    y = _product(weights, v, axes=(-1, -2)).astype(v.dtype)
     return y, (q, k, v, visible, weights, y)
 
 
 def _attention_backward(residuals: Any, g: Array) -> tuple[Array, Array, Array, None]:
     q, k, v, visible, weights, y = residuals
-    dv = _product(weights, g, axes=(2, 2))
+    dv = _product(weights, g, axes=(-2, -2))
     along = (g.astype(jnp.float32) * y).sum(-1, keepdims=True)
-    dscores = weights * (_product(g, v, axes=(3, 3)) - along) * q.shape[-1] ** -0.5
+    dscores = weights * (_product(g, v, axes=(-1, -1)) - along) * q.shape[-1] ** -0.5
     if visible is not None:
         dscores = jnp.where(visible, dscores, 0.0)
     dscores = dscores.astype(q.dtype)
-    dq, dk = _product(dscores, k, axes=(3, 2)), _product(dscores, q, axes=(2, 2))
+    dq, dk = _product(dscores, k, axes=(-1, -2)), _product(dscores, q, axes=(-2, -2))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
