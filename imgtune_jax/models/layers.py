@@ -79,9 +79,9 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def _product(a: Array, b: Array, *, axes: tuple[int, int]) -> Array:
-    """The sum over one axis of each, in float32; what lies before the last two axes is shared.
+    """The sum along one axis of each, -1 (rows) or -2 (columns), in float32.
 
-    Axes are -1 and -2: of rows and of columns.
+    What lies before the last two axes is shared.
     """
     dot = functools.partial(_dot, axes=axes)
     by_row = axes[0] == -1 and a.ndim == 2
@@ -106,7 +106,7 @@ def _dot_on_cpu(a: Array, b: Array, *, axes: tuple[int, int]) -> Array:
     """
     shared = a.shape[:-2]
     if shared:
-        a, b = (x.reshape(-1, *x.shape[-2:]) for x in (a, b))
+        a, b = (x.reshape(math.prod(shared), *x.shape[-2:]) for x in (a, b))
     y = _dot(_turned(a) if axes[0] == -2 else a, b, axes=(-1, axes[1]))
     return y.reshape(*shared, *y.shape[-2:])
 
