@@ -123,11 +123,10 @@ class TorchImages:
     def transform(self) -> Callable[[Image.Image], Any]:
         """Built in the worker, once."""
         if not hasattr(self, "_transform"):
-            import side_by_side
+            import peers
             import torch
 
-            peer = side_by_side.open_clip()  # makes torchvision importable
-            from torchvision import transforms
+            transforms = peers.torchvision().transforms
 
             steps: list[Any] = [
                 transforms.RandomResizedCrop(SIZE),
@@ -142,7 +141,7 @@ class TorchImages:
                 ]
             self._transform = transforms.Compose(steps)
             if self.augment == "open_clip":
-                self._transform = peer.image_transform(SIZE, is_train=True)
+                self._transform = peers.open_clip().image_transform(SIZE, is_train=True)
         return self._transform
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from side_by_side import Run, arguments, in_processes, medians, open_clip, table, write
+from peers import open_clip
+from side_by_side import Run, arguments, in_processes, medians, table, write
 
 from imgtune_jax import interop, models
 from imgtune_jax.decoding import Beam, Decoding, Generator, Greedy, pad_prompts

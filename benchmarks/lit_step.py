@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from side_by_side import Run, arguments, in_processes, medians, open_clip, table, write
+from peers import open_clip
+from side_by_side import Run, arguments, in_processes, medians, table, write
 
 from imgtune_jax import models, objectives
 from imgtune_jax.train.optim import Optimizer

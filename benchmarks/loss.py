@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peers
 import side_by_side
 
 D, SCALE, BIAS, PIECES = 512, 20.0, -10.0, 8
@@ -122,7 +123,7 @@ def open_clip(n: int, *, sigmoid: bool, pieces: int) -> Run:
     """`ClipLoss` or `SigLipLoss`; in pieces, as its ring over ranks computes them."""
     import torch
 
-    peer = side_by_side.open_clip()
+    peer = peers.open_clip()
 
     image, text = (torch.from_numpy(x).requires_grad_() for x in inputs(n))
     scale = torch.tensor(SCALE, requires_grad=True)

@@ -1,9 +1,8 @@
-"""What the benchmarks share: interleaved timing, tables, and the peers' imports."""
+"""What the benchmarks share: interleaved timing, and tables."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import multiprocessing
 import os
@@ -13,7 +12,6 @@ import statistics
 import subprocess
 import sys
 import time
-import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -174,31 +172,3 @@ def arguments(doc: str, *, rounds: int = 5) -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--output", type=Path, help="a JSON file to write")
     return parser
-
-
-def open_clip() -> Any:
-    """The open_clip module. Raises ImportError where it is not installed."""
-    import torch
-
-    # torchvision's CUDA build lacks these on a CPU torch, and fails at import without them.
-    for op in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, op):
-            signature = "(Tensor dets, Tensor scores, float t) -> Tensor"
-            torch.library.define(f"torchvision::{op}", signature)
-    import open_clip
-
-    return open_clip
-
-
-def add_big_vision(checkout: Path) -> None:
-    """Make `big_vision.models` importable from a checkout. Its TensorFlow is never called."""
-    if not (checkout / "big_vision" / "models").is_dir():
-        raise ValueError(f"{checkout} is no checkout of big_vision: no big_vision/models in it")
-    # Flax looks for a real TensorFlow when this is first imported: before ours stands in for it.
-    importlib.import_module("flax.training.checkpoints")
-    sys.path.insert(0, str(checkout))
-    for name in ("tensorflow", "tensorflow.io", "tensorflow.io.gfile"):
-        if name not in sys.modules:
-            sys.modules[name] = types.ModuleType(name)
-    sys.modules["tensorflow"].io = sys.modules["tensorflow.io"]  # pyright: ignore
-    sys.modules["tensorflow.io"].gfile = sys.modules["tensorflow.io.gfile"]  # pyright: ignore

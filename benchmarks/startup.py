@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import peers
 import side_by_side
 
 ARMS = ("ours", "ours, kept programs", "ours, scan", "ours, scan, kept programs", "open_clip")
@@ -91,7 +92,7 @@ def ours(*, scan: bool, kept: Path | None) -> Stages:
 def open_clip() -> Stages:
     """Import, build, step; nothing is compiled."""
     stages = Stages()
-    library = side_by_side.open_clip()
+    library = peers.open_clip()
     import torch
 
     stages.end("import_s")

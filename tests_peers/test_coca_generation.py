@@ -12,6 +12,8 @@ import pytest
 import transformers
 from open_clip import coca_model
 
+from tests.golden import decoding_open_clip as script
+
 NEEDS = (
     *("LogitsProcessorList", "MinLengthLogitsProcessor", "RepetitionPenaltyLogitsProcessor"),
     *("MaxLengthCriteria", "StoppingCriteriaList"),
@@ -19,8 +21,7 @@ NEEDS = (
 
 
 @pytest.mark.parametrize("name", ["small", "wide"])
-def test_the_golden_is_what_open_clip_writes(name, load_golden_script, monkeypatch):
-    script = load_golden_script("decoding_open_clip")
+def test_the_golden_is_what_open_clip_writes(name, monkeypatch):
     for need in NEEDS:
         monkeypatch.setattr(coca_model, need, getattr(transformers, need), raising=False)
     warper = {"top_k": transformers.TopKLogitsWarper}

@@ -9,13 +9,9 @@ from open_clip.model import resize_pos_embed
 
 from imgtune_jax import interop, models
 from imgtune_jax.models import positions
+from tests.golden import interop_open_clip as cases
 
 TOLERANCE = dict(rtol=1e-4, atol=1e-5)  # other summation orders, over a few layers, in float32
-
-
-@pytest.fixture(scope="module")
-def cases(load_golden_script):
-    return load_golden_script("interop_open_clip")
 
 
 NAMES = (
@@ -38,16 +34,16 @@ def ours(model, params, image, text, mask):
     return image_features, model.text_head.apply(head, pooled.pooled, train=False)
 
 
-def convert(cases, name):
+def convert(name):
     theirs = cases.build(name)
     model = models.build(interop.from_open_clip({"embed_dim": 8, **cases.CASES[name][0]}))
     return theirs, model, interop.load_open_clip(cases.state_dict(theirs), model)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_live_outputs_are_equal(name, cases):
+def test_live_outputs_are_equal(name):
     assert set(NAMES) == set(cases.CASES)
-    theirs, model, params = convert(cases, name)
+    theirs, model, params = convert(name)
     inputs = cases.inputs(seed=3)
     want = cases.outputs(theirs, *inputs[:2])
     image, text = ours(model, params, *inputs)
@@ -60,9 +56,9 @@ def test_live_outputs_are_equal(name, cases):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_our_export_gives_open_clip_the_same_outputs(name, cases, tmp_path):
+def test_our_export_gives_open_clip_the_same_outputs(name, tmp_path):
     """Through the folder its users load as local-dir:PATH."""
-    theirs, model, params = convert(cases, name)
+    theirs, model, params = convert(name)
     interop.save_folder(tmp_path, model, params)
     if cases.CASES[name][1]:  # a text tower of its own is named so in the config
         custom = open_clip.CustomTextCLIP(output_dict=True, **interop.to_open_clip(model)).eval()
@@ -77,8 +73,8 @@ def test_our_export_gives_open_clip_the_same_outputs(name, cases, tmp_path):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6, err_msg=key)
 
 
-def test_local_dir_carries_the_preprocessing(cases, tmp_path):
-    _, model, params = convert(cases, "quick_gelu")
+def test_local_dir_carries_the_preprocessing(tmp_path):
+    _, model, params = convert("quick_gelu")
     interop.save_folder(tmp_path, model, params)
     _, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
     normalize = preprocess.transforms[-1]

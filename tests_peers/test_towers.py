@@ -7,6 +7,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 from imgtune_jax import interop, models
+from tests.golden import interop_resnet
 
 
 def numpy_state(model):
@@ -71,18 +72,17 @@ def test_bert_round_trip_into_transformers():
         torch.testing.assert_close(again(ids)[0], theirs(ids)[0], rtol=1e-5, atol=1e-6)
 
 
-def test_resnet_equals_torchvision(load_golden_script, tmp_path):
+def test_resnet_equals_torchvision(tmp_path):
     from torchvision.models import resnet
 
-    script = load_golden_script("interop_resnet")
     theirs = resnet.resnet50(num_classes=7).eval()
     shapes = {name: tuple(x.shape) for name, x in theirs.state_dict().items()}
-    state = script.draw_state(shapes, seed=2)
+    state = interop_resnet.draw_state(shapes, seed=2)
     theirs.load_state_dict({name: torch.from_numpy(x) for name, x in state.items()})
     np.savez(tmp_path / "resnet.npz", **state)
     cfg = dict(name="resnet", variant="50", num_classes=7)
     params = interop.load_tower(dict(format="resnet", path=tmp_path / "resnet.npz"), cfg)
-    image = script.draw_image(size=65)
+    image = interop_resnet.draw_image(size=65)
     with torch.no_grad():
         want = theirs(torch.from_numpy(image.transpose(0, 3, 1, 2).copy())).numpy()
     tower = models.build_tower(cfg)

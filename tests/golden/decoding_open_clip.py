@@ -1,7 +1,7 @@
 """Makes decoding_open_clip.npz: what small random open_clip CoCa models write of random images.
 
     pip install -r tests_peers/requirements.txt transformers==4.55.4 "huggingface-hub<1"
-    python tests/golden/decoding_open_clip.py
+    python -m tests.golden.decoding_open_clip
 
 with open-clip-torch 3.3.0, torch 2.13.0. Its generation cannot be imported with transformers 5,
 which has no BeamSearchScorer; `tests_peers/test_coca_generation.py` runs the greedy one live.
@@ -13,7 +13,6 @@ hidden here.
 """
 
 import json
-import sys
 from functools import partialmethod
 from pathlib import Path
 from unittest import mock
@@ -21,12 +20,10 @@ from unittest import mock
 import numpy as np
 import torch
 
-if "open_clip" not in sys.modules:
-    # torchvision built for CUDA lacks these on a CPU torch, and fails at import without them.
-    for op in ("nms", "qnms"):
-        torch.library.define(f"torchvision::{op}", "(Tensor a, Tensor b, float t) -> Tensor")
-from open_clip import coca_model
-from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from benchmarks import peers
+
+open_clip = peers.open_clip()
+coca_model, constants = open_clip.coca_model, open_clip.constants
 
 GOLDEN = Path(__file__).with_name("decoding_open_clip.npz")
 VOCAB, LENGTH, PAD, BEGIN, END = 16, 14, 0, 1, 3
@@ -91,7 +88,7 @@ def images():
 
 def generate(model, **options):
     """Token ids [b l], the begin token first."""
-    pixels = (images() / 255 - OPENAI_DATASET_MEAN) / OPENAI_DATASET_STD
+    pixels = (images() / 255 - constants.OPENAI_DATASET_MEAN) / constants.OPENAI_DATASET_STD
     pixels = torch.from_numpy(pixels.astype(np.float32).transpose(0, 3, 1, 2))
     common = dict(seq_len=LONGEST, pad_token_id=PAD, eos_token_id=END, sot_token_id=BEGIN)
     return model.generate(pixels, **common, **options).numpy()

@@ -1,22 +1,19 @@
 """Makes interop_open_clip.npz: random tiny open_clip models, their inputs and outputs.
 
-    pip install -r tests_peers/requirements.txt && python tests/golden/interop_open_clip.py
+    pip install -r tests_peers/requirements.txt && python -m tests.golden.interop_open_clip
 
 with open-clip-torch 3.3.0, torch 2.13.0. `tests_peers/test_open_clip.py` runs the same cases live.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-if "open_clip" not in sys.modules:
-    # torchvision built for CUDA lacks these on a CPU torch, and fails at import without them.
-    for op in ("nms", "qnms"):
-        torch.library.define(f"torchvision::{op}", "(Tensor a, Tensor b, float t) -> Tensor")
-import open_clip
+from benchmarks import peers
+
+open_clip = peers.open_clip()
 
 GOLDEN = Path(__file__).with_name("interop_open_clip.npz")
 VOCAB, LENGTH, EOT = 40, 7, 39

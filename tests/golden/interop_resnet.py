@@ -1,6 +1,6 @@
 """Makes interop_resnet.npz: outputs of torchvision's ResNet on weights drawn by NumPy.
 
-    pip install -r tests_peers/requirements.txt && python tests/golden/interop_resnet.py
+    pip install -r tests_peers/requirements.txt && python -m tests.golden.interop_resnet
 
 with torchvision 0.28.0. The file holds names, shapes and outputs; tests draw the weights anew.
 """
@@ -40,11 +40,9 @@ def draw_image(n=2, size=37, seed=1):
 def build():
     import torch
 
-    # torchvision built for CUDA lacks these on a CPU torch, and fails at import without them.
-    for op in ("nms", "qnms"):
-        torch.library.define(f"torchvision::{op}", "(Tensor a, Tensor b, float t) -> Tensor")
-    from torchvision.models import resnet
+    from benchmarks import peers
 
+    resnet = peers.torchvision().models.resnet
     model = resnet.ResNet(resnet.Bottleneck, list(STAGE_SIZES), num_classes=NUM_CLASSES).eval()
     shapes = {name: list(x.shape) for name, x in model.state_dict().items()}
     state = {name: torch.from_numpy(x) for name, x in draw_state(shapes).items()}

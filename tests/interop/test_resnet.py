@@ -1,6 +1,5 @@
 """torchvision's ResNet, replayed from a golden that tests/golden/interop_resnet.py makes."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -8,19 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from imgtune_jax import interop, models
+from tests.golden import interop_resnet as script
 
 FOLDER = Path(__file__).parents[1] / "golden"
 
 
-def golden_script():
-    spec = importlib.util.spec_from_file_location("interop_resnet", FOLDER / "interop_resnet.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_outputs_equal_torchvisions(tmp_path):
-    script, golden = golden_script(), np.load(FOLDER / "interop_resnet.npz")
+    golden = np.load(FOLDER / "interop_resnet.npz")
     state = script.draw_state(json.loads(str(golden["shapes"])))
     np.savez(tmp_path / "resnet.npz", **state)
     cfg = dict(name="resnet", stage_sizes=script.STAGE_SIZES, num_classes=script.NUM_CLASSES)
