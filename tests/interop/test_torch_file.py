@@ -12,7 +12,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from imgtune_jax.interop.torch_pickle import load_state_dict
+from imgtune_jax.interop.torch_file import load_state_dict
 
 TYPES = {"<f4": "FloatStorage", "<f8": "DoubleStorage", "<i8": "LongStorage", "<f2": "HalfStorage"}
 
