@@ -5,11 +5,9 @@ Published COCO numbers are made with this tokenizer. Optional: `pip install imgt
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import shutil
 from collections.abc import Sequence
-from typing import Any
 
 from imgtune_jax.evals.caption_metrics.tokens import Tokens
 
@@ -19,10 +17,14 @@ def ptb(texts: Sequence[str]) -> list[list[str]]:
 
     Raises ValueError, saying what to install, where pycocoevalcap or Java is missing.
     """
-    tokenizer = _load("tokenizer.ptbtokenizer").PTBTokenizer()
+    require()
+    from pycocoevalcap.tokenizer.ptbtokenizer import (  # pyright: ignore[reportMissingImports]
+        PTBTokenizer,
+    )
+
     # A line that is empty at the end of the text is lost: the text ends with a word.
     lines = dict(enumerate([*texts, "end"]))
-    found = tokenizer.tokenize({i: [{"caption": t}] for i, t in lines.items()})
+    found = PTBTokenizer().tokenize({i: [{"caption": t}] for i, t in lines.items()})
     return [found[i][0].split() for i in range(len(texts))]
 
 
@@ -33,10 +35,12 @@ def meteor(
 
     Raises ValueError, saying what to install, where pycocoevalcap or Java is missing.
     """
-    scorer = _load("meteor.meteor").Meteor()
+    require()
+    from pycocoevalcap.meteor.meteor import Meteor  # pyright: ignore[reportMissingImports]
+
     wanted = {i: [" ".join(r) for r in own] for i, own in enumerate(references)}
     said = {i: [" ".join(p)] for i, p in enumerate(predictions)}
-    return {"METEOR": float(scorer.compute_score(wanted, said)[0])}
+    return {"METEOR": float(Meteor().compute_score(wanted, said)[0])}
 
 
 def require() -> None:
@@ -49,8 +53,3 @@ def require() -> None:
             f"the PTB tokenizer and METEOR need {' and '.join(missing)}; install what is missing, "
             'or use tokenization="simple" and leave "meteor" out of the metrics'
         )
-
-
-def _load(name: str) -> Any:
-    require()
-    return importlib.import_module(f"pycocoevalcap.{name}")
