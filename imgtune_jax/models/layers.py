@@ -84,8 +84,7 @@ def _product(a: Array, b: Array, *, axes: tuple[int, int]) -> Array:
     What lies before the last two axes is shared.
     """
     dot = functools.partial(_dot, axes=axes)
-    by_row = axes[0] == -1 and a.ndim == 2
-    if by_row or a.dtype == jnp.float32:
+    if a.dtype == jnp.float32:
         return dot(a, b)
     return lax.platform_dependent(a, b, cpu=functools.partial(_dot_on_cpu, axes=axes), default=dot)
 
