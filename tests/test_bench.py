@@ -55,10 +55,28 @@ def test_a_slow_stage_is_seen(monkeypatch):
         (["data"], "config"),
         (["data", "--config=configs/no.py"], "no config at 'configs/no.py'"),
         (["data", "--config=configs/debug.py", "--config.data.source.path=no.tar"], "no tar at"),
+        (
+            ["data", "--config=configs/lit_emoji.py", "--config.data.source.path=no.tar"],
+            "no tar at",
+        ),
     ],
 )
-def test_a_mistake_ends_in_one_message(arguments, says):
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_mistake_ends_in_one_message(arguments, says, inside, tmp_path):
+    if not inside:
+        arguments = [a.replace("=configs/", f"={ROOT}/configs/") for a in arguments]
+        says = says.replace("configs/", f"{ROOT}/configs/")
     code = f"from imgtune_jax.cli import main; main(['bench', *{arguments}])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-P",
+            "-c",
+            code,
+        ],  # -P: a console script has no working folder in its path
+        capture_output=True,
+        text=True,
+        cwd=ROOT if inside else tmp_path,
+    )
     assert done.returncode != 0
     assert says in done.stderr and "Traceback" not in done.stderr

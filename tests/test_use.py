@@ -171,7 +171,11 @@ def test_a_mistake_ends_in_one_message(arguments, says):
     ("arguments", "says"),
     [
         (["--config=configs/nope.py"], "no config at 'configs/nope.py'"),
-        (["--config=configs/debug.py", "--config.batch_sze=3"], 'Did you mean "batch_size"'),
+        (
+            ["--config=configs/debug.py", "--config.batch_sze=3"],
+            "imgtune: no setting 'batch_sze' Did you mean \"batch_size\"",
+        ),
+        (["--config=configs/debug.py", "--config.zz.y=3"], "no setting 'zz'"),
         (["--config=configs/debug.py", "--config.lock.imag=True"], 'Did you mean "image"'),
         (["--config=configs/debug.py", "--config.lock.image=maybe"], "lock.image"),
         (["--config=configs/debug.py", "--wrkdir=x"], "wrkdir"),

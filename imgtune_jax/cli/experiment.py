@@ -86,10 +86,27 @@ def parse_flags(values: Any, arguments: list[str], *, required: Sequence[str] = 
             path = argument.removeprefix("--config=").partition(":")[0]
             if not Path(path).is_file():
                 raise SystemExit(f"imgtune: no config at {path!r}; try configs/debug.py")
+            # A config imports its neighbours, `from configs import base`, from wherever it is run.
+            sys.path[:0] = [str(Path.cwd()), str(Path(path).resolve().parent.parent)]
     try:
         return values(arguments)
-    except (flags.Error, AttributeError, KeyError, SyntaxError, TypeError, ValueError) as error:
-        raise SystemExit(f"imgtune: {' '.join(str(error).split())}") from None
+    except (
+        flags.Error,
+        AttributeError,
+        ImportError,
+        LookupError,
+        SyntaxError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise SystemExit(f"imgtune: {_told(error)}") from None
+
+
+def _told(error: Exception) -> str:
+    """On one line. Of an unknown key, ml_collections raises a KeyError, or one in another error."""
+    key = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
+    said = f"no setting {key.args[0]}" if isinstance(key, KeyError) else str(error)
+    return " ".join(said.split())
 
 
 def _train(given: Any) -> None:
