@@ -6,7 +6,7 @@ Prints a Markdown table of means and standard deviations over seeds, with the me
 run, and writes it as JSON. A finished run is not run again. All arms share one cache.
 """
 
-from arms import I2T, T2I, Column, arguments, run_all
+from variants import I2T, T2I, Column, arguments, run_all
 
 ARMS = ("both", "contrastive", "captioning")
 COLUMNS = [

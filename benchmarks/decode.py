@@ -20,7 +20,7 @@ from peers import open_clip
 from side_by_side import Run, arguments, in_processes, medians, table, write
 
 from imgtune_jax import interop, models
-from imgtune_jax.decoding import Beam, Decoding, Generator, Greedy, pad_prompts
+from imgtune_jax.decoding import BeamSearch, GenerationConfig, Generator, Greedy, pad_prompts
 
 ARMS = ("cached, greedy", "cached, beam of 4", "recomputed, greedy", "open_clip, greedy")
 BEGIN, END, BLOCK = 49406, 49407, 8
@@ -49,16 +49,18 @@ def images(batch_size: int) -> np.ndarray:
 
 def build() -> tuple[models.Model, Any]:
     """The model and random parameters."""
-    model = models.build(interop.from_open_clip(SIZES))
+    model = models.build_model(interop.config_from_open_clip(SIZES))
     return model, model.init(jax.random.key(0))
 
 
-def cached(batch_size: int, length: int, method: Greedy | Beam) -> Run:
+def cached(batch_size: int, length: int, method: Greedy | BeamSearch) -> Run:
     """This codebase's way."""
     model, params = build()
-    settings = Decoding(stop=(END,), max_length=length, min_length=length - 1, method=method)
+    settings = GenerationConfig(
+        stop_ids=(END,), max_new_tokens=length, min_new_tokens=length - 1, method=method
+    )
     generator = Generator(
-        model.decoder_cache, model.decode_step, settings, longest=model.decoder.max_length
+        model.decoder_cache, model.decode_step, settings, max_positions=model.decoder.max_length
     )
     encode = jax.jit(model.image_tokens)
     image, prompts = images(batch_size), pad_prompts([[BEGIN]] * batch_size)
@@ -76,8 +78,8 @@ def recomputed(batch_size: int, length: int) -> Run:
         mask = jnp.ones((batch_size, width), bool)
 
         def one(at: jax.Array, ids: jax.Array) -> jax.Array:
-            text = model.run(params, "text", ids[:, :width], mask).tokens
-            hidden = model.run(params, "decoder", text, tokens)[:, at]
+            text = model.apply_component(params, "text", ids[:, :width], mask).tokens
+            hidden = model.apply_component(params, "decoder", text, tokens)[:, at]
             logits = hidden @ model.decoder.kernel(params["decoder"])
             return ids.at[:, at + 1].set(jnp.argmax(logits, -1).astype(ids.dtype))
 
@@ -125,7 +127,7 @@ def main() -> None:
     given = (o.batch_size, o.length)
     arms = {
         "cached, greedy": (cached, (*given, Greedy())),
-        "cached, beam of 4": (cached, (*given, Beam(width=4))),
+        "cached, beam of 4": (cached, (*given, BeamSearch(width=4))),
         "recomputed, greedy": (recomputed, given),
         "open_clip, greedy": (open_clip_greedy, given),
     }

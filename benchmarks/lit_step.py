@@ -42,7 +42,7 @@ def build(variant: str, length: int, dtype: str) -> tuple[models.Model, Any, Any
     """The model with its image tower locked, its optimizer, and the jitted step."""
     _, tower, pixels, width, heads, embed = VARIANTS[variant]
     text = dict(width=width, depth=TEXT_DEPTH.get(width, 12), mlp_dim=4 * width, num_heads=heads)
-    model = models.build(
+    model = models.build_model(
         dict(
             image=dict(name="vit", variant=tower, pre_norm=True),
             text=dict(name="text_transformer", max_length=length, **text),
@@ -53,7 +53,7 @@ def build(variant: str, length: int, dtype: str) -> tuple[models.Model, Any, Any
     ).freeze(lambda path: path.startswith("image/"))
     tx = optax.adamw(1e-4)
     optimizer = Optimizer(tx=tx, schedule=optax.constant_schedule(1e-4))
-    objective = objectives.build({"softmax": dict(weight=1.0)})
+    objective = objectives.build_objective({"softmax": dict(weight=1.0)})
 
     def forward(params: Any, batch: Batch, rng: jax.Array) -> Any:
         return model.apply(params, batch, rng=rng, train=True)
@@ -86,7 +86,7 @@ def ours(variant: str, batch_size: int, length: int, dtype: str, part: str) -> R
     batch = inputs(model, batch_size, length, part)
     trained, frozen = split(model.init(jax.random.key(0)), part)
     if part == "front":
-        front = jax.jit(lambda p, b: model.front(p, tower="image", batch=b))
+        front = jax.jit(lambda p, b: model.apply_frozen_prefix(p, tower="image", batch=b))
         return lambda: front(frozen, batch)
     state = [TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained))]
 

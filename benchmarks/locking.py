@@ -6,7 +6,7 @@ Prints a Markdown table of means and standard deviations over seeds, with the me
 run, and writes it as JSON. A finished run is not run again. --full: as long as the demo.
 """
 
-from arms import I2T, T2I, Column, arguments, run_all
+from variants import I2T, T2I, Column, arguments, run_all
 
 ARMS = ("locked", "unlocked", "scratch")
 COLUMNS = [

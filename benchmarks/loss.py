@@ -55,7 +55,7 @@ def ours(n: int, *, sigmoid: bool) -> Run:
     from imgtune_jax import objectives
     from imgtune_jax.types import Batch, Outputs
 
-    objective = objectives.build({"sigmoid" if sigmoid else "softmax": {}})
+    objective = objectives.build_objective({"sigmoid" if sigmoid else "softmax": {}})
     scalars = jnp.float32(SCALE), jnp.float32(BIAS) if sigmoid else None
     batch = Batch(jnp.ones(n, bool))
 

@@ -56,7 +56,7 @@ def ours(*, scan: bool, kept: Path | None) -> Stages:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     stages.end("import_s")
     text = dict(width=WIDTH, depth=DEPTH, mlp_dim=4 * WIDTH, num_heads=HEADS, max_length=LENGTH)
-    model = models.build(
+    model = models.build_model(
         dict(
             image=dict(name="vit", variant="B/32", pre_norm=True, scan=scan),
             text=dict(name="text_transformer", scan=scan, **text),
@@ -76,7 +76,7 @@ def ours(*, scan: bool, kept: Path | None) -> Stages:
     state = jax.block_until_ready(jax.jit(init)(jax.random.key(0)))
     stages.end("build_s")
     optimizer = Optimizer(tx=tx, schedule=optax.constant_schedule(1e-4))
-    objective = objectives.build({"softmax": {}})
+    objective = objectives.build_objective({"softmax": {}})
     step = make_train_step(forward, objective, optimizer, key=jax.random.key(1))
     rng = np.random.default_rng(0)
     image = jnp.asarray(rng.integers(0, 256, (BATCH, PIXELS, PIXELS, 3)), jnp.uint8)

@@ -56,7 +56,7 @@ def ours(s: Sizes, batch_size: int, dtype: str) -> Run:
     text = dict(width=s.text_width, depth=s.depth, mlp_dim=4 * s.text_width)
     causal = dict(causal=True, pool="eot") if not s.sigmoid else dict(causal=False, pool="last")
     act = "gelu_tanh" if s.sigmoid else "gelu"  # as SigLIP and CLIP have it
-    model = models.build(
+    model = models.build_model(
         dict(
             image=dict(
                 name="vit",
@@ -88,7 +88,9 @@ def ours(s: Sizes, batch_size: int, dtype: str) -> Run:
     )
     tx = optax.adamw(LEARNING_RATE)
     optimizer = Optimizer(tx=tx, schedule=optax.constant_schedule(LEARNING_RATE))
-    objective = objectives.build({"sigmoid" if s.sigmoid else "softmax": dict(weight=1.0)})
+    objective = objectives.build_objective(
+        {"sigmoid" if s.sigmoid else "softmax": dict(weight=1.0)}
+    )
 
     def forward(params: Any, batch: Batch, rng: jax.Array) -> Any:
         return model.apply(params, batch, rng=rng, train=True)

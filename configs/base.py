@@ -70,7 +70,7 @@ def get_config() -> Any:
     c.preprocess = (ConfigDict(dict(name="resize", size=224, mode="squash")),)
     c.data = ConfigDict()
     c.data.source = ConfigDict(dict(name="webdataset", path=""))
-    c.data.captions = ConfigDict(dict(caption=1.0))
+    c.data.caption_weights = ConfigDict(dict(caption=1.0))
     c.data.prefixes = ConfigDict()
     c.data.length_buckets = ()  # lengths below the tokenizer's, for batches of short texts
     c.data.transforms = ()  # () = preprocess alone
@@ -78,7 +78,7 @@ def get_config() -> Any:
     c.data.num_workers = 0
     c.data.prefetch = 4
     c.data.max_bad_fraction = 0.1
-    c.data.min_records = 1000
+    c.data.max_bad_fraction_after = 1000
     c.cache = ConfigDict(dict(path=placeholder(str), dtype="bfloat16", image_views=1, text_views=0))
 
     c.batch_size = 256

@@ -20,11 +20,11 @@ def get_config() -> Any:
     c = lit_emoji.get_config()
     c.name = "caption_emoji"
     c.data.source = emoji.captions_source("seen", "google", "twitter")
-    c.data.captions = ConfigDict({k: 9.0 if k == "en" else 1.0 for k in emoji.LANGUAGES})
+    c.data.caption_weights = ConfigDict({k: 9.0 if k == "en" else 1.0 for k in emoji.LANGUAGES})
     c.data.prefixes = ConfigDict(emoji.PREFIXES)
     c.data.length_buckets = (12, 16, 20)  # names have 8 tokens in the mean
     c.tokenizer = ConfigDict(dict(path="corpora/emoji/tokenizer", length=LENGTH))
-    c.evals, c.baselines = ConfigDict(emoji.captioning(emoji.PREFIXES)), ConfigDict()
+    c.evals, c.baselines = ConfigDict(emoji.caption_evals(emoji.PREFIXES)), ConfigDict()
 
     # The tower in float32: a CPU convolves bfloat16 three times slower.
     c.model.image = ConfigDict(dict(name="efficientnet_lite", variant="lite0", dtype="float32"))

@@ -34,7 +34,9 @@ def get_config() -> Any:
     sizes = dict(width=768, depth=12, mlp_dim=3072, num_heads=12, max_length=LENGTH)
     c.model.text = ConfigDict(dict(name="text_transformer", pool="class") | sizes | common)
     c.model.decoder = ConfigDict(
-        dict(name="transformer", reads="tokens", cross="block", vocab_size=49408) | sizes | common
+        dict(name="transformer", input_from="text_tower", cross="block", vocab_size=49408)
+        | sizes
+        | common
     )
     for part in (c.model.image, c.model.text, c.model.decoder):
         part.update(scan=True, remat=True)

@@ -32,9 +32,9 @@ def get_config(kind: str = "") -> Any:
     c.model.embed_dim = 32
     c.model.image_size = 64
     c.preprocess = (dict(name="resize", size=64, mode="squash"),)
-    emoji.use(c)
+    emoji.configure(c)
     c.evals = ConfigDict()
-    c.data.captions = ConfigDict(dict(name=0.7, keywords=0.3))
+    c.data.caption_weights = ConfigDict(dict(name=0.7, keywords=0.3))
     c.data.transforms = (
         dict(name="random_resized_crop", size=64, scale=(0.7, 1.0)),
         dict(name="horizontal_flip"),
@@ -45,16 +45,17 @@ def get_config(kind: str = "") -> Any:
     c.checkpoint.every = base.duration(steps=5)
     c.log_every = 1
     if kind:
-        _write(c)
+        _add_decoder(c)
     return c
 
 
-def _write(c: Any) -> None:
+def _add_decoder(c: Any) -> None:
     sizes = dict(width=32, depth=2, mlp_dim=64, num_heads=2, max_length=emoji.MAX_TOKENS)
     c.name = "debug_coca"
     c.model.text.update(pool="class", depth=2)
     c.model.image_pooler = ConfigDict(dict(name="attentional", width=32, num_queries=4))
     c.model.decoder = ConfigDict(
-        dict(name="transformer", reads="tokens", vocab_size=30522, chunk=4, dropout=0.1) | sizes
+        dict(name="transformer", input_from="text_tower", vocab_size=30522, chunk=4, dropout=0.1)
+        | sizes
     )
     c.objectives.captioning = ConfigDict(dict(weight=2.0, label_smoothing=0.1, z_loss=1e-4))

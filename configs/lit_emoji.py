@@ -17,8 +17,8 @@ def get_config() -> Any:
     """The demo's config."""
     c = base.get_config()
     c.name = "lit_emoji"
-    emoji.use(c)
-    c.baselines = emoji.ridge(c)
+    emoji.configure(c)
+    c.baselines = emoji.ridge_evals(c)
 
     c.model.image = ConfigDict(dict(name="efficientnet_lite", variant="lite0", pool_stages=(5, 6)))
     c.model.text = ConfigDict(dict(name="bert", variant="minilm-l6"))

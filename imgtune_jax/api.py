@@ -12,10 +12,10 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from imgtune_jax import config as config_lib
-from imgtune_jax import data, interop
-from imgtune_jax.evals import Written, zeroshot
-from imgtune_jax.evals.encoders import ModelEncoders
-from imgtune_jax.train import checkpoint, experiment, lock, setup
+from imgtune_jax import data, interop, param_tree
+from imgtune_jax.evals import GeneratedCaption, zeroshot
+from imgtune_jax.evals.predictor import ModelPredictor
+from imgtune_jax.train import checkpoint, experiment, run
 
 Image = Any  # a path, a PIL image, or an array u8[h w] / u8[h w 3] / u8[h w 4]
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -39,7 +39,7 @@ class Label(NamedTuple):
 class TunedModel:
     """Both towers, ready to use. `step` is the training step the weights come from."""
 
-    encoders: ModelEncoders
+    predictor: ModelPredictor
     experiment: experiment.Experiment
     step: int
 
@@ -48,14 +48,14 @@ class TunedModel:
 
         Raises ValueError naming every image that could not be read, with the cause.
         """
-        source = _Images.of(images)
-        rows, valid = self.encoders.images(source)
+        source = _ImageSource.of(images)
+        rows, valid = self.predictor.embed_images(source)
         source.check(valid)
         return rows
 
     def encode_text(self, texts: str | Sequence[str]) -> Float[np.ndarray, "n d"]:
         """Unit-norm embeddings of texts."""
-        return self.encoders.texts([texts] if isinstance(texts, str) else texts)
+        return self.predictor.embed_texts([texts] if isinstance(texts, str) else texts)
 
     def classify(
         self,
@@ -70,8 +70,8 @@ class TunedModel:
         Each label's embedding is the mean over `templates` ("a photo of a {}."), as in CLIP.
         """
         labels = list(labels)
-        weights = zeroshot.class_embeddings(self.encoders, labels, templates)
-        logits = self.encoders.logit_scale * self.encode_image(images) @ weights.T
+        weights = zeroshot.class_embeddings(self.predictor, labels, templates)
+        logits = self.predictor.logit_scale * self.encode_image(images) @ weights.T
         p = np.exp(logits - logits.max(1, keepdims=True))
         p /= p.sum(1, keepdims=True)
         order = np.argsort(-p, axis=1)[:, :top]
@@ -89,12 +89,12 @@ class TunedModel:
         beam: int = 1,
         decoding: Mapping[str, Any] | None = None,
         seed: int = 0,
-    ) -> list[list[Written]]:
+    ) -> list[list[GeneratedCaption]]:
         """What the model writes of images: for each its `n` best captions, (text, score).
 
         `language` is one of `languages`, the first of them by default. `beam` hypotheses are kept
         (`n` if that is more); 1 is greedy. Instead, `decoding` may hold all that `decoding.build`
-        takes: {"method": {"name": "sample", "top_p": 0.9}, "max_length": 8}, drawn by `seed`.
+        takes: {"method": {"name": "sample", "top_p": 0.9}, "max_new_tokens": 8}, drawn by `seed`.
         Raises ValueError for a model that writes no captions, an unknown language, and images that
         could not be read, all of them named with the cause.
         """
@@ -105,8 +105,8 @@ class TunedModel:
             raise ValueError("n and beam belong to beam search; decoding has a method of its own")
         if max(n, beam) > 1:
             settings["method"] = {"name": "beam", "width": max(n, beam), "n": n}
-        source = _Images.of(images)
-        written, valid = self.encoders.captions(
+        source = _ImageSource.of(images)
+        written, valid = self.predictor.generate_captions(
             source, prefix=self._prefix(language), decoding=settings, seed=seed
         )
         source.check(valid)
@@ -116,7 +116,7 @@ class TunedModel:
     def languages(self) -> tuple[str, ...]:
         """What `caption` can be asked for: the caption sets that training put a prefix before."""
         c = self.experiment.config.data
-        return tuple(sorted(c.prefixes, key=lambda name: -c.captions[name]))
+        return tuple(sorted(c.prefixes, key=lambda name: -c.caption_weights[name]))
 
     def search(
         self,
@@ -145,9 +145,9 @@ class TunedModel:
         if folder.exists() and any(folder.iterdir()):
             raise FileExistsError(f"{folder} is not empty; choose a new folder")
         folder.mkdir(parents=True, exist_ok=True)
-        config_lib.save(self.experiment.config, folder / "config.json")
+        config_lib.save_config(self.experiment.config, folder / "config.json")
         self.experiment.tokenizer.save(folder / "tokenizer")
-        interop.save_params(self.encoders.params, folder / "params.safetensors")
+        interop.save_params(self.predictor.params, folder / "params.safetensors")
         return folder
 
     def _prefix(self, language: str | None) -> str:
@@ -169,34 +169,36 @@ class TunedModel:
         return self.encode_image(items)
 
 
-def load(folder: str | Path, *, step: int | None = None, keep: bool = False) -> TunedModel:
+def load(folder: str | Path, *, step: int | None = None, use_memo: bool = False) -> TunedModel:
     """A run's model (its newest checkpoint, or `step`), or a folder that `TunedModel.save` wrote.
 
     With `keep`, the image features of a data set stay in memory for the next evaluator.
     Raises FileNotFoundError when there is no such folder or checkpoint.
     """
     folder = Path(folder).absolute()
-    config = config_lib.read(folder / "config.json")
-    exp = experiment.build(config, tokenizer_dir=folder / "tokenizer")
+    config = config_lib.load_config(folder / "config.json")
+    exp = experiment.build_experiment(config, tokenizer_dir=folder / "tokenizer")
     if (exported := folder / "params.safetensors").is_file():
         params = interop.load_params(exported)
-        return TunedModel(exp.encoders(params, keep=keep), exp, step=-1)
-    target, frozen_target = setup.abstract_split(exp)
-    trainable, digest, found = checkpoint.read_params(folder, step, target)
-    frozen = checkpoint.read_frozen(folder, digest, frozen_target)
-    return TunedModel(exp.encoders(lock.merge(trainable, frozen), keep=keep), exp, step=found)
+        return TunedModel(exp.predictor(params, keep=use_memo), exp, step=-1)
+    target, frozen_target = run.abstract_split(exp)
+    trainable, digest, found = checkpoint.restore_params(folder, step, target)
+    frozen = checkpoint.restore_frozen(folder, digest, frozen_target)
+    return TunedModel(
+        exp.predictor(param_tree.merge(trainable, frozen), keep=use_memo), exp, step=found
+    )
 
 
 @dataclass(frozen=True)
-class _Images:
+class _ImageSource:
     """Records in memory, as a source."""
 
     records: tuple[data.Record, ...]
 
     @classmethod
-    def of(cls, images: Any) -> _Images:
+    def of(cls, images: Any) -> _ImageSource:
         """Of paths, PIL images or arrays, one or many."""
-        records = tuple(_record(i, image) for i, image in enumerate(_listed(images)))
+        records = tuple(_record(i, image) for i, image in enumerate(_as_list(images)))
         if not records:
             raise ValueError("no images given; wanted at least one path, PIL image or array")
         return cls(records)
@@ -205,7 +207,7 @@ class _Images:
         """Raise ValueError naming every image that could not be read, with the cause."""
         if not valid.all():
             broken = [self.records[i] for i in np.flatnonzero(~valid)]
-            lines = [f"{record.key}: {_why(record)}" for record in broken]
+            lines = [f"{record.key}: {_read_error(record)}" for record in broken]
             raise ValueError("could not read these images:\n  " + "\n  ".join(lines))
 
     def __len__(self) -> int:
@@ -218,16 +220,18 @@ class _Images:
     def fingerprint(self) -> str:
         h = hashlib.sha256()
         for record in self.records:
-            h.update(record.image if isinstance(record.image, bytes) else _bytes(record.image))
+            h.update(
+                record.image if isinstance(record.image, bytes) else _image_bytes(record.image)
+            )
         return h.hexdigest()
 
 
-def _bytes(image: Any) -> bytes:
+def _image_bytes(image: Any) -> bytes:
     array = np.asarray(image)
     return f"{array.shape}{array.dtype}".encode() + array.tobytes()
 
 
-def _listed(images: Any) -> list[Any]:
+def _as_list(images: Any) -> list[Any]:
     if isinstance(images, list | tuple):
         return list(images)
     if isinstance(images, np.ndarray) and images.ndim == 4:
@@ -244,9 +248,9 @@ def _record(index: int, image: Any) -> data.Record:
     return data.Record(key=f"image {index}", image=image, captions={})
 
 
-def _why(record: data.Record) -> str:
+def _read_error(record: data.Record) -> str:
     try:
-        data.decode(record.image)
+        data.decode_image(record.image)
     except data.BadRecord as error:
         return str(error)
     return "could not be preprocessed"

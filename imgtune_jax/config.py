@@ -19,8 +19,10 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
+from imgtune_jax import config_history
+
 T = TypeVar("T")
-Component = dict[str, Any]  # {"name": which, **fields}
+ComponentConfig = dict[str, Any]  # {"name": which, **fields}
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Duration:
 
 
 @dataclass(frozen=True)
-class Mesh:
+class MeshConfig:
     """Devices along each axis; one of them may be -1, which takes what is left."""
 
     data: int
@@ -52,7 +54,7 @@ class Mesh:
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightsConfig:
     """A tower's pretrained weights: {} = random, else {"format", and "package" or "path"}."""
 
     image: dict[str, Any]
@@ -60,7 +62,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Lock:
+class LockConfig:
     """What does not train. `*_unlocked_layers = n` frees the last n layers of a locked tower and
     all that follows them. `patterns` are further regular expressions on parameter paths, matched
     in full (`image/blocks_0/.*`), that lock whatever they match."""
@@ -76,27 +78,27 @@ class Lock:
 
 
 @dataclass(frozen=True)
-class Data:
+class DataConfig:
     """Training data. `captions` weighs the caption sets of a record, `prefixes` says what stands
     before a set's captions and carries no loss ("<de>"); `transforms` augment.
 
     `length_buckets`: a batch's texts are padded to the least of these lengths that holds all of
     them, or else to the tokenizer's. A step is compiled for each, and padding changes no value."""
 
-    source: Component
-    captions: dict[str, float]
+    source: ComponentConfig
+    caption_weights: dict[str, float]
     prefixes: dict[str, str]
     length_buckets: tuple[int, ...]
-    transforms: tuple[Component, ...]
+    transforms: tuple[ComponentConfig, ...]
     num_threads: int
     num_workers: int
     prefetch: int
     max_bad_fraction: float
-    min_records: int
+    max_bad_fraction_after: int
 
 
 @dataclass(frozen=True)
-class Cache:
+class CacheConfig:
     """What locked towers give, computed once: `*_views` seeded augmentations of an image, or
     captions drawn of a record. 0 views: that tower is run at every step.
 
@@ -112,7 +114,7 @@ class Cache:
 
 
 @dataclass(frozen=True)
-class Optim:
+class OptimConfig:
     """Optimizer and schedule. Multipliers are (regex on the parameter path, factor): the first
     match wins and every parameter must match one."""
 
@@ -131,7 +133,7 @@ class Optim:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class CheckpointConfig:
     """How often to save and what to keep. `best_metric` is a name as evaluators report it."""
 
     every: Duration
@@ -150,23 +152,23 @@ class Config:
 
     name: str
     seed: int
-    mesh: Mesh
+    mesh: MeshConfig
     model: dict[str, Any]
-    weights: Weights
-    lock: Lock
-    objectives: dict[str, Component]
-    tokenizer: Component
-    preprocess: tuple[Component, ...]
-    data: Data
-    cache: Cache
+    weights: WeightsConfig
+    lock: LockConfig
+    objectives: dict[str, ComponentConfig]
+    tokenizer: ComponentConfig
+    preprocess: tuple[ComponentConfig, ...]
+    data: DataConfig
+    cache: CacheConfig
     batch_size: int
     accumulation: int
     total: Duration
-    optim: Optim
-    checkpoint: Checkpoint
+    optim: OptimConfig
+    checkpoint: CheckpointConfig
     eval_every: Duration
-    evals: dict[str, Component]
-    baselines: dict[str, Component]
+    evals: dict[str, ComponentConfig]
+    baselines: dict[str, ComponentConfig]
     log_every: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -174,16 +176,17 @@ class Config:
         return dataclasses.asdict(self)
 
 
-def parse(config: Any) -> Config:
+def parse_config(config: Any) -> Config:
     """Validate a ConfigDict, or the dict that `Config.to_dict` gave.
 
     Raises ValueError naming every wrong key at once: unknown (with the nearest known one),
     missing, or of another type than wanted.
     """
-    errors: list[str] = []
-    parsed = _parse(Config, config, "config", errors)
+    tree = _to_builtins(config)
+    errors = list(config_history.rename_errors(tree)) if isinstance(tree, Mapping) else []
+    parsed: Any = None if errors else _parse(Config, config, "config", errors)
     if not errors:
-        errors = list(_contradictions(parsed))
+        errors = list(_value_errors(parsed))
     if errors:
         raise ValueError("config is not valid:\n  " + "\n  ".join(errors))
     return parsed
@@ -207,7 +210,7 @@ def _parse(kind: Any, value: Any, path: str, errors: list[str]) -> Any:
             pairs = enumerate(zip(each, value, strict=True))
             return tuple(_parse(a, v, f"{path}[{i}]", errors) for i, (a, v) in pairs)
     if kind is Any:
-        return _plain(value)
+        return _to_builtins(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     plain = kind in (bool, int, float, str) and isinstance(value, kind)
@@ -239,18 +242,18 @@ def _names(kind: Any) -> str:
     return ", ".join(f.name for f in dataclasses.fields(kind))
 
 
-def _plain(value: Any) -> Any:
+def _to_builtins(value: Any) -> Any:
     """Nested mappings to dicts and lists to tuples, so that equal configs compare equal."""
     if isinstance(value, ConfigDict):
         value = value.to_dict()
     if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: _to_builtins(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return tuple(_plain(v) for v in value)
+        return tuple(_to_builtins(v) for v in value)
     return value
 
 
-def _contradictions(c: Config) -> Iterable[str]:
+def _value_errors(c: Config) -> Iterable[str]:
     durations = {
         "total": c.total,
         "eval_every": c.eval_every,
@@ -279,7 +282,7 @@ def _contradictions(c: Config) -> Iterable[str]:
 
 def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
     """{dotted key: (value in a, value in b)} of all leaves that differ."""
-    flat_a, flat_b = flatten(a.to_dict()), flatten(b.to_dict())
+    flat_a, flat_b = flatten_config(a.to_dict()), flatten_config(b.to_dict())
     keys = sorted(flat_a.keys() | flat_b.keys())
     return {
         k: (flat_a.get(k), flat_b.get(k))
@@ -288,26 +291,22 @@ def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flatten_config(tree: Any, prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}; empty groups stay, as {}."""
     if not isinstance(tree, Mapping) or not tree:
         return {prefix: tree}
     out: dict[str, Any] = {}
     for key, value in tree.items():
-        out |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+        out |= flatten_config(value, f"{prefix}.{key}" if prefix else str(key))
     return out
 
 
-# Keys that runs of an earlier day lack, and what was so then.
-YOUNGER_KEYS = (("data", "prefixes", {}), ("data", "length_buckets", ()))
-
-
-def save(config: Config, path: str | Path) -> None:
+def save_config(config: Config, path: str | Path) -> None:
     """Write the resolved config as JSON."""
     Path(path).write_text(json.dumps(config.to_dict(), indent=1) + "\n")
 
 
-def read(path: str | Path) -> Config:
+def load_config(path: str | Path) -> Config:
     """Read what `save` wrote, today or before. Raises FileNotFoundError with what is wanted."""
     path = Path(path)
     if not path.is_file():
@@ -315,6 +314,5 @@ def read(path: str | Path) -> Config:
             f"no config at {path}; wanted a run's folder, as train.py writes it"
         )
     saved = json.loads(path.read_text())
-    for group, key, value in YOUNGER_KEYS:
-        saved.get(group, {}).setdefault(key, value)
-    return parse(saved)
+    config_history.upgrade(saved)
+    return parse_config(saved)

@@ -8,22 +8,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from flax import traverse_util
-
 from imgtune_jax import config as config_lib
-from imgtune_jax import data, models
+from imgtune_jax import data, models, param_tree
 from imgtune_jax.train import checkpoint, experiment
 
-PARTS = (*models.COMPONENTS, "logit_scale", "logit_bias")
+PARAMETER_GROUPS = (*models.COMPONENTS, "logit_scale", "logit_bias")
 
 
-def describe(workdir: Path) -> str:
+def summarize_run(workdir: Path) -> str:
     """Text about a run: towers, parameters locked and trained, checkpoints, newest results.
 
     Raises FileNotFoundError when `workdir` is no run's folder.
     """
-    config = config_lib.read(workdir / "config.json")
-    exp = experiment.build(config, tokenizer_dir=workdir / "tokenizer")
+    config = config_lib.load_config(workdir / "config.json")
+    exp = experiment.build_experiment(config, tokenizer_dir=workdir / "tokenizer")
     lines = [f"{workdir}: {config.name}", "", *_parameters(exp), ""]
     steps = checkpoint.saved_steps(workdir)
     length = {k: v for k, v in vars(config.total).items() if v is not None}
@@ -46,20 +44,20 @@ def _caches(workdir: Path) -> Iterable[str]:
             continue
         store = data.FeatureStore.load(Path(folder))
         what = "×".join(map(str, store.shape))
-        spared = store.seconds / max(store.computed, 1) * store.n
+        spared = store.seconds / max(store.computed, 1) * store.num_records
         yield (
-            f"cache        {tower}: {store.computed} of {store.views * store.n} rows "
-            f"({store.views} × {store.n} records), {what} {store.dtype}, "
+            f"cache        {tower}: {store.computed} of {store.views * store.num_records} rows "
+            f"({store.views} × {store.num_records} records), {what} {store.dtype}, "
             f"{store.bytes / 1e6:.1f} MB; an epoch read from it spares {spared:.1f} s"
         )
         yield f"             in {folder}"
 
 
 def _parameters(exp: experiment.Experiment) -> Iterable[str]:
-    flat: dict[str, Any] = traverse_util.flatten_dict(exp.abstract_params, sep="/")
+    flat = param_tree.flatten(exp.abstract_params)
     sizes = {path: math.prod(leaf.shape) for path, leaf in flat.items()}
     yield f"{'part':<12} {'component':<20} {'parameters':>12} {'locked':>12} {'trained':>12}"
-    for part in PARTS:
+    for part in PARAMETER_GROUPS:
         mine = {p: n for p, n in sizes.items() if p == part or p.startswith(f"{part}/")}
         if not mine and not exp.config.model.get(part):
             continue

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from imgtune_jax import config as config_lib
+from imgtune_jax.param_tree import path_str
 from imgtune_jax.types import Batch, PyTree
 
 # Logical axes of activations -> mesh axes. The batch spans both data-like axes; the residual
@@ -40,7 +41,9 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 MIN_FSDP_SIZE = 2**10  # smaller arrays are replicated: a gather would cost more than it saves
 
 
-def make_mesh(cfg: config_lib.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+def make_mesh(
+    cfg: config_lib.MeshConfig, devices: Sequence[Any] | None = None
+) -> jax.sharding.Mesh:
     """A (data, fsdp, tensor) mesh over all devices.
 
     Raises ValueError when the axes' product is not the number of devices.
@@ -72,12 +75,12 @@ class Partitioner:
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
-    def by_batch(self) -> NamedSharding:
+    def batch_sharding(self) -> NamedSharding:
         """First dimension over `data` and `fsdp`, the rest whole."""
         return NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
 
     @property
-    def batch_devices(self) -> int:
+    def num_batch_shards(self) -> int:
         """Number of parts a batch is cut into."""
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
@@ -95,7 +98,7 @@ class Partitioner:
 
     def check_batch_size(self, batch_size: int, what: str = "batch") -> None:
         """Raise ValueError unless `batch_size` divides over the devices, naming sizes that do."""
-        n = self.batch_devices
+        n = self.num_batch_shards
         if batch_size % n:
             low, high = batch_size // n * n, -(-batch_size // n) * n
             would = f"{low} or {high}" if low else f"{high}"
@@ -106,29 +109,31 @@ class Partitioner:
         wanted = [ACTIVATION_AXES[a] if a is not None else None for a in axes]
         return jax.lax.with_sharding_constraint(x, self._sharding(wanted, x.shape))
 
-    def shardings(self, abstract: PyTree) -> PyTree:
+    def param_shardings(self, abstract: PyTree) -> PyTree:
         """NamedSharding of every leaf of a tree of arrays or abstract arrays, by path and shape."""
         return jax.tree_util.tree_map_with_path(
-            lambda path, x: self._param_sharding(path_name(path), x.shape), abstract
+            lambda path, x: self._param_sharding(path_str(path), x.shape), abstract
         )
 
-    def put(self, local: Mapping[str, np.ndarray]) -> Batch:
+    def put_batch(self, local: Mapping[str, np.ndarray]) -> Batch:
         """This host's part of a batch -> the global, sharded Batch."""
         arrays = {
-            name: jax.make_array_from_process_local_data(self.by_batch, np.asarray(value))
+            name: jax.make_array_from_process_local_data(self.batch_sharding, np.asarray(value))
             for name, value in local.items()
             if name in Batch.__dataclass_fields__
         }
         return Batch(**arrays)
 
-    def local(self, x: jax.Array) -> np.ndarray:
+    def local_rows(self, x: jax.Array) -> np.ndarray:
         """This host's rows of an array that is laid out by batch: the inverse of `put`."""
         shards = {s.index[0].start or 0: s.data for s in x.addressable_shards}
         return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
-    def put_global(self, whole: np.ndarray) -> jax.Array:
+    def shard_rows(self, whole: np.ndarray) -> jax.Array:
         """An array that every host holds whole -> sharded by its first dimension."""
-        return jax.make_array_from_callback(whole.shape, self.by_batch, lambda index: whole[index])
+        return jax.make_array_from_callback(
+            whole.shape, self.batch_sharding, lambda index: whole[index]
+        )
 
     def _param_sharding(self, name: str, shape: tuple[int, ...]) -> NamedSharding:
         for pattern, axes in PARAM_RULES:
@@ -148,8 +153,3 @@ class Partitioner:
             parts = int(np.prod([self.mesh.shape[n] for n in names]))
             spec.append(axis if names and size % parts == 0 else None)
         return NamedSharding(self.mesh, PartitionSpec(*spec))
-
-
-def path_name(path: tuple[Any, ...]) -> str:
-    """A JAX key path as 'image/blocks_0/attn/q/kernel'."""
-    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)

@@ -16,6 +16,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 PyTree = Any
 Params = dict[str, Any]
 
+MODALITIES = ("image", "text")
+
 
 @struct.dataclass
 class Batch:
@@ -62,7 +64,7 @@ class Outputs:
     text_emb: Float[Array, "b d"] | None = None
     logit_scale: Float[Array, ""] | None = None  # the multiplier itself, after exp
     logit_bias: Float[Array, ""] | None = None
-    captions: TokenScores | None = None
+    token_scores: TokenScores | None = None
 
 
 @struct.dataclass
@@ -78,7 +80,7 @@ class TrainState:
     ema_params: Params | None = None
 
 
-class Exp(NamedTuple):
+class ExpMean(NamedTuple):
     """A metric that is the exponential of a mean, such as perplexity."""
 
     total: jax.Array
@@ -86,12 +88,12 @@ class Exp(NamedTuple):
 
 
 # A metric is (sum, count): summed over microbatches, hosts and log intervals, divided last.
-Metric = tuple[jax.Array, jax.Array] | Exp
+Metric = tuple[jax.Array, jax.Array] | ExpMean
 Metrics = dict[str, Metric]
 
 
-def divided(metric: Metric) -> jax.Array:
+def metric_value(metric: Metric) -> jax.Array:
     """A metric's value: its sum over its count, and the exponential of that for an Exp."""
     total, count = metric
     mean = total / jnp.maximum(count, 1)
-    return jnp.exp(mean) if isinstance(metric, Exp) else mean
+    return jnp.exp(mean) if isinstance(metric, ExpMean) else mean

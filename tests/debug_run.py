@@ -33,7 +33,7 @@ def settings(kind="", **changes):
             node = node[part]
         with node.ignore_type():
             node[leaf] = value
-    return config.parse(c)
+    return config.parse_config(c)
 
 
 def metrics(workdir):

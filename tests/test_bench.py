@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from imgtune_jax import bench, data
-from imgtune_jax.train import experiment, setup
+from imgtune_jax.train import experiment, run
 from tests.debug_run import ROOT, settings
 
 
@@ -26,24 +26,24 @@ def test_every_stage_is_timed_and_the_slower_side_named():
     assert list(found.stages) == [*STAGES, "tokenize and batch", "put on the device"]
     assert all(speed > 0 for speed in found.stages.values())
     assert found.stages["all of a row"] < found.stages["decode"]
-    text = bench.describe(found, config)
+    text = bench.format_table(found, config)
     for speed in (*found.stages.values(), found.pipeline, found.step):
         assert f" {speed:.0f}" in text
-    assert f"{found.limit} limits this run" in text
+    assert f"{found.bottleneck} limits this run" in text
 
 
 @pytest.mark.parametrize("pipeline, step, limit", [(10.0, 20.0, "input"), (20.0, 10.0, "compute")])
 def test_the_slower_side_limits(pipeline, step, limit):
-    assert bench.Speeds({}, pipeline, step).limit == limit
+    assert bench.Throughput({}, pipeline, step).bottleneck == limit
 
 
 def test_a_slow_stage_is_seen(monkeypatch):
-    exp = experiment.build(settings(batch_size=16))
-    pipeline = setup.training_pipeline(exp, data.build_source(exp.config.data.source))
-    decode = bench.image.decode
-    before = bench.stages(pipeline)
+    exp = experiment.build_experiment(settings(batch_size=16))
+    pipeline = run.training_pipeline(exp, data.build_source(exp.config.data.source))
+    decode = bench.image.decode_image
+    before = bench.time_stages(pipeline)
     monkeypatch.setattr(bench.image, "decode", lambda x: [decode(x) for _ in range(20)])
-    after = bench.stages(pipeline)
+    after = bench.time_stages(pipeline)
     assert after["decode"] < before["decode"] / 5
     assert after["decode and transform"] > before["decode and transform"] / 5
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from imgtune_jax import cli, config
+from imgtune_jax import cli, config, config_history
 
 ROOT = Path(__file__).parents[1]
 # emoji.py is what configs share, not one itself
@@ -23,13 +23,13 @@ def load(path):
 
 
 def base():
-    return config.parse(load(ROOT / "configs" / "base.py"))
+    return config.parse_config(load(ROOT / "configs" / "base.py"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_resolved_config_equals_its_golden_file(path):
     """A changed default is a visible diff. Refresh: python -m tests.golden.make_configs"""
-    found = config.flatten(json.loads(json.dumps(config.parse(load(path)).to_dict())))
+    found = config.flatten_config(json.loads(json.dumps(config.parse_config(load(path)).to_dict())))
     assert found == json.loads((GOLDEN / f"{path.stem}.json").read_text())
 
 
@@ -47,8 +47,8 @@ def test_every_group_can_be_set_on_the_command_line(given):
     values = flags.FlagValues()
     command = ["train.py", f"--config={ROOT / 'configs' / 'lit_emoji.py'}", "--workdir=w"]
     rest = cli.parse_flags(values, [*command, *given, "--config.optim.lr=0.5", "rest"])
-    found = config.parse(values.config)
-    plain = config.parse(load(ROOT / "configs" / "lit_emoji.py"))
+    found = config.parse_config(values.config)
+    plain = config.parse_config(load(ROOT / "configs" / "lit_emoji.py"))
     assert rest == ["train.py", "rest"] and values.workdir == "w"
     assert config.differences(plain, found) == {
         "lock.image": (True, False),
@@ -57,16 +57,16 @@ def test_every_group_can_be_set_on_the_command_line(given):
 
 
 def test_json_round_trip_is_the_identity(tmp_path):
-    config.save(base(), tmp_path / "config.json")
-    assert config.read(tmp_path / "config.json") == base()
+    config.save_config(base(), tmp_path / "config.json")
+    assert config.load_config(tmp_path / "config.json") == base()
 
 
 def test_a_run_saved_before_a_key_existed_is_read(tmp_path):
     saved = base().to_dict()
-    for group, key, _ in config.YOUNGER_KEYS:
+    for group, key, _ in config_history.ADDED_KEYS:
         del saved[group][key]
     (tmp_path / "config.json").write_text(json.dumps(saved))
-    assert config.read(tmp_path / "config.json") == base()
+    assert config.load_config(tmp_path / "config.json") == base()
 
 
 def test_all_wrong_keys_are_named_together():
@@ -76,7 +76,7 @@ def test_all_wrong_keys_are_named_together():
     raw["optim"]["lr"] = None
     del raw["mesh"]
     with pytest.raises(ValueError) as error:
-        config.parse(raw)
+        config.parse_config(raw)
     text = str(error.value)
     assert "config.lock.imag is unknown; did you mean 'image'" in text
     assert "config.seed = 'zero' (str); wanted int" in text
@@ -99,7 +99,7 @@ def test_contradictions_are_refused(change, says):
     raw = base().to_dict()
     change(raw)
     with pytest.raises(ValueError, match=says):
-        config.parse(raw)
+        config.parse_config(raw)
 
 
 @pytest.mark.parametrize(
@@ -119,4 +119,4 @@ def test_durations_in_steps(duration, steps):
 def test_differences_names_dotted_keys():
     raw = base().to_dict()
     raw["optim"]["lr"] = 0.5
-    assert config.differences(base(), config.parse(raw)) == {"optim.lr": (0.001, 0.5)}
+    assert config.differences(base(), config.parse_config(raw)) == {"optim.lr": (0.001, 0.5)}

@@ -10,17 +10,17 @@ from imgtune_jax.partition import Partitioner, make_mesh
 
 
 def partitioner(data, fsdp, tensor):
-    return Partitioner(make_mesh(config.Mesh(data, fsdp, tensor)))
+    return Partitioner(make_mesh(config.MeshConfig(data, fsdp, tensor)))
 
 
 def test_minus_one_takes_the_remaining_devices():
-    assert dict(make_mesh(config.Mesh(-1, 2, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(make_mesh(config.MeshConfig(-1, 2, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
 
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, -1, 1), (-1, 3, 1), (16, 1, 1)])
 def test_a_mesh_that_does_not_fit_says_how_many_devices_there_are(sizes):
     with pytest.raises(ValueError, match="8 devices"):
-        make_mesh(config.Mesh(*sizes))
+        make_mesh(config.MeshConfig(*sizes))
 
 
 def test_batch_size_error_names_sizes_that_fit():
@@ -47,14 +47,16 @@ def test_parameters_are_laid_out_by_path_and_shape(path, shape, wanted):
     for part in parents:
         node = node.setdefault(part, {})
     node[leaf] = jax.ShapeDtypeStruct(shape, np.float32)
-    (sharding,) = jax.tree.leaves(partitioner(2, 2, 2).shardings(tree))
+    (sharding,) = jax.tree.leaves(partitioner(2, 2, 2).param_shardings(tree))
     assert sharding.spec == wanted
 
 
 def test_put_shards_the_batch_and_keeps_its_order():
     part = partitioner(4, 2, 1)
     image = np.arange(16 * 2 * 2 * 3, dtype=np.uint8).reshape(16, 2, 2, 3)
-    batch = part.put({"image": image, "example_mask": np.ones(16, bool), "index": np.arange(16)})
+    batch = part.put_batch(
+        {"image": image, "example_mask": np.ones(16, bool), "index": np.arange(16)}
+    )
     np.testing.assert_array_equal(batch.image, image)
     assert len(batch.image.sharding.device_set) == 8
     assert batch.image.addressable_shards[0].data.shape == (2, 2, 2, 3)
@@ -62,7 +64,7 @@ def test_put_shards_the_batch_and_keeps_its_order():
 
 def test_several_cpu_devices_meet_at_collectives_in_one_order():
     def options(devices):
-        mesh = make_mesh(config.Mesh(data=-1, fsdp=1, tensor=1), devices)
+        mesh = make_mesh(config.MeshConfig(data=-1, fsdp=1, tensor=1), devices)
         return Partitioner(mesh).compiler_options
 
     one_order = {"xla_cpu_enable_concurrency_optimized_scheduler": False}

@@ -8,7 +8,7 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
-from imgtune_jax.evals.caption_metrics import ON_TOKENS
+from imgtune_jax.evals.caption_metrics import TOKEN_METRICS
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -31,6 +31,6 @@ def test_scores_equal_pycocoevalcaps(seed):
     want["CIDEr"] = Cider().compute_score(references, predictions)[0]
     got = {}
     for name in ("bleu", "rouge_l", "cider"):
-        got |= ON_TOKENS[name](said, wanted)
+        got |= TOKEN_METRICS[name](said, wanted)
     assert got == pytest.approx(want, rel=1e-12)
     assert 0.1 < got["Bleu_4"] < 0.9

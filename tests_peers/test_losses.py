@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from imgtune_jax.objectives import pairs
-from imgtune_jax.objectives.sigmoid import Sigmoid
-from imgtune_jax.objectives.softmax import Softmax
+from imgtune_jax.objectives.sigmoid import SigmoidLoss
+from imgtune_jax.objectives.softmax import SoftmaxLoss
 from imgtune_jax.types import Batch, Outputs
 
 CASES = {
-    "softmax": (Softmax(), open_clip.ClipLoss(), None),
-    "sigmoid": (Sigmoid(), open_clip.loss.SigLipLoss(), -10.0),
+    "softmax": (SoftmaxLoss(), open_clip.ClipLoss(), None),
+    "sigmoid": (SigmoidLoss(), open_clip.loss.SigLipLoss(), -10.0),
 }
 
 

@@ -36,7 +36,9 @@ def ours(model, params, image, text, mask):
 
 def convert(name):
     theirs = cases.build(name)
-    model = models.build(interop.from_open_clip({"embed_dim": 8, **cases.CASES[name][0]}))
+    model = models.build_model(
+        interop.config_from_open_clip({"embed_dim": 8, **cases.CASES[name][0]})
+    )
     return theirs, model, interop.load_open_clip(cases.state_dict(theirs), model)
 
 
@@ -59,9 +61,11 @@ def test_live_outputs_are_equal(name):
 def test_our_export_gives_open_clip_the_same_outputs(name, tmp_path):
     """Through the folder its users load as local-dir:PATH."""
     theirs, model, params = convert(name)
-    interop.save_folder(tmp_path, model, params)
+    interop.save_open_clip_folder(tmp_path, model, params)
     if cases.CASES[name][1]:  # a text tower of its own is named so in the config
-        custom = open_clip.CustomTextCLIP(output_dict=True, **interop.to_open_clip(model)).eval()
+        custom = open_clip.CustomTextCLIP(
+            output_dict=True, **interop.config_to_open_clip(model)
+        ).eval()
         state = interop.save_open_clip(params, model, custom_text=True)
         custom.load_state_dict({k: torch.from_numpy(x.copy()) for k, x in state.items()})
         exported = custom
@@ -75,7 +79,7 @@ def test_our_export_gives_open_clip_the_same_outputs(name, tmp_path):
 
 def test_local_dir_carries_the_preprocessing(tmp_path):
     _, model, params = convert("quick_gelu")
-    interop.save_folder(tmp_path, model, params)
+    interop.save_open_clip_folder(tmp_path, model, params)
     _, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
     normalize = preprocess.transforms[-1]
     np.testing.assert_allclose(np.multiply(255, normalize.mean), model.image_mean, rtol=1e-6)
@@ -94,4 +98,6 @@ def test_positions_are_resized_as_open_clip_does(old, new):
 
     resize_pos_embed(state, Model)
     want = state["visual.positional_embedding"][1:].numpy()
-    np.testing.assert_allclose(positions.resize(grid, new * new), want, rtol=1e-4, atol=2e-5)
+    np.testing.assert_allclose(
+        positions.resize_pos_embed(grid, new * new), want, rtol=1e-4, atol=2e-5
+    )

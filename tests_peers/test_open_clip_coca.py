@@ -9,7 +9,7 @@ from open_clip.coca_model import CoCa
 from open_clip.loss import CoCaLoss
 
 from imgtune_jax import interop, models, objectives
-from imgtune_jax.interop import open_clip_map, rules
+from imgtune_jax.interop import open_clip_map, weight_map
 from imgtune_jax.types import Batch
 
 TOLERANCE = dict(rtol=1e-4, atol=1e-5)  # other summation orders, over a few layers, in float32
@@ -62,11 +62,11 @@ def pair(request):
                 noise = rng.normal(0, 0.2, tuple(parameter.shape)).astype(np.float32)
                 norm = key.endswith("weight") and ".ln_" in key
                 parameter.copy_(torch.from_numpy(noise + norm))
-    ours = interop.from_open_clip(cfg)
+    ours = interop.config_from_open_clip(cfg)
     if request.param == "its mask mended":  # which no config of theirs can ask for
         theirs.text.correct_cls_mask = True
         ours["text"]["shifted_class_mask"] = False
-    model = models.build(ours)
+    model = models.build_model(ours)
     state = {name: x.detach().numpy() for name, x in theirs.state_dict().items()}
     return theirs, model, interop.load_open_clip(state, model)
 
@@ -123,7 +123,7 @@ def test_losses_and_all_their_gradients_are_equal(pair, weights):
     clip_loss, caption_loss = loss(*(out[k] for k in arguments))
     (clip_loss + caption_loss).backward()
 
-    objective = objectives.build({k: dict(weight=w) for k, w in weights.items()})
+    objective = objectives.build_objective({k: dict(weight=w) for k, w in weights.items()})
     batch = as_batch(image, text, mask)
     (total, metrics), grads = jax.value_and_grad(
         lambda p: objective(model.apply(p, batch), batch), has_aux=True
@@ -135,12 +135,12 @@ def test_losses_and_all_their_gradients_are_equal(pair, weights):
         name: np.zeros(p.shape, np.float32) if p.grad is None else p.grad.numpy()
         for name, p in theirs.named_parameters()
     }
-    maps = open_clip_map.weight_map(model)
-    found = rules.convert(
+    maps = open_clip_map.open_clip_rules(model)
+    found = weight_map.to_params(
         open_clip_map.plain_names(want), maps, model.abstract_params(), what="the gradients"
     )
-    flat = rules.flatten(grads)
-    for path, gradient in rules.flatten(found).items():
+    flat = weight_map.flatten(grads)
+    for path, gradient in weight_map.flatten(found).items():
         if path == "image/pos_embed" or path == "image/class_token":
             continue  # one array there, folded into two here
         np.testing.assert_allclose(flat[path], gradient, **TOLERANCE, err_msg=path)
@@ -150,9 +150,9 @@ def test_our_export_gives_open_clip_the_same_outputs(pair):
     theirs, model, params = pair
     if not model.text.shifted_class_mask:
         with pytest.raises(ValueError, match="shifted_class_mask=True"):
-            interop.to_open_clip(model)
+            interop.config_to_open_clip(model)
         return
-    again = CoCa(**interop.to_open_clip(model)).eval()
+    again = CoCa(**interop.config_to_open_clip(model)).eval()
     state = interop.save_open_clip(params, model)
     again.load_state_dict({k: torch.from_numpy(x.copy()) for k, x in state.items()})
     image, text, _ = inputs(seed=2)

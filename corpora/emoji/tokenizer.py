@@ -18,7 +18,7 @@ FOLDER = Path(__file__).with_name("tokenizer")
 def names() -> list[str]:
     """Every seen concept's name in every language."""
     source = data.build_source(emoji.captions_source("seen", "google"))
-    records = (data.describe(source, i) for i in range(len(source)))
+    records = (data.read_metadata(source, i) for i in range(len(source)))
     return [text for r in records for texts in r.captions.values() for text in texts]
 
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from imgtune_jax.cli import use
-from imgtune_jax.cli.experiment import COMMANDS, parse_flags, run_with_config, train
-from imgtune_jax.cli.process import clear_errors, set_up
+from imgtune_jax.cli import model_commands
+from imgtune_jax.cli.config_commands import COMMANDS, parse_flags, run_with_config, train
+from imgtune_jax.cli.startup import configure_process, report_user_errors
 
 __all__ = ["main", "parse_flags", "train"]
 
@@ -26,8 +26,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments[:n] == command.split():
             return run_with_config([f"imgtune {command}", *arguments[n:]], entry)
     options = _parser().parse_args(arguments)
-    set_up()
-    with clear_errors():
+    configure_process()
+    with report_user_errors():
         options.run(options)
 
 
@@ -42,33 +42,46 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("what", choices=["data"], help="its input, and what limits it")
 
     p = _command(
-        commands, "eval", use.evaluate, "run a trained model's evaluators and rewrite its report"
+        commands,
+        "eval",
+        model_commands.evaluate,
+        "run a trained model's evaluators and rewrite its report",
     )
     p.add_argument("--workdir", required=True, help="the run's folder")
     p.add_argument("--step", type=int, help="a saved step; default: the newest")
     p.add_argument("--only", nargs="+", metavar="NAME", help="these of the config's evaluators")
 
-    p = _command(commands, "embed", use.embed, "write embeddings of images and texts as .npz")
+    p = _command(
+        commands, "embed", model_commands.embed, "write embeddings of images and texts as .npz"
+    )
     p.add_argument("--model", required=True, help=MODEL_HELP)
     p.add_argument("--texts", type=Path, help="a file with one text a line")
     p.add_argument("--output", type=Path, required=True, help=".npz to write")
     p.add_argument("images", nargs="*", help=IMAGE_HELP)
 
-    p = _command(commands, "search", use.search, "find the images that fit a text or another image")
+    p = _command(
+        commands,
+        "search",
+        model_commands.search,
+        "find the images that fit a text or another image",
+    )
     p.add_argument("--model", required=True, help=MODEL_HELP)
     p.add_argument("--query", required=True, help="a text, or an image's path")
     p.add_argument("-k", type=int, default=5, help="how many results (default 5)")
     p.add_argument("images", nargs="+", help=f"{IMAGE_HELP}, or one .npz written by `embed`")
 
     p = _command(
-        commands, "classify", use.classify, "name what is in images, among labels you give"
+        commands,
+        "classify",
+        model_commands.classify,
+        "name what is in images, among labels you give",
     )
     p.add_argument("--model", required=True, help=MODEL_HELP)
     p.add_argument("--labels", required=True, nargs="+", help="the labels to choose from")
     p.add_argument("--templates", nargs="+", default=["{}"], help='e.g. "a photo of a {}."')
     p.add_argument("--images", required=True, nargs="+", help=IMAGE_HELP)
 
-    p = _command(commands, "caption", use.caption, "write captions of images")
+    p = _command(commands, "caption", model_commands.caption, "write captions of images")
     p.add_argument("--model", required=True, help=MODEL_HELP)
     p.add_argument("--language", help="one that the model was trained on; default: its main one")
     p.add_argument("--n", type=int, default=1, help="captions an image, best first (default 1)")
@@ -76,7 +89,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("images", nargs="+", help=IMAGE_HELP)
 
     p = _command(
-        commands, "info", use.describe, "what a run is: parameters, locking, checkpoints, results"
+        commands,
+        "info",
+        model_commands.describe,
+        "what a run is: parameters, locking, checkpoints, results",
     )
     p.add_argument("workdir", help="the run's folder")
     return parser

@@ -1,39 +1,45 @@
 """Sources -> records -> batches. NumPy only: neither JAX nor Flax is imported here."""
 
-from imgtune_jax.data.captions import CaptionDraw
+from imgtune_jax.data.caption_sampler import CaptionSampler
+from imgtune_jax.data.feature_store import FeatureStore
 from imgtune_jax.data.folder import Folder
-from imgtune_jax.data.image import decode
+from imgtune_jax.data.image import decode_image
 from imgtune_jax.data.mixture import Mixture
-from imgtune_jax.data.pipeline import ENDLESS, NumpyBatch, Pipeline
+from imgtune_jax.data.pipeline import NO_END, NumpyBatch, Pipeline
 from imgtune_jax.data.record import (
     BadRecord,
     BadRecordCounter,
-    Cause,
     Fault,
+    FaultCause,
     Record,
     Source,
-    TooManyBadRecords,
-    describe,
+    TooManyBadRecordsError,
+    read_metadata,
 )
 from imgtune_jax.data.sources import SOURCES, build_source
-from imgtune_jax.data.store import FeatureStore
-from imgtune_jax.data.text import Tokenizer, build_tokenizer, load_tokenizer, train_tokenizer
 from imgtune_jax.data.tfds import TFDS
-from imgtune_jax.data.transforms import PIXELS, TRANSFORMS, Compose, Transform, build_transform
+from imgtune_jax.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer, train_tokenizer
+from imgtune_jax.data.transforms import (
+    TRANSFORMS,
+    TRANSFORMS_VERSION,
+    Compose,
+    Transform,
+    build_transform,
+)
 from imgtune_jax.data.webdataset import WebDataset
 
 __all__ = [
-    "ENDLESS",
-    "PIXELS",
+    "NO_END",
     "SOURCES",
     "TFDS",
     "TRANSFORMS",
+    "TRANSFORMS_VERSION",
     "BadRecord",
     "BadRecordCounter",
-    "CaptionDraw",
-    "Cause",
+    "CaptionSampler",
     "Compose",
     "Fault",
+    "FaultCause",
     "FeatureStore",
     "Folder",
     "Mixture",
@@ -42,14 +48,14 @@ __all__ = [
     "Record",
     "Source",
     "Tokenizer",
-    "TooManyBadRecords",
+    "TooManyBadRecordsError",
     "Transform",
     "WebDataset",
     "build_source",
     "build_tokenizer",
     "build_transform",
-    "decode",
-    "describe",
+    "decode_image",
     "load_tokenizer",
+    "read_metadata",
     "train_tokenizer",
 ]

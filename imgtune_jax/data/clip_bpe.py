@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 LENGTH = 77
 NUM_MERGES = 49152 - 256 - 2
 START, END = "<start_of_text>", "<end_of_text>"
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+WORD_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def clean(text: str) -> str:
@@ -24,7 +24,7 @@ def clean(text: str) -> str:
     return " ".join(text.split()).lower()
 
 
-def build(vocabulary: Path) -> Tokenizer:
+def build_clip_tokenizer(vocabulary: Path) -> Tokenizer:
     """The byte-level BPE with 49408 entries; texts are wrapped in its start and end tokens."""
     lines = gzip.decompress(vocabulary.read_bytes()).decode("utf-8").split("\n")
     merges = [(a, b) for a, b in (line.split() for line in lines[1 : NUM_MERGES + 1])]
@@ -37,7 +37,7 @@ def build(vocabulary: Path) -> Tokenizer:
     backend = Tokenizer(BPE(vocab, merges, end_of_word_suffix="</w>", fuse_unk=False))
     backend.pre_tokenizer = Sequence(
         [
-            Split(Regex(WORDS), behavior="removed", invert=True),
+            Split(Regex(WORD_PATTERN), behavior="removed", invert=True),
             ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

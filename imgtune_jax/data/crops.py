@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from imgtune_jax.data.image import Jpeg
+from imgtune_jax.data.image import LazyJpeg
 from imgtune_jax.data.resample import (
     INTERPOLATIONS,
     WHITE,
-    Colour,
+    Color,
+    ImageArray,
     Interpolation,
-    Picture,
-    choose,
-    need,
-    padded,
-    pair,
-    resampled,
+    as_height_width,
+    check_choice,
+    crop_and_resize,
+    pad_to,
+    require_rng,
 )
 
 
@@ -27,14 +27,14 @@ class CenterCrop:
     """The middle `size` pixels; a smaller picture is padded with `fill` (torchvision's: black)."""
 
     size: int | tuple[int, int]
-    fill: Colour = (0, 0, 0)
+    fill: Color = (0, 0, 0)
 
     def __post_init__(self) -> None:
-        pair(self.size)
+        as_height_width(self.size)
 
-    def __call__(self, image: Picture, rng: np.random.Generator | None = None) -> Picture:
-        height, width = pair(self.size)
-        image = padded(image, height, width, self.fill)
+    def __call__(self, image: ImageArray, rng: np.random.Generator | None = None) -> ImageArray:
+        height, width = as_height_width(self.size)
+        image = pad_to(image, height, width, self.fill)
         top = round((image.shape[0] - height) / 2.0)
         left = round((image.shape[1] - width) / 2.0)
         return image[top : top + height, left : left + width]
@@ -45,11 +45,11 @@ class Pad:
     """`padding` pixels of `fill` on each side."""
 
     padding: int
-    fill: Colour = WHITE
+    fill: Color = WHITE
 
-    def __call__(self, image: Picture, rng: np.random.Generator | None = None) -> Picture:
+    def __call__(self, image: ImageArray, rng: np.random.Generator | None = None) -> ImageArray:
         h, w = image.shape[:2]
-        return padded(image, h + 2 * self.padding, w + 2 * self.padding, self.fill)
+        return pad_to(image, h + 2 * self.padding, w + 2 * self.padding, self.fill)
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,16 @@ class RandomCrop:
 
     size: int | tuple[int, int]
     padding: int = 0
-    fill: Colour = WHITE
+    fill: Color = WHITE
 
     def __post_init__(self) -> None:
-        pair(self.size)
+        as_height_width(self.size)
 
-    def __call__(self, image: Picture, rng: np.random.Generator | None = None) -> Picture:
-        rng = need(rng, self)
-        height, width = pair(self.size)
+    def __call__(self, image: ImageArray, rng: np.random.Generator | None = None) -> ImageArray:
+        rng = require_rng(rng, self)
+        height, width = as_height_width(self.size)
         image = Pad(self.padding, fill=self.fill)(image)
-        image = padded(image, height, width, self.fill)
+        image = pad_to(image, height, width, self.fill)
         top = int(rng.integers(image.shape[0] - height + 1))
         left = int(rng.integers(image.shape[1] - width + 1))
         return image[top : top + height, left : left + width]
@@ -93,25 +93,27 @@ class RandomResizedCrop:
     scaled_decode: bool = True
 
     def __post_init__(self) -> None:
-        pair(self.size)
-        choose("interpolation", self.interpolation, INTERPOLATIONS)
+        as_height_width(self.size)
+        check_choice("interpolation", self.interpolation, INTERPOLATIONS)
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"scale = {self.scale}; wanted shares (low, high) in (0, 1]")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"ratio = {self.ratio}; wanted aspects (low, high) above 0")
 
-    def __call__(self, image: Picture | Jpeg, rng: np.random.Generator | None = None) -> Picture:
+    def __call__(
+        self, image: ImageArray | LazyJpeg, rng: np.random.Generator | None = None
+    ) -> ImageArray:
         height, width = image.shape[:2]
-        top, left, h, w = self._window(height, width, need(rng, self))
-        if isinstance(image, Jpeg):
+        top, left, h, w = self._window(height, width, require_rng(rng, self))
+        if isinstance(image, LazyJpeg):
             image = image.decode(self.reduction(h, w), scratch=True)  # resampling copies
         y, x = image.shape[0] / height, image.shape[1] / width  # below 1 when reduced
         box = top * y, left * x, h * y, w * x
-        return resampled(image, box, *pair(self.size), self.interpolation)
+        return crop_and_resize(image, box, *as_height_width(self.size), self.interpolation)
 
     def reduction(self, h: int, w: int) -> int:
         """By what a JPEG with a window of h x w pixels may be reduced in decoding: 1, 2, 4 or 8."""
-        height, width = pair(self.size)
+        height, width = as_height_width(self.size)
         times = min(h / height, w / width)
         fits = [r for r in (8, 4, 2) if times >= 2 * r]
         return fits[0] if fits and self.scaled_decode else 1

@@ -11,13 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from imgtune_jax.data import fields
-from imgtune_jax.data.record import BadRecord, Cause, Record
+from imgtune_jax.data import record_fields
+from imgtune_jax.data.record import BadRecord, FaultCause, Record
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-class _Row(NamedTuple):
+class _TableRow(NamedTuple):
     file: str | None
     metadata: Mapping[str, Any]
     fault: BadRecord | None
@@ -80,7 +80,9 @@ class Folder:
     @cached_property
     def fingerprint(self) -> str:
         """Digest of options, table, file names and sizes, and the bytes of a few images."""
-        digest = fields.Digest(self.image_column, self._columns, self.label, self.classes)
+        digest = record_fields.Fingerprint(
+            self.image_column, self._columns, self.label, self.classes
+        )
         digest.add(self.group, self.class_names if self.table is None else ())
         present = []
         for row in self._rows:
@@ -98,23 +100,23 @@ class Folder:
         return {"caption": "title"} if self.captions is None else self.captions
 
     @cached_property
-    def _rows(self) -> tuple[_Row, ...]:
+    def _rows(self) -> tuple[_TableRow, ...]:
         return self._table_rows() if self.table is not None else self._class_rows()
 
-    def _class_rows(self) -> tuple[_Row, ...]:
+    def _class_rows(self) -> tuple[_TableRow, ...]:
         root = Path(self.path)
         files = (
             file
             for name in self.class_names
             for file in sorted((root / name).rglob("*"))
-            if file.suffix.lower() in SUFFIXES
+            if file.suffix.lower() in IMAGE_SUFFIXES
         )
         relative = (file.relative_to(root) for file in files)
-        return tuple(_Row(str(f), {"class": f.parts[0]}, None) for f in relative)
+        return tuple(_TableRow(str(f), {"class": f.parts[0]}, None) for f in relative)
 
-    def _table_rows(self) -> tuple[_Row, ...]:
+    def _table_rows(self) -> tuple[_TableRow, ...]:
         """One row an image, the captions of its lines joined."""
-        rows: dict[str, _Row] = {}
+        rows: dict[str, _TableRow] = {}
         for number, row in enumerate(_read_table(Path(str(self.table)))):
             file = row.metadata.get(self.image_column)
             name = file if isinstance(file, str) and file else None
@@ -123,7 +125,7 @@ class Folder:
                 row = _merge(rows[key], row, tuple(self._columns.values()))
             elif name is None and row.fault is None:
                 wanted = f"line {number} has no {self.image_column!r}: {sorted(row.metadata)}"
-                row = row._replace(fault=BadRecord(Cause.MISSING_IMAGE, wanted))
+                row = row._replace(fault=BadRecord(FaultCause.MISSING_IMAGE, wanted))
             rows[key] = row._replace(file=name)
         return tuple(rows.values())
 
@@ -137,46 +139,50 @@ class Folder:
             try:
                 image = Path(self.path, row.file).read_bytes()
             except OSError as error:
-                faults["image"] = BadRecord(Cause.MISSING_IMAGE, str(error))
+                faults["image"] = BadRecord(FaultCause.MISSING_IMAGE, str(error))
         columns = {"class": "class"} if self.table is None else self._columns
         captions: dict[str, tuple[str, ...]] = {}
         label = None
         try:
-            captions = {s: fields.texts(row.metadata.get(c)) for s, c in columns.items()}
+            captions = {
+                s: record_fields.parse_captions(row.metadata.get(c)) for s, c in columns.items()
+            }
         except BadRecord as bad:
             faults["captions"] = bad
         try:
             if self.table is None:
                 label = self.class_names.index(row.metadata["class"])
             elif self.label is not None:
-                label = fields.label(_number(row.metadata.get(self.label)), self.classes)
+                label = record_fields.parse_label(
+                    _parse_number(row.metadata.get(self.label)), self.classes
+                )
         except BadRecord as bad:
             faults["label"] = bad
         group = None
         try:
             if self.group is not None:
-                group = fields.group(row.metadata.get(self.group))
+                group = record_fields.parse_group(row.metadata.get(self.group))
         except BadRecord as bad:
             faults["group"] = bad
         key = row.file or f"{self.table}, {row.fault and row.fault.detail}"
         return Record(key, image, captions, label, group, row.metadata, faults)
 
 
-def _merge(old: _Row, new: _Row, columns: Sequence[str]) -> _Row:
+def _merge(old: _TableRow, new: _TableRow, columns: Sequence[str]) -> _TableRow:
     joined = dict(old.metadata)
     for column in columns:
         both = [old.metadata.get(column), new.metadata.get(column)]
         lists = [[v] if isinstance(v, str) else list(v) for v in both if v]
         joined[column] = [text for texts in lists for text in texts]
-    return _Row(old.file, joined, old.fault or new.fault)
+    return _TableRow(old.file, joined, old.fault or new.fault)
 
 
-def _number(value: Any) -> Any:
+def _parse_number(value: Any) -> Any:
     """A csv's "3" as 3."""
     return int(value) if isinstance(value, str) and value.isdigit() else value
 
 
-def _read_table(path: Path) -> list[_Row]:
+def _read_table(path: Path) -> list[_TableRow]:
     data = path.read_bytes()
     if path.suffix == ".jsonl":
         lines = [line for line in data.split(b"\n") if line.strip()]
@@ -191,22 +197,22 @@ def _read_table(path: Path) -> list[_Row]:
     return [_csv_row(row, f"{path.name} line {reader.line_num}") for row in reader]
 
 
-def _json_row(line: bytes, where: str) -> _Row:
+def _json_row(line: bytes, where: str) -> _TableRow:
     try:
-        return _Row(None, fields.parse_json(line, where), None)
+        return _TableRow(None, record_fields.parse_json(line, where), None)
     except BadRecord as bad:
         lenient = line.decode("utf-8", errors="replace")
         try:
-            return _Row(None, dict(json.loads(lenient)), bad)
+            return _TableRow(None, dict(json.loads(lenient)), bad)
         except (ValueError, TypeError):
-            return _Row(None, {}, bad)
+            return _TableRow(None, {}, bad)
 
 
-def _csv_row(row: Mapping[Any, Any], where: str) -> _Row:
+def _csv_row(row: Mapping[Any, Any], where: str) -> _TableRow:
     cells = {k: v for k, v in row.items() if isinstance(k, str) and isinstance(v, str)}
     try:
         for cell in cells.values():
             cell.encode("utf-8")
     except UnicodeEncodeError:
-        return _Row(None, cells, BadRecord(Cause.BAD_UTF8, f"{where} is not UTF-8"))
-    return _Row(None, cells, None)
+        return _TableRow(None, cells, BadRecord(FaultCause.BAD_UTF8, f"{where} is not UTF-8"))
+    return _TableRow(None, cells, None)

@@ -13,16 +13,16 @@ import simplejpeg
 from jaxtyping import Shaped, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from imgtune_jax.data.record import BadRecord, Cause
+from imgtune_jax.data.record import BadRecord, FaultCause
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning threshold
 WHITE = (255, 255, 255)
-SCRATCH_BYTES = 1 << 24  # a larger picture's pages are little beside its decoding
+BUFFER_BYTES = 1 << 24  # a larger picture's pages are little beside its decoding
 ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 
 
 @dataclass(frozen=True, eq=False)
-class Jpeg:
+class LazyJpeg:
     """An upright JPEG in colour or gray that waits to be decoded, whole or smaller."""
 
     data: bytes
@@ -47,42 +47,42 @@ class Jpeg:
                 min_height=height,
                 min_width=width,
                 min_factor=reduction,
-                buffer=_scratch(height * width * 3) if scratch else None,
+                buffer=_thread_buffer(height * width * 3) if scratch else None,
                 strict=True,
             )
         except ValueError:  # Pillow says what is wrong, or forgives it
-            return _guarded(self.opened, WHITE, self.data)
+            return _decode_with_pillow(self.opened, WHITE, self.data)
 
 
-_OF_THREAD = threading.local()
+_THREAD_LOCAL = threading.local()
 
 
-def _scratch(size: int) -> UInt8[np.ndarray, " n"] | None:
+def _thread_buffer(size: int) -> UInt8[np.ndarray, " n"] | None:
     """Memory of this thread, so that pixels that are let go at once need no fresh pages."""
-    if size > SCRATCH_BYTES:
+    if size > BUFFER_BYTES:
         return None
-    if not hasattr(_OF_THREAD, "memory"):
-        _OF_THREAD.memory = np.empty(SCRATCH_BYTES, np.uint8)  # pages come when they are touched
-    return _OF_THREAD.memory
+    if not hasattr(_THREAD_LOCAL, "memory"):
+        _THREAD_LOCAL.memory = np.empty(BUFFER_BYTES, np.uint8)  # pages come when they are touched
+    return _THREAD_LOCAL.memory
 
 
-def decode(
+def decode_image(
     image: Any,
     *,
     max_pixels: int = MAX_PIXELS,
     background: tuple[int, int, int] = WHITE,
 ) -> UInt8[np.ndarray, "h w 3"]:
     """RGB of encoded bytes, a path, a PIL image or an array: `peek`, decoded whole."""
-    found = peek(image, max_pixels=max_pixels, background=background)
-    return found.decode() if isinstance(found, Jpeg) else found
+    found = open_image(image, max_pixels=max_pixels, background=background)
+    return found.decode() if isinstance(found, LazyJpeg) else found
 
 
-def peek(
+def open_image(
     image: Any,
     *,
     max_pixels: int = MAX_PIXELS,
     background: tuple[int, int, int] = WHITE,
-) -> UInt8[np.ndarray, "h w 3"] | Jpeg:
+) -> UInt8[np.ndarray, "h w 3"] | LazyJpeg:
     """RGB, or a Jpeg that is not decoded yet, of encoded bytes, a path, a PIL image or an array.
 
     EXIF rotation is applied, an animation gives its first frame, alpha is composited on
@@ -90,26 +90,30 @@ def peek(
     header, before anything is decoded. Raises BadRecord.
     """
     if image is None:
-        raise BadRecord(Cause.MISSING_IMAGE, "the record has no image")
+        raise BadRecord(FaultCause.MISSING_IMAGE, "the record has no image")
     if isinstance(image, np.ndarray):
         return _from_pil(_array_to_pil(image, max_pixels), background)
     if isinstance(image, Image.Image):
         _check_size(image, max_pixels)
-        return _guarded(image, background)
+        return _decode_with_pillow(image, background)
     if isinstance(image, str | Path):
         try:
             image = Path(image).read_bytes()
         except OSError as error:
-            raise BadRecord(Cause.MISSING_IMAGE, str(error)) from error
+            raise BadRecord(FaultCause.MISSING_IMAGE, str(error)) from error
     data = bytes(image)
     try:
         opened = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError as error:
-        raise BadRecord(Cause.TOO_MANY_PIXELS, str(error)) from error
+        raise BadRecord(FaultCause.TOO_MANY_PIXELS, str(error)) from error
     except Exception as error:  # Pillow's parsers raise anything on hostile bytes
         raise _unreadable(data, error) from error
     _check_size(opened, max_pixels)
-    return Jpeg(data, opened) if _is_plain_jpeg(opened) else _guarded(opened, background, data)
+    return (
+        LazyJpeg(data, opened)
+        if _is_plain_jpeg(opened)
+        else _decode_with_pillow(opened, background, data)
+    )
 
 
 def _is_plain_jpeg(opened: Image.Image) -> bool:
@@ -126,12 +130,12 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
         raise BadRecord(
-            Cause.TOO_MANY_PIXELS,
+            FaultCause.TOO_MANY_PIXELS,
             f"{width}x{height} has {width * height} pixels; at most {max_pixels} are decoded",
         )
 
 
-def _guarded(
+def _decode_with_pillow(
     image: Image.Image, background: tuple[int, int, int], data: bytes = b""
 ) -> UInt8[np.ndarray, "h w 3"]:
     try:
@@ -149,17 +153,19 @@ def _unreadable(data: bytes, error: Exception) -> BadRecord:
     # A WebP names its size in its header; its decoder does not say that bytes are missing.
     short_webp = data[:4] == b"RIFF" and len(data) < int.from_bytes(data[4:8], "little") + 8
     if short_webp or isinstance(error, EOFError) or "truncated" in text.lower():
-        return BadRecord(Cause.TRUNCATED_IMAGE, f"{text} ({len(data)} bytes)")
+        return BadRecord(FaultCause.TRUNCATED_IMAGE, f"{text} ({len(data)} bytes)")
     if isinstance(error, UnidentifiedImageError):
-        return BadRecord(Cause.NOT_AN_IMAGE, f"{len(data)} bytes that begin with {data[:12]!r}")
-    return BadRecord(Cause.UNDECODABLE_IMAGE, text)
+        return BadRecord(
+            FaultCause.NOT_AN_IMAGE, f"{len(data)} bytes that begin with {data[:12]!r}"
+        )
+    return BadRecord(FaultCause.UNDECODABLE_IMAGE, text)
 
 
 def _from_pil(image: Image.Image, background: tuple[int, int, int]) -> UInt8[np.ndarray, "h w 3"]:
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = _scale_16_bit(np.asarray(image))
     if image.mode == "F":
-        raise BadRecord(Cause.UNSUPPORTED_IMAGE, "floating-point pixels; wanted 8 or 16 bits")
+        raise BadRecord(FaultCause.UNSUPPORTED_IMAGE, "floating-point pixels; wanted 8 or 16 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         below = Image.new("RGBA", image.size, (*background, 255))
@@ -169,7 +175,7 @@ def _from_pil(image: Image.Image, background: tuple[int, int, int]) -> UInt8[np.
 
 def _scale_16_bit(pixels: Shaped[np.ndarray, "h w"]) -> Image.Image:
     if pixels.min() < 0 or pixels.max() > 65535:
-        raise BadRecord(Cause.UNSUPPORTED_IMAGE, "pixels of more than 16 bits; wanted 8 or 16")
+        raise BadRecord(FaultCause.UNSUPPORTED_IMAGE, "pixels of more than 16 bits; wanted 8 or 16")
     return Image.fromarray(((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
@@ -178,18 +184,20 @@ def _array_to_pil(array: np.ndarray, max_pixels: int) -> Image.Image:
         array = array[..., 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
         raise BadRecord(
-            Cause.UNSUPPORTED_IMAGE,
+            FaultCause.UNSUPPORTED_IMAGE,
             f"array of shape {array.shape}; wanted [h w], [h w 1], [h w 3] or [h w 4]",
         )
     if array.shape[0] * array.shape[1] > max_pixels:
-        raise BadRecord(Cause.TOO_MANY_PIXELS, f"array {array.shape}; at most {max_pixels} pixels")
+        raise BadRecord(
+            FaultCause.TOO_MANY_PIXELS, f"array {array.shape}; at most {max_pixels} pixels"
+        )
     if array.dtype == np.uint16:
         array = ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * 255
     if array.dtype != np.uint8 or array.size == 0:
         raise BadRecord(
-            Cause.UNSUPPORTED_IMAGE,
+            FaultCause.UNSUPPORTED_IMAGE,
             f"array {array.dtype}{list(array.shape)}; wanted uint8 or uint16, not empty",
         )
     return Image.fromarray(np.ascontiguousarray(array))

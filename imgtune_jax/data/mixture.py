@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from imgtune_jax.data import fields
-from imgtune_jax.data.record import Record, Source, describe
+from imgtune_jax.data import record_fields
+from imgtune_jax.data.record import Record, Source, read_metadata
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,19 @@ class Mixture:
         return tuple(max(n, round(scale * w)) for n, w in zip(lengths, weights, strict=True))
 
     @cached_property
-    def _ends(self) -> list[int]:
+    def _cumulative_counts(self) -> list[int]:
         return [sum(self.counts[: k + 1]) for k in range(len(self.counts))]
 
     def locate(self, index: int) -> tuple[int, int]:
         """(source, its record) of a record of the mixture."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        k = bisect.bisect_right(self._ends, index)
-        first = self._ends[k] - self.counts[k]
+        k = bisect.bisect_right(self._cumulative_counts, index)
+        first = self._cumulative_counts[k] - self.counts[k]
         return k, (index - first) % len(self.sources[k])
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._cumulative_counts[-1]
 
     def __getitem__(self, index: int) -> Record:
         k, i = self.locate(index)
@@ -64,7 +64,7 @@ class Mixture:
     def describe(self, index: int) -> Record:
         """The record without its image."""
         k, i = self.locate(index)
-        return describe(self.sources[k], i)
+        return read_metadata(self.sources[k], i)
 
     @property
     def caption_sets(self) -> tuple[str, ...]:
@@ -80,4 +80,4 @@ class Mixture:
     @cached_property
     def fingerprint(self) -> str:
         """Digest of the sources' and of the proportions."""
-        return fields.Digest([s.fingerprint for s in self.sources], self.counts).hex()
+        return record_fields.Fingerprint([s.fingerprint for s in self.sources], self.counts).hex()

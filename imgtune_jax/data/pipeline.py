@@ -18,19 +18,19 @@ import numpy as np
 from absl import flags
 
 from imgtune_jax.data import image as image_lib
-from imgtune_jax.data.captions import CaptionDraw
+from imgtune_jax.data.caption_sampler import CaptionSampler
+from imgtune_jax.data.feature_store import FeatureStore
 from imgtune_jax.data.record import (
     BadRecordCounter,
     Fault,
     Source,
 )
-from imgtune_jax.data.rows import PADDING, Collate, Rows
-from imgtune_jax.data.store import FeatureStore
-from imgtune_jax.data.text import Tokenizer
+from imgtune_jax.data.rows import PADDING_INDEX, Collator, RowBuilder
+from imgtune_jax.data.tokenizer import Tokenizer
 from imgtune_jax.data.transforms import Compose
 
 NumpyBatch = dict[str, np.ndarray]
-ENDLESS = 1 << 40  # batches; more than a run takes
+NO_END = 1 << 40  # batches; more than a run takes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,7 +70,7 @@ class Pipeline:
     num_workers: int = 0
     prefetch: int = 4
     max_bad_fraction: float = 0.1
-    min_records: int = 1000
+    max_bad_fraction_after: int = 1000
     max_pixels: int = image_lib.MAX_PIXELS
     background: tuple[int, int, int] = image_lib.WHITE
     stores: Mapping[str, FeatureStore] = field(default_factory=dict, repr=False)
@@ -87,14 +87,16 @@ class Pipeline:
         if not 0 <= self.host_index < self.host_count:
             raise ValueError(f"host_index = {self.host_index} of host_count = {self.host_count}")
         for tower, store in self.stores.items():
-            if store.n != n:
+            if store.num_records != n:
                 raise ValueError(
-                    f"{tower} features of {store.n} records, and the source has {n}; compute them "
+                    f"{tower} features of {store.num_records} records, and the source has {n}; compute them "
                     "from this source"
                 )
         self._check_buckets()
         if self.tokenizer is not None:
-            self._draw().check(getattr(self.source, "caption_sets", tuple(self.captions)))
+            self._caption_sampler().check(
+                getattr(self.source, "caption_sets", tuple(self.captions))
+            )
 
     def _check_buckets(self) -> None:
         buckets = self.length_buckets
@@ -119,10 +121,10 @@ class Pipeline:
 
     @cached_property
     def _counter(self) -> BadRecordCounter:
-        return BadRecordCounter(self.max_bad_fraction, self.min_records)
+        return BadRecordCounter(self.max_bad_fraction, self.max_bad_fraction_after)
 
-    def _draw(self) -> CaptionDraw:
-        return CaptionDraw(self.captions, self.templates, self.prefixes)
+    def _caption_sampler(self) -> CaptionSampler:
+        return CaptionSampler(self.captions, self.templates, self.prefixes)
 
     def bad_records(self) -> dict[str, int]:
         """{"seen": records so far, cause: broken ones, …} of this host, ready for JSON."""
@@ -133,9 +135,9 @@ class Pipeline:
         n = len(self.source)
         return -(-(step * self.batch_size // n + 1) * n // self.batch_size)
 
-    def batches(self, start: int = 0, stop: int = ENDLESS) -> Iterator[NumpyBatch]:
+    def batches(self, start: int = 0, stop: int = NO_END) -> Iterator[NumpyBatch]:
         """Batches start, start + 1, … until `stop`. Raises TooManyBadRecords past the cap."""
-        return self._run(self.rows(deterministic=False), start, stop)
+        return self._run(self.row_builder(deterministic=False), start, stop)
 
     def one_pass(self) -> Iterator[NumpyBatch]:
         """Every record once, in source order; the last batch is padded.
@@ -143,15 +145,17 @@ class Pipeline:
         Captions are the first alternative of the heaviest set. A random transform draws as in
         epoch 0, so use a deterministic one to evaluate.
         """
-        return self._run(self.rows(deterministic=True), 0, -(-len(self.source) // self.batch_size))
+        return self._run(
+            self.row_builder(deterministic=True), 0, -(-len(self.source) // self.batch_size)
+        )
 
-    def rows(self, *, deterministic: bool = False) -> Rows:
+    def row_builder(self, *, deterministic: bool = False) -> RowBuilder:
         """What makes a row of a position of the stream; `deterministic` as `one_pass` needs it."""
         stores = {} if deterministic else self.stores
-        return Rows(
+        return RowBuilder(
             source=self.source,
             transform=self.transform,
-            captions=self._draw() if self.tokenizer else None,
+            captions=self._caption_sampler() if self.tokenizer else None,
             with_group=self.tokenizer is not None and getattr(self.source, "has_group", False),
             seed=self.seed,
             shuffle=self.shuffle and not deterministic,
@@ -162,24 +166,24 @@ class Pipeline:
             host_index=self.host_index,
             host_count=self.host_count,
             views={tower: store.views for tower, store in stores.items()},
-            complete={tower: tuple(store.complete()) for tower, store in stores.items()},
+            complete={tower: tuple(store.complete_views()) for tower, store in stores.items()},
         )
 
-    def collate(self, rows: Rows) -> Collate:
+    def collator(self, rows: RowBuilder) -> Collator:
         """What makes a batch of what `rows` gives."""
         stores = self.stores if rows.views else {}
         buckets = () if rows.one_pass else self.length_buckets
-        return Collate(self.tokenizer, rows.with_group, rows.shape(), stores, buckets)
+        return Collator(self.tokenizer, rows.with_group, rows.shape(), stores, buckets)
 
-    def _run(self, rows: Rows, start: int, stop: int) -> Iterator[NumpyBatch]:
+    def _run(self, rows: RowBuilder, start: int, stop: int) -> Iterator[NumpyBatch]:
         local = self.batch_size // self.host_count
-        collate = self.collate(rows)
+        collate = self.collator(rows)
         dataset = grain.MapDataset.range(start * local, stop * local).map(rows)
         batched = dataset.batch(local, drop_remainder=True, batch_fn=collate)
         iterator = iter(self._parallel(batched))
         try:
             for _ in range(start, stop):
-                yield self._finish(next(iterator))
+                yield self._count_faults(next(iterator))
         finally:
             iterator.close()
 
@@ -197,9 +201,9 @@ class Pipeline:
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=each)
         )
 
-    def _finish(self, loaded: dict[str, Any]) -> NumpyBatch:
+    def _count_faults(self, loaded: dict[str, Any]) -> NumpyBatch:
         """In the main process: count what was broken."""
         faults: tuple[Fault, ...] = loaded.pop("faults").faults
         batch: NumpyBatch = {k: np.asarray(v) for k, v in loaded.items()}
-        self._counter.add(int((batch["index"] != PADDING).sum()), faults)
+        self._counter.add(int((batch["index"] != PADDING_INDEX).sum()), faults)
         return batch

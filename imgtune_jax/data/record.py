@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 log = logging.getLogger("imgtune_jax.data")
-NAMED_PER_CAUSE = 5  # so many broken records of one cause are named in the log
+MAX_LOGGED_PER_CAUSE = 5  # so many broken records of one cause are named in the log
 
 
-class Cause(enum.StrEnum):
+class FaultCause(enum.StrEnum):
     """Why a record is broken."""
 
     MISSING_IMAGE = "missing_image"
@@ -36,7 +36,7 @@ class Cause(enum.StrEnum):
 class BadRecord(Exception):
     """One record cannot be used; `cause` says why in a word, `detail` in a sentence."""
 
-    def __init__(self, cause: Cause, detail: str) -> None:
+    def __init__(self, cause: FaultCause, detail: str) -> None:
         super().__init__(cause, detail)
         self.cause = cause
         self.detail = detail
@@ -45,7 +45,7 @@ class BadRecord(Exception):
         return f"{self.cause}: {self.detail}"
 
 
-class TooManyBadRecords(Exception):
+class TooManyBadRecordsError(Exception):
     """More records are broken than the run allows."""
 
 
@@ -53,7 +53,7 @@ class Fault(NamedTuple):
     """A broken record, by name."""
 
     key: str
-    cause: Cause
+    cause: FaultCause
     detail: str
 
 
@@ -73,7 +73,7 @@ class Record:
     captions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     label: int | None = None
     group: int | None = None
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     faults: Mapping[str, BadRecord] = field(default_factory=dict)
 
     def check(self, *parts: str) -> None:
@@ -98,7 +98,7 @@ class Source(Protocol):
     def fingerprint(self) -> str: ...
 
 
-def describe(source: Source, index: int) -> Record:
+def read_metadata(source: Source, index: int) -> Record:
     """The record without its image, where the source can leave it unread."""
     reader = getattr(source, "describe", None)
     return source[index] if reader is None else reader(index)
@@ -116,14 +116,14 @@ def group_id(value: Any) -> int:
 class BadRecordCounter:
     """Counts broken records by cause, names the first few, and says when there are too many.
 
-    Too many: a larger share than `max_bad_fraction` once `min_records` have been seen.
+    Too many: a larger share than `max_bad_fraction` once `max_bad_fraction_after` have been seen.
     """
 
     max_bad_fraction: float = 0.1
-    min_records: int = 1000
+    max_bad_fraction_after: int = 1000
     seen: int = 0
-    counts: dict[Cause, int] = field(default_factory=dict)
-    examples: dict[Cause, list[str]] = field(default_factory=dict)
+    counts: dict[FaultCause, int] = field(default_factory=dict)
+    examples: dict[FaultCause, list[str]] = field(default_factory=dict)
 
     def add(self, seen: int, faults: Iterable[Fault]) -> None:
         """Count `seen` more records, of which `faults` are broken.
@@ -134,10 +134,10 @@ class BadRecordCounter:
         for fault in faults:
             self.counts[fault.cause] = self.counts.get(fault.cause, 0) + 1
             examples = self.examples.setdefault(fault.cause, [])
-            if len(examples) < NAMED_PER_CAUSE and fault.key not in examples:
+            if len(examples) < MAX_LOGGED_PER_CAUSE and fault.key not in examples:
                 examples.append(fault.key)
                 log.warning("broken record %s: %s: %s", *fault)
-                if len(examples) == NAMED_PER_CAUSE:
+                if len(examples) == MAX_LOGGED_PER_CAUSE:
                     log.warning("further records with %s are counted, not named", fault.cause)
         self._check()
 
@@ -151,13 +151,13 @@ class BadRecordCounter:
         return {"seen": self.seen, **{str(c): n for c, n in sorted(self.counts.items())}}
 
     def _check(self) -> None:
-        if self.seen < self.min_records or self.bad <= self.max_bad_fraction * self.seen:
+        if self.seen < self.max_bad_fraction_after or self.bad <= self.max_bad_fraction * self.seen:
             return
         causes = "; ".join(
             f"{n} {cause} (such as {', '.join(self.examples[cause])})"
             for cause, n in sorted(self.counts.items(), key=lambda item: -item[1])
         )
-        raise TooManyBadRecords(
+        raise TooManyBadRecordsError(
             f"{self.bad} of {self.seen} records are broken ({self.bad / self.seen:.1%}, allowed "
             f"{self.max_bad_fraction:.1%}): {causes}. Repair the data, or raise max_bad_fraction"
         )

@@ -19,7 +19,7 @@ from cykooz_resizer import (
 from jaxtyping import UInt8
 from PIL import Image
 
-Picture = UInt8[np.ndarray, "h w 3"]
+ImageArray = UInt8[np.ndarray, "h w 3"]
 Box = tuple[float, float, float, float]  # top, left, height, width, in pixels
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 INTERPOLATIONS = {
@@ -34,17 +34,17 @@ _SIMD = {
     "bicubic": ResizeAlg.convolution(FilterType.catmull_rom),  # a = -0.5, as Pillow's
     "lanczos": ResizeAlg.convolution(FilterType.lanczos3),
 }
-Colour = tuple[int, int, int]
-WHITE: Colour = (255, 255, 255)
+Color = tuple[int, int, int]
+WHITE: Color = (255, 255, 255)
 
 
-def choose(name: str, value: str, known: Iterable[str]) -> None:
+def check_choice(name: str, value: str, known: Iterable[str]) -> None:
     """Raise ValueError unless `value` is known."""
     if value not in known:
         raise ValueError(f"{name} = {value!r}; known: {', '.join(known)}")
 
 
-def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+def as_height_width(size: int | tuple[int, int]) -> tuple[int, int]:
     """(height, width) of a size in pixels. Raises ValueError unless both are positive."""
     height, width = (size, size) if isinstance(size, int) else size
     if height < 1 or width < 1:
@@ -52,21 +52,23 @@ def pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return height, width
 
 
-def need(rng: np.random.Generator | None, what: object) -> np.random.Generator:
+def require_rng(rng: np.random.Generator | None, what: object) -> np.random.Generator:
     """The generator. Raises ValueError if there is none."""
     if rng is None:
         raise ValueError(f"{type(what).__name__} is random: call it with rng, or leave it out")
     return rng
 
 
-def resized(image: Picture, height: int, width: int, interpolation: str) -> Picture:
+def resize(image: ImageArray, height: int, width: int, interpolation: str) -> ImageArray:
     """To height x width by Pillow: what peers' preprocessing computes, to the bit."""
     if image.shape[:2] == (height, width):
         return image
     return np.asarray(Image.fromarray(image).resize((width, height), INTERPOLATIONS[interpolation]))
 
 
-def resampled(image: Picture, box: Box, height: int, width: int, interpolation: str) -> Picture:
+def crop_and_resize(
+    image: ImageArray, box: Box, height: int, width: int, interpolation: str
+) -> ImageArray:
     """The window `box` to height x width, in one go: Pillow's filters to a rounding, in SIMD.
 
     Always a new array. Pixels outside the window count only where its edge cuts them.
@@ -85,7 +87,7 @@ def resampled(image: Picture, box: Box, height: int, width: int, interpolation: 
     return np.frombuffer(out.get_buffer(), np.uint8).reshape(height, width, 3)
 
 
-def padded(image: Picture, height: int, width: int, fill: Colour) -> Picture:
+def pad_to(image: ImageArray, height: int, width: int, fill: Color) -> ImageArray:
     """Grow to at least height x width, the picture in the middle (torchvision's rounding)."""
     h, w = image.shape[:2]
     if h >= height and w >= width:

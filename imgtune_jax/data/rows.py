@@ -12,23 +12,23 @@ import grain
 import numpy as np
 
 from imgtune_jax.data import image as image_lib
-from imgtune_jax.data.captions import Caption, CaptionDraw
-from imgtune_jax.data.record import BadRecord, Cause, Fault, Record, Source, describe
-from imgtune_jax.data.store import FeatureStore
-from imgtune_jax.data.text import Tokenizer
+from imgtune_jax.data.caption_sampler import CaptionSampler, PrefixedCaption
+from imgtune_jax.data.feature_store import FeatureStore
+from imgtune_jax.data.record import BadRecord, Fault, FaultCause, Record, Source, read_metadata
+from imgtune_jax.data.tokenizer import Tokenizer
 from imgtune_jax.data.transforms import Compose
 
 CAPTION_STREAM, IMAGE_STREAM = 0, 1  # apart, so a run without decoding draws the same captions
-PADDING = -1
+PADDING_INDEX = -1
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowBuilder:
     """Local stream position -> one row. Pure, and what worker processes run."""
 
     source: Source
     transform: Compose | None
-    captions: CaptionDraw | None
+    captions: CaptionSampler | None
     with_group: bool
     seed: int
     shuffle: bool
@@ -59,10 +59,10 @@ class Rows:
         position = step * self.batch_size + self.host_index * size + row
         epoch, index = divmod(position, len(self.source))
         if self.one_pass and epoch:
-            return 0, PADDING
+            return 0, PADDING_INDEX
         return epoch, self._shuffled(position) if self.shuffle else index
 
-    def reads(self, tower: str, local: int) -> bool:
+    def has_features(self, tower: str, local: int) -> bool:
         """Does a position's whole batch, on all hosts, find its features in the store?"""
         if tower not in self.views:
             return False
@@ -73,11 +73,11 @@ class Rows:
     def __call__(self, local: int) -> dict[str, Any]:
         epoch, index = self.locate(int(local))
         row: dict[str, Any] = {"index": index, "key": "", "fault": None, "epoch": epoch}
-        row["reads"] = [t for t in self.views if self.reads(t, int(local))]
-        if index == PADDING:
+        row["reads"] = [t for t in self.views if self.has_features(t, int(local))]
+        if index == PADDING_INDEX:
             return row
         with_image = self.transform is not None and "image" not in row["reads"]
-        record = self.source[index] if with_image else describe(self.source, index)
+        record = self.source[index] if with_image else read_metadata(self.source, index)
         row["key"] = record.key
         parts: dict[str, Any] = {} if self.captions is None else {"text": self._text}
         parts |= {"image": self._image} if with_image else {}
@@ -107,7 +107,7 @@ class Rows:
     def _image(self, record: Record, epoch: int, index: int) -> dict[str, Any]:
         assert self.transform is not None
         record.check("image")
-        picture = image_lib.peek(
+        picture = image_lib.open_image(
             record.image, max_pixels=self.max_pixels, background=self.background
         )
         rng = np.random.default_rng((self.seed, epoch, index, IMAGE_STREAM))
@@ -131,14 +131,14 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Faults:
+class OpaqueFaults:
     """One leaf to Grain, whatever it holds."""
 
     faults: tuple[Fault, ...]
 
 
 @dataclass(frozen=True)
-class Collate:
+class Collator:
     """Rows -> batch. Texts are tokenized together, features read together."""
 
     tokenizer: Tokenizer | None
@@ -158,20 +158,20 @@ class Collate:
                 batch[f"{tower}_features"], usable = store.read(views, batch["index"])
                 for j in np.flatnonzero(good & ~usable).tolist():
                     what = f"its {tower} could not be read when cached"
-                    faults.append(Fault(rows[j]["key"], Cause.INVALID_FEATURES, what))
+                    faults.append(Fault(rows[j]["key"], FaultCause.INVALID_FEATURES, what))
                 good = good & usable
             else:
                 batch[f"{tower}_view"] = views
                 batch[f"{tower}_good"] = np.array([f"{tower}_good" in row for row in rows])
-        batch |= {"example_mask": good, "faults": Faults(tuple(faults))}
+        batch |= {"example_mask": good, "faults": OpaqueFaults(tuple(faults))}
         if self.shape is not None and "image_features" not in batch:
             blank = np.zeros(self.shape, np.uint8)
             present = batch.get("image_good", good)
             pictures = zip(rows, present, strict=True)
             batch["image"] = np.stack([row["image"] if p else blank for row, p in pictures])
         if self.tokenizer is not None:
-            captions = [row.get("caption", Caption("")) for row in rows]
-            ids, mask, targets = self.tokenizer.prompted(
+            captions = [row.get("caption", PrefixedCaption("")) for row in rows]
+            ids, mask, targets = self.tokenizer.encode_with_prefix(
                 [c.prefix for c in captions], [c.text for c in captions]
             )
             present = batch.get("text_good", good)[:, None]

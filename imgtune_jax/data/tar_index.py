@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Int64
 
 log = logging.getLogger("imgtune_jax.data")
-KEEP_FROM_BYTES = 64 << 20  # scanning a smaller tar's headers takes less than a second
+CACHE_MIN_BYTES = 64 << 20  # scanning a smaller tar's headers takes less than a second
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,17 @@ def index_tar(path: Path) -> TarIndex:
     """
     stat = path.stat()
     stamp = (stat.st_size, stat.st_mtime_ns)
-    if stat.st_size < KEEP_FROM_BYTES:
+    if stat.st_size < CACHE_MIN_BYTES:
         return _scan(path)
     places = (path.with_name(path.name + ".index.npz"), _cache_folder() / _cache_name(path))
     for place in places:
-        found = _load(place, path, stamp)
+        found = _read_cached(place, path, stamp)
         if found is not None:
             return found
     log.info("indexing %s (once)", path)
     index = _scan(path)
     for place in places:
-        if _store(place, index, stamp):
+        if _write_cached(place, index, stamp):
             break
     return index
 
@@ -89,7 +89,7 @@ def _cache_name(path: Path) -> str:
     return hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32] + ".npz"
 
 
-def _load(place: Path, path: Path, stamp: tuple[int, int]) -> TarIndex | None:
+def _read_cached(place: Path, path: Path, stamp: tuple[int, int]) -> TarIndex | None:
     if not place.is_file():
         return None
     try:
@@ -103,7 +103,7 @@ def _load(place: Path, path: Path, stamp: tuple[int, int]) -> TarIndex | None:
         return None
 
 
-def _store(place: Path, index: TarIndex, stamp: tuple[int, int]) -> bool:
+def _write_cached(place: Path, index: TarIndex, stamp: tuple[int, int]) -> bool:
     temporary = place.with_name(f"{place.name}.tmp{os.getpid()}")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from imgtune_jax.data import fields
+from imgtune_jax.data import record_fields
 from imgtune_jax.data.record import BadRecord, Record
 
 
@@ -43,19 +43,23 @@ class TFDS:
         captions: dict[str, tuple[str, ...]] = {}
         try:
             for name, path in (self.captions or {}).items():
-                captions[name] = _texts(fields.get(example, fields.as_path(path)))
+                captions[name] = _decode_captions(
+                    record_fields.get_field(example, record_fields.as_field_path(path))
+                )
         except BadRecord as bad:
             faults["captions"] = bad
         label, group = (
-            None if path is None else fields.get(example, fields.as_path(path))
+            None
+            if path is None
+            else record_fields.get_field(example, record_fields.as_field_path(path))
             for path in (self.label, self.group)
         )
         return Record(
             key=f"{self.dataset}[{self.split}] {index}",
-            image=fields.get(example, fields.as_path(self.image)),
+            image=record_fields.get_field(example, record_fields.as_field_path(self.image)),
             captions=captions,
             label=None if label is None else int(label),
-            group=None if group is None else fields.group(_plain(group)),
+            group=None if group is None else record_fields.parse_group(_plain(group)),
             faults=faults,
         )
 
@@ -74,7 +78,9 @@ class TFDS:
         """Digest of the data set's name, version, split and number of records, and of options."""
         info = self._builder.info
         options = sorted((k, tuple(v)) for k, v in (self.captions or {}).items())
-        digest = fields.Digest(info.full_name, self.split, len(self), tuple(self.image), options)
+        digest = record_fields.Fingerprint(
+            info.full_name, self.split, len(self), tuple(self.image), options
+        )
         digest.add(self.label, self.group, info.splits[self.split.partition("[")[0]].num_bytes)
         return digest.hex()
 
@@ -93,7 +99,7 @@ class TFDS:
     def _data(self) -> Any:
         import tensorflow_datasets
 
-        path = fields.as_path(self.image)
+        path = record_fields.as_field_path(self.image)
         skip: Any = tensorflow_datasets.decode.SkipDecoding()  # broken images are ours to count
         for name in reversed(path):
             skip = {name: skip}
@@ -104,7 +110,7 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _texts(value: Any) -> tuple[str, ...]:
+def _decode_captions(value: Any) -> tuple[str, ...]:
     values = [value] if isinstance(value, bytes | str) else list(value if value is not None else ())
-    return fields.texts([fields.decode_utf8(v, "caption") if isinstance(v, bytes) else v
+    return record_fields.parse_captions([record_fields.decode_utf8(v, "caption") if isinstance(v, bytes) else v
                          for v in values])  # fmt: skip

@@ -13,29 +13,31 @@ from typing import Any, Literal, Protocol, cast
 import numpy as np
 from PIL import Image
 
-from imgtune_jax.data.colour import ColorJitter, Grayscale
+from imgtune_jax.data.color import ColorJitter, Grayscale
 from imgtune_jax.data.crops import CenterCrop, Pad, RandomCrop, RandomResizedCrop
-from imgtune_jax.data.image import Jpeg
+from imgtune_jax.data.image import LazyJpeg
 from imgtune_jax.data.resample import (
     INTERPOLATIONS,
     WHITE,
-    Colour,
+    Color,
+    ImageArray,
     Interpolation,
-    Picture,
-    choose,
-    need,
-    padded,
-    pair,
-    resized,
+    as_height_width,
+    check_choice,
+    pad_to,
+    require_rng,
+    resize,
 )
 
-PIXELS = 2  # raise it when equal settings give other pixels: what was cached of them is then stale
+TRANSFORMS_VERSION = (
+    2  # raise it when equal settings give other pixels: what was cached of them is then stale
+)
 
 
 class Transform(Protocol):
     """A pure function of the picture and of a generator that is its own."""
 
-    def __call__(self, image: Picture, rng: np.random.Generator | None = None) -> Picture: ...
+    def __call__(self, image: ImageArray, rng: np.random.Generator | None = None) -> ImageArray: ...
 
 
 @dataclass(frozen=True)
@@ -50,28 +52,28 @@ class Resize:
     size: int | tuple[int, int]
     mode: Literal["squash", "shortest", "longest"] = "squash"
     interpolation: Interpolation = "bicubic"
-    fill: Colour = WHITE
+    fill: Color = WHITE
 
     def __post_init__(self) -> None:
-        choose("resize mode", self.mode, ("squash", "shortest", "longest"))
-        choose("interpolation", self.interpolation, INTERPOLATIONS)
-        pair(self.size)
+        check_choice("resize mode", self.mode, ("squash", "shortest", "longest"))
+        check_choice("interpolation", self.interpolation, INTERPOLATIONS)
+        as_height_width(self.size)
         if self.mode != "squash" and not isinstance(self.size, int):
             raise ValueError(f"size = {self.size} with mode {self.mode!r}; wanted one integer")
 
-    def __call__(self, image: Picture, rng: np.random.Generator | None = None) -> Picture:
-        height, width = pair(self.size)
+    def __call__(self, image: ImageArray, rng: np.random.Generator | None = None) -> ImageArray:
+        height, width = as_height_width(self.size)
         h, w = image.shape[:2]
         if self.mode == "shortest":  # truncation, as torchvision does
             height = height if h <= w else int(height * h / w)
             width = width if w <= h else int(width * w / h)
         elif self.mode == "longest":
             scale = height / max(h, w)
-            small = resized(
+            small = resize(
                 image, max(1, round(h * scale)), max(1, round(w * scale)), self.interpolation
             )
-            return padded(small, height, width, self.fill)
-        return resized(image, height, width, self.interpolation)
+            return pad_to(small, height, width, self.fill)
+        return resize(image, height, width, self.interpolation)
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,8 @@ class HorizontalFlip:
 
     p: float = 0.5
 
-    def __call__(self, image: Picture, rng: np.random.Generator | None = None) -> Picture:
-        if need(rng, self).random() >= self.p:
+    def __call__(self, image: ImageArray, rng: np.random.Generator | None = None) -> ImageArray:
+        if require_rng(rng, self).random() >= self.p:
             return image
         flipped = np.empty_like(image)
         for channel in range(3):  # NumPy mirrors planes five times faster than pixels of three
@@ -94,10 +96,10 @@ class Rotate:
     """Turn by an angle drawn from ± `degrees`; corners are filled with `fill`."""
 
     degrees: float
-    fill: Colour = WHITE
+    fill: Color = WHITE
 
-    def __call__(self, image: Picture, rng: np.random.Generator | None = None) -> Picture:
-        angle = need(rng, self).uniform(-self.degrees, self.degrees)
+    def __call__(self, image: ImageArray, rng: np.random.Generator | None = None) -> ImageArray:
+        angle = require_rng(rng, self).uniform(-self.degrees, self.degrees)
         turned = Image.fromarray(image).rotate(
             angle, Image.Resampling.BILINEAR, fillcolor=tuple(self.fill)
         )
@@ -113,9 +115,11 @@ class Compose:
 
     transforms: tuple[Transform, ...]
 
-    def __call__(self, image: Picture | Jpeg, rng: np.random.Generator | None = None) -> Picture:
+    def __call__(
+        self, image: ImageArray | LazyJpeg, rng: np.random.Generator | None = None
+    ) -> ImageArray:
         rest = self.transforms
-        if isinstance(image, Jpeg):
+        if isinstance(image, LazyJpeg):
             first = rest[0] if rest else None
             if isinstance(first, RandomResizedCrop):
                 image, rest = first(image, rng), rest[1:]
@@ -140,8 +144,8 @@ class RandomApply:
         built = (_build(dict(t)) if isinstance(t, Mapping) else t for t in self.transforms)
         object.__setattr__(self, "transforms", tuple(built))
 
-    def __call__(self, image: Picture, rng: np.random.Generator | None = None) -> Picture:
-        if need(rng, self).random() >= self.p:
+    def __call__(self, image: ImageArray, rng: np.random.Generator | None = None) -> ImageArray:
+        if require_rng(rng, self).random() >= self.p:
             return image
         return Compose(cast(tuple[Transform, ...], self.transforms))(image, rng)
 

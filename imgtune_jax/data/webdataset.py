@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from imgtune_jax.data import fields
-from imgtune_jax.data.record import BadRecord, Cause, Record
+from imgtune_jax.data import record_fields
+from imgtune_jax.data.record import BadRecord, FaultCause, Record
 from imgtune_jax.data.tar_index import TarIndex, expand_braces, index_tar
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 DEFAULT_CAPTION_FIELDS = ("caption", "text")
-NONE = -1
+NO_MEMBER = -1
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class WebDataset:
     """
 
     path: str | Sequence[str]
-    image: Sequence[str] = IMAGES
+    image: Sequence[str] = IMAGE_EXTENSIONS
     captions: Mapping[str, Sequence[str]] | None = None
     label: Sequence[str] | None = None
     classes: Sequence[str] | None = None
@@ -72,7 +72,7 @@ class WebDataset:
     def fingerprint(self) -> str:
         """Digest of options, names, sizes, and the bytes of a few members of each tar."""
         options = (self.image, self.captions, self.label, self.classes, self.group, self.where)
-        digest = fields.Digest(*map(_plain, options))
+        digest = record_fields.Fingerprint(*map(_plain, options))
         for tar in self._tars:
             digest.add(tar.names, tar.sizes.tolist())
             spans = list(zip(tar.offsets.tolist(), tar.sizes.tolist(), strict=True))
@@ -81,7 +81,7 @@ class WebDataset:
 
     @cached_property
     def _tars(self) -> tuple[TarIndex, ...]:
-        return tuple(index_tar(path) for path in _resolve(self.path))
+        return tuple(index_tar(path) for path in _expand_paths(self.path))
 
     @cached_property
     def _rows(self) -> Int64[np.ndarray, "n 4"]:
@@ -91,8 +91,8 @@ class WebDataset:
             for members in _by_key(tar.names).values():
                 if self.where and not self._is_selected(tar, members):
                     continue
-                images = [members[e] for e in self.image if e in members] or [NONE]
-                texts = members.get("json", NONE), members.get("txt", NONE)
+                images = [members[e] for e in self.image if e in members] or [NO_MEMBER]
+                texts = members.get("json", NO_MEMBER), members.get("txt", NO_MEMBER)
                 rows += [(t, image, *texts) for image in images]
         return np.array(rows, np.int64).reshape(-1, 4)
 
@@ -101,40 +101,44 @@ class WebDataset:
         if "json" not in members:
             return False
         try:
-            metadata = fields.parse_json(tar.read(members["json"]), "json")
+            metadata = record_fields.parse_json(tar.read(members["json"]), "json")
         except BadRecord:
             return True
-        return fields.selects(metadata, self.where)
+        return record_fields.matches_filter(metadata, self.where)
 
     def _record(self, index: int, *, with_image: bool) -> Record:
         t, image, json_member, txt = (int(x) for x in self._rows[index])
         tar = self._tars[t]
-        named = image if image != NONE else max(json_member, txt)
-        name = tar.names[named] if named != NONE else f"record {index}"
+        named = image if image != NO_MEMBER else max(json_member, txt)
+        name = tar.names[named] if named != NO_MEMBER else f"record {index}"
         faults: dict[str, BadRecord] = {}
-        if image == NONE:
-            faults["image"] = BadRecord(Cause.MISSING_IMAGE, f"no {'|'.join(self.image)} member")
+        if image == NO_MEMBER:
+            faults["image"] = BadRecord(
+                FaultCause.MISSING_IMAGE, f"no {'|'.join(self.image)} member"
+            )
         metadata: Mapping[str, Any] = {}
         captions: dict[str, tuple[str, ...]] = {}
         try:
-            if json_member != NONE:
-                metadata = fields.parse_json(tar.read(json_member), tar.names[json_member])
+            if json_member != NO_MEMBER:
+                metadata = record_fields.parse_json(tar.read(json_member), tar.names[json_member])
             captions = self._captions(tar, metadata, txt)
         except BadRecord as bad:
             faults["captions"] = bad
         label, group = None, None
         try:
             if self.label is not None:
-                found = fields.get(metadata, fields.as_path(self.label))
-                label = fields.label(found, self.classes)
+                found = record_fields.get_field(metadata, record_fields.as_field_path(self.label))
+                label = record_fields.parse_label(found, self.classes)
         except BadRecord as bad:
             faults["label"] = bad
         try:
             if self.group is not None:
-                group = fields.group(fields.get(metadata, fields.as_path(self.group)))
+                group = record_fields.parse_group(
+                    record_fields.get_field(metadata, record_fields.as_field_path(self.group))
+                )
         except BadRecord as bad:
             faults["group"] = bad
-        data = tar.read(image) if with_image and image != NONE else None
+        data = tar.read(image) if with_image and image != NO_MEMBER else None
         key = f"{tar.path.name}:{name}"
         return Record(key, data, captions, label, group, metadata, faults)
 
@@ -143,12 +147,20 @@ class WebDataset:
     ) -> dict[str, tuple[str, ...]]:
         if self.captions is not None:
             return {
-                name: fields.texts(fields.get(metadata, fields.as_path(path)))
+                name: record_fields.parse_captions(
+                    record_fields.get_field(metadata, record_fields.as_field_path(path))
+                )
                 for name, path in self.captions.items()
             }
-        if txt != NONE:
-            return {"caption": fields.texts(fields.decode_utf8(tar.read(txt), tar.names[txt]))}
-        found = (fields.texts(metadata.get(name)) for name in DEFAULT_CAPTION_FIELDS)
+        if txt != NO_MEMBER:
+            return {
+                "caption": record_fields.parse_captions(
+                    record_fields.decode_utf8(tar.read(txt), tar.names[txt])
+                )
+            }
+        found = (
+            record_fields.parse_captions(metadata.get(name)) for name in DEFAULT_CAPTION_FIELDS
+        )
         return {"caption": next((f for f in found if f), ())}
 
 
@@ -172,7 +184,7 @@ def _by_key(names: Sequence[str]) -> dict[str, dict[str, int]]:
     return keys
 
 
-def _resolve(path: str | Sequence[str]) -> list[Path]:
+def _expand_paths(path: str | Sequence[str]) -> list[Path]:
     """The tars of a path, list or pattern. Raises ValueError naming what is not there."""
     patterns = [path] if isinstance(path, str | Path) else list(path)
     found: list[Path] = []

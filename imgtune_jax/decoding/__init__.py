@@ -9,33 +9,41 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from imgtune_jax.decoding.answers import answer_scores
 from imgtune_jax.decoding.generate import Generator, generate
-from imgtune_jax.decoding.settings import Beam, Decoding, Generated, Greedy, Sample
-from imgtune_jax.decoding.start import bucket, pad_prompts
+from imgtune_jax.decoding.prefill import length_bucket, pad_prompts
+from imgtune_jax.decoding.scoring import score_texts
+from imgtune_jax.decoding.settings import (
+    BeamSearch,
+    GeneratedTokens,
+    GenerationConfig,
+    Greedy,
+    Sampling,
+)
 
 __all__ = [
     "METHODS",
-    "Beam",
-    "Decoding",
-    "Generated",
+    "BeamSearch",
+    "GeneratedTokens",
+    "GenerationConfig",
     "Generator",
     "Greedy",
-    "Sample",
-    "answer_scores",
-    "bucket",
-    "build",
+    "Sampling",
+    "build_generation_config",
     "generate",
+    "length_bucket",
     "pad_prompts",
+    "score_texts",
 ]
 
-METHODS: dict[str, type] = {"greedy": Greedy, "beam": Beam, "sample": Sample}
+METHODS: dict[str, type] = {"greedy": Greedy, "beam": BeamSearch, "sample": Sampling}
 
 
-def build(cfg: Mapping[str, Any], *, stop: tuple[int, ...], pad: int) -> Decoding:
-    """{"method": {"name": "beam", "width": 4}, "max_length": 32} -> Decoding.
+def build_generation_config(
+    cfg: Mapping[str, Any], *, stop_ids: tuple[int, ...], pad_id: int
+) -> GenerationConfig:
+    """{"method": {"name": "beam", "width": 4}, "max_new_tokens": 32} -> Decoding.
 
-    `stop` and `pad` are the tokenizer's. Raises ValueError for an unknown method or field.
+    `stop_ids` and `pad_id` are the tokenizer's. Raises ValueError for an unknown method or field.
     """
     fields = dict(cfg)
     method = dict(fields.pop("method", {"name": "greedy"}))
@@ -43,8 +51,10 @@ def build(cfg: Mapping[str, Any], *, stop: tuple[int, ...], pad: int) -> Decodin
     if name not in METHODS:
         raise ValueError(f"decoding method {name!r} is unknown; known: {', '.join(METHODS)}")
     _check_fields(name, method, METHODS[name])
-    _check_fields("decoding", fields, Decoding, given=("stop", "pad", "method"))
-    return Decoding(stop=stop, pad=pad, method=METHODS[name](**method), **fields)
+    _check_fields("decoding", fields, GenerationConfig, given=("stop_ids", "pad_id", "method"))
+    return GenerationConfig(
+        stop_ids=stop_ids, pad_id=pad_id, method=METHODS[name](**method), **fields
+    )
 
 
 def _check_fields(

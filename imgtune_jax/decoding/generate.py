@@ -13,41 +13,41 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from imgtune_jax.decoding import beam, sampling
-from imgtune_jax.decoding.settings import Beam, Decoding, Generated, Sample
-from imgtune_jax.decoding.start import Step, bucket, start
+from imgtune_jax.decoding import beam_search, sampling
+from imgtune_jax.decoding.prefill import DecodeStep, length_bucket, prefill
+from imgtune_jax.decoding.settings import BeamSearch, GeneratedTokens, GenerationConfig, Sampling
 from imgtune_jax.types import Params, PyTree
 
 Constrain = Callable[[Array, tuple[str | None, ...]], Array]
 
 
 def generate(
-    step: Step,
+    step: DecodeStep,
     cache: PyTree,
     prompt: Int[Array, "b p"],
     prompt_mask: Bool[Array, "b p"],
-    settings: Decoding,
+    settings: GenerationConfig,
     *,
     key: Array | None = None,
     limit: Int[Array, ""] | int | None = None,
-) -> Generated:
+) -> GeneratedTokens:
     """Texts that continue the prompts; pure, and ready to be traced.
 
     `cache` has read nothing yet. A prompt stands at the left of its row, one token at least;
     padding is on its right. No prompt token is changed, none comes out, and no row influences
-    another. `key` is for `Sample` alone. `limit`, at most max_length and that by default, may be a
+    another. `key` is for `Sample` alone. `limit`, at most max_new_tokens and that by default, may be a
     traced value. Raises ValueError for a missing or a useless key.
     """
-    draws = isinstance(settings.method, Sample)
+    draws = isinstance(settings.method, Sampling)
     if draws != (key is not None):
         method = type(settings.method).__name__
         raise ValueError(f"{method} {'draws: pass a key' if draws else 'draws nothing: no key'}")
-    n = settings.method.width if isinstance(settings.method, Beam) else settings.method.n
-    begin = start(step, cache, prompt, prompt_mask, n=n, room=settings.max_length)
-    limit = jnp.asarray(settings.max_length if limit is None else limit, jnp.int32)
-    if isinstance(settings.method, Beam):
-        return beam.search(begin, settings, limit=limit)
-    return sampling.draw(begin, settings, key=key, limit=limit)
+    n = settings.method.width if isinstance(settings.method, BeamSearch) else settings.method.n
+    begin = prefill(step, cache, prompt, prompt_mask, n=n, max_new_tokens=settings.max_new_tokens)
+    limit = jnp.asarray(settings.max_new_tokens if limit is None else limit, jnp.int32)
+    if isinstance(settings.method, BeamSearch):
+        return beam_search.beam_search(begin, settings, limit=limit)
+    return sampling.sample(begin, settings, key=key, limit=limit)
 
 
 def _no_constraint(x: Array, axes: tuple[str | None, ...]) -> Array:
@@ -61,13 +61,13 @@ class Generator:
     `start(params, inputs, length=…)` gives the cache, `step(params, cache, token)` is one step of
     the model, which reads at most `longest` tokens (None: any number). `constrain` is the
     partitioner's. One program is compiled for each pair of prompt shape and length bucket of
-    `settings.max_length`; results are those of the exact length.
+    `settings.max_new_tokens`; results are those of the exact length.
     """
 
     start: Callable[..., PyTree]
     step: Callable[[Params, PyTree, Int[Array, " b"]], tuple[Float[Array, "b v"], PyTree]]
-    settings: Decoding
-    longest: int | None = None
+    settings: GenerationConfig
+    max_positions: int | None = None
     constrain: Constrain = _no_constraint
 
     def __call__(
@@ -78,20 +78,22 @@ class Generator:
         prompt_mask: Bool[np.ndarray, "b p"],
         *,
         key: Array | None = None,
-    ) -> Generated:
+    ) -> GeneratedTokens:
         """As `generate`; `inputs` (image tokens, say) and the texts are sharded by batch.
 
-        Raises ValueError for a prompt that leaves no room for max_length tokens.
+        Raises ValueError for a prompt that leaves no room for max_new_tokens tokens.
         """
-        limit = self.settings.max_length
+        limit = self.settings.max_new_tokens
         written = int(np.sum(prompt_mask, 1).max())
-        if self.longest is not None and written + limit - 1 > self.longest:  # the last is not read
+        if (
+            self.max_positions is not None and written + limit - 1 > self.max_positions
+        ):  # the last is not read
             raise ValueError(
-                f"a prompt of {written} tokens and max_length={limit} need {written + limit - 1} "
-                f"positions, and the model has {self.longest}; a max_length of at most "
-                f"{max(self.longest + 1 - written, 0)} fits this prompt"
+                f"a prompt of {written} tokens and max_new_tokens={limit} need {written + limit - 1} "
+                f"positions, and the model has {self.max_positions}; a max_new_tokens of at most "
+                f"{max(self.max_positions + 1 - written, 0)} fits this prompt"
             )
-        settings = dataclasses.replace(self.settings, max_length=bucket(limit))
+        settings = dataclasses.replace(self.settings, max_new_tokens=length_bucket(limit))
         program = dataclasses.replace(self, settings=settings)
         out = _run(program, params, inputs, prompt, prompt_mask, key, limit)
         return out.replace(tokens=out.tokens[..., :limit], mask=out.mask[..., :limit])
@@ -106,12 +108,12 @@ def _run(
     prompt_mask: Bool[Array, "b p"],
     key: Array | None,
     limit: Int[Array, ""],
-) -> Generated:
+) -> GeneratedTokens:
     def by_batch(x: Array) -> Array:
         return program.constrain(x, ("batch", *[None] * (x.ndim - 1)))
 
-    length = prompt.shape[1] + program.settings.max_length
-    length = length if program.longest is None else min(length, program.longest)
+    length = prompt.shape[1] + program.settings.max_new_tokens
+    length = length if program.max_positions is None else min(length, program.max_positions)
     cache = program.start(params, inputs, length=length)
     step = partial(program.step, params)
     prompt, prompt_mask = by_batch(prompt), by_batch(prompt_mask)

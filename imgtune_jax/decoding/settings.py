@@ -18,7 +18,7 @@ class Greedy:
 
 
 @dataclass(frozen=True)
-class Beam:
+class BeamSearch:
     """Beam search: the best `n` of what `width` hypotheses grow into.
 
     Finished hypotheses are ordered by `log p / length ** length_penalty` (Transformers' formula;
@@ -39,7 +39,7 @@ class Beam:
 
 
 @dataclass(frozen=True)
-class Sample:
+class Sampling:
     """`n` independent draws from softmax(log p / temperature), cut to its likeliest tokens.
 
     `top_k` keeps so many tokens; then `top_p` keeps the fewest whose probability is at least that
@@ -66,47 +66,50 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Decoding:
+class GenerationConfig:
     """How a text is chosen. Lengths count new tokens: the prompt is not among them.
 
-    A text ends with the first token of `stop`, or after `max_length` tokens (the stop token is
-    counted). At least `min_length` tokens come before a stop token. Every token that the prompt or
+    A text ends with the first token of `stop`, or after `max_new_tokens` tokens (the stop token is
+    counted). At least `min_new_tokens` tokens come before a stop token. Every token that the prompt or
     the text so far holds has its log p multiplied by `repetition_penalty` (CTRL, 1909.05858, on log
     probabilities, so that only the distribution matters and not its logits' offset). No n-gram of
-    `no_repeat_ngram` tokens occurs twice in prompt and text together.
+    `no_repeat_ngram_size` tokens occurs twice in prompt and text together.
     """
 
-    stop: tuple[int, ...]
-    max_length: int = 64
-    method: Greedy | Beam | Sample = Greedy()
-    min_length: int = 0
+    stop_ids: tuple[int, ...]
+    max_new_tokens: int = 64
+    method: Greedy | BeamSearch | Sampling = Greedy()
+    min_new_tokens: int = 0
     repetition_penalty: float = 1.0
-    no_repeat_ngram: int | None = None
-    pad: int = 0  # what stands after a text's end
+    no_repeat_ngram_size: int | None = None
+    pad_id: int = 0  # what stands after a text's end
 
     def __post_init__(self) -> None:
         """Raise ValueError for a number that is out of its range."""
         _check(
             "decoding",
-            (len(self.stop) > 0, "stop is empty; wanted the id of one stop token at least"),
-            (self.max_length >= 1, f"max_length = {self.max_length}; wanted at least 1"),
+            (len(self.stop_ids) > 0, "stop is empty; wanted the id of one stop token at least"),
             (
-                0 <= self.min_length < self.max_length,
-                f"min_length = {self.min_length}; wanted 0 <= min_length < {self.max_length}",
+                self.max_new_tokens >= 1,
+                f"max_new_tokens = {self.max_new_tokens}; wanted at least 1",
+            ),
+            (
+                0 <= self.min_new_tokens < self.max_new_tokens,
+                f"min_new_tokens = {self.min_new_tokens}; wanted 0 <= min_new_tokens < {self.max_new_tokens}",
             ),
             (
                 self.repetition_penalty > 0,
                 f"repetition_penalty = {self.repetition_penalty}; wanted > 0 (1 is none)",
             ),
             (
-                self.no_repeat_ngram is None or self.no_repeat_ngram >= 1,
-                f"no_repeat_ngram = {self.no_repeat_ngram}; wanted None or >= 1",
+                self.no_repeat_ngram_size is None or self.no_repeat_ngram_size >= 1,
+                f"no_repeat_ngram_size = {self.no_repeat_ngram_size}; wanted None or >= 1",
             ),
         )
 
 
 @struct.dataclass
-class Generated:
+class GeneratedTokens:
     """New tokens of n texts a row, the stop token among them; after it, `Decoding.pad`.
 
     `logprob` is the model's own log p of the tokens under `mask`, in nats, summed: no penalty or

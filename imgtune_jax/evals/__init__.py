@@ -12,31 +12,31 @@ from typing import Any
 from jax.sharding import Mesh
 
 from imgtune_jax import data, objectives
-from imgtune_jax.evals.answers import Answers
 from imgtune_jax.evals.captioning import Captioning
-from imgtune_jax.evals.encoders import ModelEncoders
 from imgtune_jax.evals.fewshot import FewShot
-from imgtune_jax.evals.loss import Loss
-from imgtune_jax.evals.probe import LinearProbe
-from imgtune_jax.evals.protocol import Encoders, Evaluator, Written
-from imgtune_jax.evals.results import append_result, read_results, result, result_record
-from imgtune_jax.evals.retrieval import Retrieval, in_loop_names
+from imgtune_jax.evals.linear_probe import LinearProbe
+from imgtune_jax.evals.predictor import ModelPredictor
+from imgtune_jax.evals.protocol import Evaluator, GeneratedCaption, Predictor
+from imgtune_jax.evals.results import append_result, evaluator_result, make_result, read_results
+from imgtune_jax.evals.retrieval import Retrieval, curve_names
 from imgtune_jax.evals.ridge import ridge_baseline
 from imgtune_jax.evals.ridge_retrieval import RidgeRetrieval
+from imgtune_jax.evals.scoring_classifier import ScoringClassifier
+from imgtune_jax.evals.validation_loss import ValidationLoss
 from imgtune_jax.evals.zeroshot import ZeroShot
 
 __all__ = [
     "EVALUATORS",
-    "Encoders",
     "Evaluator",
-    "ModelEncoders",
-    "Written",
+    "GeneratedCaption",
+    "ModelPredictor",
+    "Predictor",
     "append_result",
     "build_evaluators",
-    "in_loop_names",
+    "curve_names",
+    "evaluator_result",
+    "make_result",
     "read_results",
-    "result",
-    "result_record",
     "ridge_baseline",
 ]
 
@@ -45,10 +45,10 @@ EVALUATORS: dict[str, type] = {
     "zeroshot": ZeroShot,
     "linear_probe": LinearProbe,
     "fewshot": FewShot,
-    "loss": Loss,
+    "loss": ValidationLoss,
     "ridge_retrieval": RidgeRetrieval,
     "captioning": Captioning,
-    "answers": Answers,
+    "scoring_classifier": ScoringClassifier,
 }
 
 
@@ -79,7 +79,7 @@ def _value(name: str, value: Any) -> Any:
     if name.endswith("source") and isinstance(value, Mapping):
         return data.build_source(value)
     if name == "objective" and isinstance(value, Mapping):
-        return objectives.build(value)
+        return objectives.build_objective(value)
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -10,10 +10,10 @@ import numpy as np
 from jaxtyping import Bool
 
 from imgtune_jax import decoding
-from imgtune_jax.data import Source, describe
+from imgtune_jax.data import Source, read_metadata
+from imgtune_jax.data.subset import Subset, evenly_spaced
 from imgtune_jax.evals import caption_metrics
-from imgtune_jax.evals.protocol import Encoders, Written
-from imgtune_jax.evals.subset import Subset, spread
+from imgtune_jax.evals.protocol import GeneratedCaption, Predictor
 
 
 @dataclass(frozen=True)
@@ -42,33 +42,33 @@ class Captioning:
 
     def __post_init__(self) -> None:
         """Raise ValueError for an unknown name or setting, before hours of training, not after."""
-        caption_metrics.check(self._of_texts, self.tokenization)
-        decoding.build(self.decoding, stop=(0,), pad=0)
+        caption_metrics.check_metrics(self._text_metrics, self.tokenization)
+        decoding.build_generation_config(self.decoding, stop_ids=(0,), pad_id=0)
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit = {self.limit}; wanted None for all images, or 1 or more")
 
-    def __call__(self, encoders: Encoders) -> dict[str, float]:
+    def __call__(self, encoders: Predictor) -> dict[str, float]:
         """`Bleu_1` to `Bleu_4`, `ROUGE_L`, `CIDEr` and the rest, by pycocoevalcap's names.
 
         `perplexity` is that of each image's first reference.
         """
-        chosen = self.chosen()
-        written, valid = self.written(encoders, chosen)
+        chosen = self.selected_images()
+        written, valid = self.generate_captions(encoders, chosen)
         rows = np.flatnonzero(valid).tolist()
         if not rows:
             raise ValueError(f"none of the {len(valid)} images could be read")
         references = [self.references(chosen, i) for i in range(len(chosen))]
-        metrics = caption_metrics.score_captions(
+        metrics = caption_metrics.compute_metrics(
             [written[i][0].text for i in rows],
             [references[i] for i in rows],
-            metrics=self._of_texts,
+            metrics=self._text_metrics,
             tokenization=self.tokenization,
         )
         if "perplexity" in self.metrics:
             metrics["perplexity"] = self._perplexity(encoders, chosen, [r[0] for r in references])
         return metrics | {"num_images": float(len(rows)), "num_broken": float((~valid).sum())}
 
-    def chosen(self, *, whole: bool = False) -> Subset:
+    def selected_images(self, *, whole: bool = False) -> Subset:
         """The images to judge, at most `limit` unless `whole`.
 
         Raises ValueError when none has a reference.
@@ -78,27 +78,29 @@ class Captioning:
         if not captioned:
             raise ValueError(
                 f"no record of {len(self.source)} has a caption in the set {self.caption_set!r}; "
-                f"the first has {sorted(describe(self.source, 0).captions)}"
+                f"the first has {sorted(read_metadata(self.source, 0).captions)}"
             )
         limit = None if whole else self.limit
-        return Subset(self.source, tuple(captioned[i] for i in spread(len(captioned), limit)))
+        return Subset(
+            self.source, tuple(captioned[i] for i in evenly_spaced(len(captioned), limit))
+        )
 
     def references(self, source: Source, index: int) -> tuple[str, ...]:
         """What people wrote of an image."""
-        return tuple(describe(source, index).captions.get(self.caption_set, ()))
+        return tuple(read_metadata(source, index).captions.get(self.caption_set, ()))
 
-    def written(
-        self, encoders: Encoders, source: Source
-    ) -> tuple[list[list[Written]], Bool[np.ndarray, " n"]]:
+    def generate_captions(
+        self, encoders: Predictor, source: Source
+    ) -> tuple[list[list[GeneratedCaption]], Bool[np.ndarray, " n"]]:
         """What the model writes as this evaluator asks it to; see `Encoders.captions`."""
-        return encoders.captions(source, prefix=self.prefix, decoding=self.decoding)
+        return encoders.generate_captions(source, prefix=self.prefix, decoding=self.decoding)
 
-    def _perplexity(self, encoders: Encoders, chosen: Subset, texts: list[str]) -> float:
+    def _perplexity(self, encoders: Predictor, chosen: Subset, texts: list[str]) -> float:
         found = encoders.caption_scores(chosen, texts, self.prefix)
         assert found is not None, "a model that writes also scores"
         counted = found.target_mask[:, 1:] & found.valid[:, None]
         return float(np.exp(-found.scores.log_prob[counted].mean(dtype=np.float64)))
 
     @property
-    def _of_texts(self) -> tuple[str, ...]:
+    def _text_metrics(self) -> tuple[str, ...]:
         return tuple(name for name in self.metrics if name != "perplexity")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from imgtune_jax.data import Source, describe
+from imgtune_jax.data import Source, read_metadata
 
 
 def check_finite(rows: Float[np.ndarray, "n d"], what: str) -> None:
@@ -22,7 +22,7 @@ def checked_labels(
     source: Source, valid: Bool[np.ndarray, " n"], *, num_classes: int
 ) -> Int[np.ndarray, " m"]:
     """The labels of the readable records; raises ValueError for one that names no class."""
-    labels = [describe(source, int(i)).label for i in np.flatnonzero(valid)]
+    labels = [read_metadata(source, int(i)).label for i in np.flatnonzero(valid)]
     wrong = [label for label in labels if label is None or not 0 <= label < num_classes]
     if wrong or not labels:
         what = f"{len(wrong)} of {len(labels)} records have a label such as {wrong[:1]}"

@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 
 from imgtune_jax.data import Source
 from imgtune_jax.evals.checks import check_finite
-from imgtune_jax.evals.probe import labelled_features
-from imgtune_jax.evals.protocol import Encoders
+from imgtune_jax.evals.linear_probe import labelled_features
+from imgtune_jax.evals.protocol import Predictor
 from imgtune_jax.evals.ridge import Ridge
 
 BIAS = 100.0  # a constant feature this large is hardly regularised
@@ -36,7 +36,7 @@ def draw_shots(
     return np.concatenate(drawn)
 
 
-def few_shot_predictions(
+def fewshot_predictions(
     train: Float[np.ndarray, "n d"],
     labels: Int[np.ndarray, " n"],
     test: Float[np.ndarray, "m d"],
@@ -77,7 +77,7 @@ class FewShot:
     l2: float = 2.0**10
     language: str = "en"
 
-    def __call__(self, encoders: Encoders) -> dict[str, float]:
+    def __call__(self, encoders: Predictor) -> dict[str, float]:
         """`5shot_acc1`, `5shot_acc1_seed0`, … in [0, 1]."""
         n = self.num_classes
         x_train, y_train = labelled_features(self.train_source, encoders=encoders, num_classes=n)
@@ -87,7 +87,7 @@ class FewShot:
             accuracy = []
             for seed in range(self.seeds):
                 rows = draw_shots(y_train, shots=shots, num_classes=n, seed=seed)
-                predicted = few_shot_predictions(
+                predicted = fewshot_predictions(
                     x_train[rows], y_train[rows], x_test, num_classes=n, l2=self.l2
                 )
                 accuracy.append(float((predicted == y_test).mean()))

@@ -26,7 +26,7 @@ class CaptionScores(NamedTuple):
     valid: Bool[np.ndarray, " n"]
 
 
-class Written(NamedTuple):
+class GeneratedCaption(NamedTuple):
     """A caption that a model wrote; `score` orders an image's captions, best first.
 
     Beam search: the sum of the tokens' log probabilities over length ** length_penalty; otherwise
@@ -37,7 +37,7 @@ class Written(NamedTuple):
     score: float
 
 
-class Encoders(Protocol):
+class Predictor(Protocol):
     """A trained model, as evaluators see it: images and texts in, NumPy rows out.
 
     Rows come in the order of what was asked. Every host gets all rows. A broken image keeps its
@@ -54,19 +54,21 @@ class Encoders(Protocol):
         """What is added to the scaled similarities; None for a model that has no bias."""
         ...
 
-    def once(self, key: tuple[Any, ...], compute: Callable[[], T], /) -> T:
+    def memoize(self, key: tuple[Any, ...], compute: Callable[[], T], /) -> T:
         """What `compute` gives, computed once for these parameters and this key."""
         ...
 
-    def images(self, source: Source, /) -> tuple[Float[np.ndarray, "n d"], Bool[np.ndarray, " n"]]:
+    def embed_images(
+        self, source: Source, /
+    ) -> tuple[Float[np.ndarray, "n d"], Bool[np.ndarray, " n"]]:
         """Unit-norm image embeddings, and which of them are of images that could be read."""
         ...
 
-    def texts(self, texts: Sequence[str], /) -> Float[np.ndarray, "n d"]:
+    def embed_texts(self, texts: Sequence[str], /) -> Float[np.ndarray, "n d"]:
         """Unit-norm text embeddings."""
         ...
 
-    def features(
+    def image_features(
         self, source: Source, /
     ) -> tuple[Float[np.ndarray, "n d"], Bool[np.ndarray, " n"]]:
         """The image tower's pooled output, before the head, for probes; and the same mask."""
@@ -82,9 +84,9 @@ class Encoders(Protocol):
         """How likely each image's text is, behind a prefix; None for a model without a decoder."""
         ...
 
-    def captions(
+    def generate_captions(
         self, source: Source, /, *, prefix: str = "", decoding: Mapping[str, Any] | None = None
-    ) -> tuple[list[list[Written]], Bool[np.ndarray, " n"]]:
+    ) -> tuple[list[list[GeneratedCaption]], Bool[np.ndarray, " n"]]:
         """What the model writes of each image behind `prefix`, best first; and the same mask.
 
         `decoding` is what `decoding.build` takes, None is greedy. Raises ValueError for a model
@@ -92,12 +94,18 @@ class Encoders(Protocol):
         """
         ...
 
-    def answer_scores(
-        self, source: Source, texts: Sequence[str], /, *, prefix: str = "", normalise: bool = False
+    def score_texts(
+        self,
+        source: Source,
+        texts: Sequence[str],
+        /,
+        *,
+        prefix: str = "",
+        normalize_length: bool = False,
     ) -> tuple[Float[np.ndarray, "n a"], Bool[np.ndarray, " n"]]:
         """log p of each text for each image behind `prefix`, in nats; and the same mask.
 
-        A token, if `normalise`. Raises ValueError for a model that does not write.
+        A token, if `normalize_length`. Raises ValueError for a model that does not write.
         """
         ...
 
@@ -116,6 +124,6 @@ class Evaluator(Protocol):
         """The language of the texts, for `results.jsonl`."""
         ...
 
-    def __call__(self, encoders: Encoders, /) -> dict[str, float]:
+    def __call__(self, encoders: Predictor, /) -> dict[str, float]:
         """Finite numbers by name; a number that is not defined is left out."""
         ...

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from imgtune_jax.evals.checks import check_finite
 
-_LAST = 2**31 - 1
+NO_INDEX = 2**31 - 1
 
 
 class Ranks(NamedTuple):
@@ -55,10 +55,10 @@ def retrieval_ranks(
     groups = _checked_groups(image_emb, text_emb, image_of_text, image_group)
     devices = 1 if mesh is None else mesh.size
     programs = _programs(mesh)
-    images = _Side.of(image_emb, groups[0], chunk=chunk, multiple=1)
-    texts = _Side.of(text_emb, groups[1], chunk=chunk, multiple=devices)
+    images = _SortedBlocks.of(image_emb, groups[0], chunk=chunk, multiple=1)
+    texts = _SortedBlocks.of(text_emb, groups[1], chunk=chunk, multiple=devices)
     image_blocks = [programs.put_images(block) for block in images.blocks()]
-    best_image, best_text = _best_right(programs, images, texts, image_blocks)
+    best_image, best_text = _best_positives(programs, images, texts, image_blocks)
     image_ranks = np.zeros(images.group.shape, np.int64)
     text_ranks = np.zeros(texts.group.shape, np.int64)
     for t, block in enumerate(texts.blocks()):
@@ -113,7 +113,7 @@ class _Block(NamedTuple):
     index: Int[Any, " c"]  # the row's place in the caller's order, by which ties break
 
 
-class _Best(NamedTuple):
+class _BestMatch(NamedTuple):
     """The best right candidate of each query: its score (-inf: there is none), its index."""
 
     score: Float[Any, " c"]
@@ -121,7 +121,7 @@ class _Best(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Side:
+class _SortedBlocks:
     """All rows of one side, sorted by group, cut into blocks of one size (the last padded)."""
 
     emb: Float[np.ndarray, "blocks c d"]
@@ -129,7 +129,7 @@ class _Side:
     index: Int[np.ndarray, "blocks c"]
 
     @classmethod
-    def of(cls, emb: np.ndarray, group: np.ndarray, *, chunk: int, multiple: int) -> _Side:
+    def of(cls, emb: np.ndarray, group: np.ndarray, *, chunk: int, multiple: int) -> _SortedBlocks:
         """Blocks of at most `chunk` rows, rounded up to a `multiple` that the devices divide."""
         rows = len(emb)
         size = -(-rows // -(-rows // chunk))  # even blocks: the last is not mostly padding
@@ -142,7 +142,7 @@ class _Side:
             return x.reshape(-1, size, *x.shape[1:])
 
         emb = cut(np.asarray(emb, np.float32)[order], 0)
-        return cls(emb, cut(group[order].astype(np.int32), -1), cut(order, _LAST))
+        return cls(emb, cut(group[order].astype(np.int32), -1), cut(order, NO_INDEX))
 
     def blocks(self) -> Iterator[_Block]:
         return (_Block(*x) for x in zip(self.emb, self.group, self.index, strict=True))
@@ -158,9 +158,9 @@ class _Side:
         return out
 
 
-def _best_right(
-    programs: _Programs, images: _Side, texts: _Side, image_blocks: list[_Block]
-) -> tuple[list[_Best], list[_Best]]:
+def _best_positives(
+    programs: _CompiledFns, images: _SortedBlocks, texts: _SortedBlocks, image_blocks: list[_Block]
+) -> tuple[list[_BestMatch], list[_BestMatch]]:
     """The best right candidate of every image and of every text.
 
     Their scores are read off the blocks that are counted afterwards, never computed by another
@@ -168,70 +168,80 @@ def _best_right(
     a group are looked at; both sides are sorted by group, so these lie along a diagonal.
     """
     nothing = np.full(images.group.shape[1], -np.inf, np.float32)
-    best_image = [_Best(nothing, np.full(nothing.shape, _LAST, np.int32)) for _ in image_blocks]
+    best_image = [
+        _BestMatch(nothing, np.full(nothing.shape, NO_INDEX, np.int32)) for _ in image_blocks
+    ]
     best_text = []
     for t, block in enumerate(texts.blocks()):
         text_block = programs.put_texts(block)
         nothing = np.full(texts.group.shape[1], -np.inf, np.float32)
-        of_texts = _Best(nothing, np.full(nothing.shape, _LAST, np.int32))
+        of_texts = _BestMatch(nothing, np.full(nothing.shape, NO_INDEX, np.int32))
         low, high = texts.span(t)
         for i, images_i in enumerate(image_blocks):
             if images.span(i)[0] > high or images.span(i)[1] < low:
                 continue
             scores = programs.scores(text_block, images_i)
             found = jax.device_get(programs.best(scores, text_block, images_i))
-            of_texts, best_image[i] = _first(of_texts, found[0]), _first(best_image[i], found[1])
+            of_texts, best_image[i] = _better(of_texts, found[0]), _better(best_image[i], found[1])
         best_text.append(of_texts)
     return best_image, best_text
 
 
-def _first(a: _Best, b: _Best) -> _Best:
+def _better(a: _BestMatch, b: _BestMatch) -> _BestMatch:
     """The one of two that a stable descending sort puts first."""
     ahead = (a.score > b.score) | ((a.score == b.score) & (a.index < b.index))
-    return _Best(np.where(ahead, a.score, b.score), np.where(ahead, a.index, b.index))
+    return _BestMatch(np.where(ahead, a.score, b.score), np.where(ahead, a.index, b.index))
 
 
-def _column(x: Shaped[Array, " t"]) -> Shaped[Array, "t 1"]:
+def _as_column(x: Shaped[Array, " t"]) -> Shaped[Array, "t 1"]:
     return x[:, None]
 
 
-def _row(x: Shaped[Array, " i"]) -> Shaped[Array, "1 i"]:
+def _as_row(x: Shaped[Array, " i"]) -> Shaped[Array, "1 i"]:
     return x[None, :]
 
 
 def _scores(texts: _Block, images: _Block) -> Float[Array, "t i"]:
     # HIGHEST: by default a TPU or GPU rounds the inputs of a float32 product, which moves ranks.
     scores = jnp.matmul(texts.emb, images.emb.T, precision=jax.lax.Precision.HIGHEST)
-    return jnp.where(_column(texts.group >= 0) & _row(images.group >= 0), scores, -jnp.inf)
+    return jnp.where(_as_column(texts.group >= 0) & _as_row(images.group >= 0), scores, -jnp.inf)
 
 
-def _best(scores: Float[Array, "t i"], texts: _Block, images: _Block) -> tuple[_Best, _Best]:
+def _best(
+    scores: Float[Array, "t i"], texts: _Block, images: _Block
+) -> tuple[_BestMatch, _BestMatch]:
     """The best right candidate within the block, for each text and for each image."""
-    scores = jnp.where(_column(texts.group) == _row(images.group), scores, -jnp.inf)
+    scores = jnp.where(_as_column(texts.group) == _as_row(images.group), scores, -jnp.inf)
 
-    def along(axis: int, index: Array) -> _Best:
+    def along(axis: int, index: Array) -> _BestMatch:
         best = scores.max(axis, keepdims=True)
         at_best = (scores == best) & (best > -jnp.inf)
-        return _Best(best.squeeze(axis), jnp.where(at_best, index, _LAST).min(axis))
+        return _BestMatch(best.squeeze(axis), jnp.where(at_best, index, NO_INDEX).min(axis))
 
-    return along(1, _row(images.index)), along(0, _column(texts.index))
+    return along(1, _as_row(images.index)), along(0, _as_column(texts.index))
 
 
 def _count(
-    scores: Float[Array, "t i"], texts: _Block, images: _Block, best_text: _Best, best_image: _Best
+    scores: Float[Array, "t i"],
+    texts: _Block,
+    images: _Block,
+    best_text: _BestMatch,
+    best_image: _BestMatch,
 ) -> tuple[Int[Array, " t"], Int[Array, " i"]]:
     """How many wrong ones of the block come before the best right one, by text and by image."""
-    wrong = _column(texts.group) != _row(images.group)
+    wrong = _as_column(texts.group) != _as_row(images.group)
 
     def ahead(best: Array, place: Array, index: Array) -> Bool[Array, "t i"]:
         return wrong & ((scores > best) | ((scores == best) & (index < place)))
 
-    of_texts = ahead(_column(best_text.score), _column(best_text.index), _row(images.index))
-    of_images = ahead(_row(best_image.score), _row(best_image.index), _column(texts.index))
+    of_texts = ahead(
+        _as_column(best_text.score), _as_column(best_text.index), _as_row(images.index)
+    )
+    of_images = ahead(_as_row(best_image.score), _as_row(best_image.index), _as_column(texts.index))
     return of_texts.sum(1, dtype=jnp.int32), of_images.sum(0, dtype=jnp.int32)
 
 
-class _Programs(NamedTuple):
+class _CompiledFns(NamedTuple):
     """The compiled block functions of one mesh: texts split over it, all else whole."""
 
     put_texts: Callable[[Any], Any]
@@ -242,13 +252,13 @@ class _Programs(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4)
-def _programs(mesh: Mesh | None) -> _Programs:
+def _programs(mesh: Mesh | None) -> _CompiledFns:
     if mesh is None:
         put = jax.device_put
-        return _Programs(put, put, jax.jit(_scores), jax.jit(_best), jax.jit(_count))
+        return _CompiledFns(put, put, jax.jit(_scores), jax.jit(_best), jax.jit(_count))
     rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     whole = NamedSharding(mesh, PartitionSpec())
-    return _Programs(
+    return _CompiledFns(
         put_texts=functools.partial(jax.device_put, device=rows),
         put_images=functools.partial(jax.device_put, device=whole),
         scores=jax.jit(_scores, out_shardings=rows),

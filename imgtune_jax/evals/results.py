@@ -10,10 +10,10 @@ from typing import Any
 
 from imgtune_jax.evals.protocol import Evaluator
 
-KEYS = ("dataset", "model", "pretrained", "task", "metrics", "language")
+REQUIRED_KEYS = ("dataset", "model", "pretrained", "task", "metrics", "language")
 
 
-def result(
+def make_result(
     *,
     dataset: str,
     model: str,
@@ -34,10 +34,10 @@ def result(
         )
     plain = {name: float(value) for name, value in metrics.items()}
     values = (dataset, model, pretrained, task, plain, language)
-    return dict(zip(KEYS, values, strict=True)) | extra
+    return dict(zip(REQUIRED_KEYS, values, strict=True)) | extra
 
 
-def result_record(
+def evaluator_result(
     name: str,
     evaluator: Evaluator,
     metrics: Mapping[str, float],
@@ -47,7 +47,7 @@ def result_record(
     **extra: Any,
 ) -> dict[str, Any]:
     """The result of one evaluator, called `name` in the config, at one training step."""
-    return result(
+    return make_result(
         dataset=name,
         model=model,
         pretrained=f"step {step}",
@@ -61,7 +61,7 @@ def result_record(
 
 def append_result(path: str | Path, record: Mapping[str, Any]) -> None:
     """Append one line. Raises ValueError if a CLIP_benchmark key is missing or JSON has no word."""
-    missing = [key for key in KEYS if key not in record]
+    missing = [key for key in REQUIRED_KEYS if key not in record]
     if missing:
         raise ValueError(f"a result needs {missing} beside {sorted(record)}; see `result`")
     line = json.dumps(record, allow_nan=False)

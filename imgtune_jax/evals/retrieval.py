@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
-from imgtune_jax.data import Source, describe
-from imgtune_jax.evals.protocol import Encoders
+from imgtune_jax.data import Source, read_metadata
+from imgtune_jax.evals.protocol import Predictor
 from imgtune_jax.evals.ranks import retrieval_ranks
 
 
@@ -42,7 +42,7 @@ def retrieval_metrics(
     }
 
 
-def in_loop_names(metrics: Mapping[str, float], *, prefix: str = "val/") -> dict[str, float]:
+def curve_names(metrics: Mapping[str, float], *, prefix: str = "val/") -> dict[str, float]:
     """Rename retrieval metrics to what training curves call them; other names only get the prefix.
 
     `text_retrieval_recall@1` becomes `val/image_to_text_R@1`, and `image_retrieval_median_rank`
@@ -91,12 +91,12 @@ class Retrieval:
     chunk: int = 1024
     mesh: Mesh | None = None
 
-    def __call__(self, encoders: Encoders) -> dict[str, float]:
-        image_emb, valid = encoders.images(self.source)
-        captions, image_of_text, image_group = self.pairs(valid)
+    def __call__(self, encoders: Predictor) -> dict[str, float]:
+        image_emb, valid = encoders.embed_images(self.source)
+        captions, image_of_text, image_group = self.captions_and_groups(valid)
         metrics = retrieval_metrics(
             image_emb[valid],
-            encoders.texts(captions),
+            encoders.embed_texts(captions),
             image_of_text,
             ks=self.ks,
             image_group=image_group,
@@ -110,7 +110,7 @@ class Retrieval:
         }
         return metrics | {name: float(size) for name, size in sizes.items()}
 
-    def pairs(
+    def captions_and_groups(
         self, valid: Bool[np.ndarray, " n"]
     ) -> tuple[list[str], Int[np.ndarray, " m"], Int[np.ndarray, " n"] | None]:
         """Captions, the place of each one's image among the valid ones, and the images' groups."""
@@ -118,7 +118,7 @@ class Retrieval:
         image_of_text: list[int] = []
         groups: list[int | None] = []
         for image, i in enumerate(np.flatnonzero(valid)):
-            record = describe(self.source, int(i))
+            record = read_metadata(self.source, int(i))
             own = record.captions.get(self.caption_set, ())[: self.max_captions]
             captions += own
             image_of_text += [image] * len(own)
@@ -126,7 +126,7 @@ class Retrieval:
         if not captions:
             raise ValueError(
                 f"no record of the {len(groups)} readable ones has a caption in the set "
-                f"{self.caption_set!r}; the first has {sorted(describe(self.source, 0).captions)}"
+                f"{self.caption_set!r}; the first has {sorted(read_metadata(self.source, 0).captions)}"
             )
         return captions, np.asarray(image_of_text), _group_numbers(groups, self.use_groups)
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from imgtune_jax.data import Source
-from imgtune_jax.evals.protocol import Encoders
+from imgtune_jax.evals.protocol import Predictor
 from imgtune_jax.evals.retrieval import Retrieval
 from imgtune_jax.evals.ridge import Ridge, ridge_baseline
 
@@ -34,16 +34,16 @@ class RidgeRetrieval:
     language: str = "en"
     mesh: Mesh | None = None
 
-    def __call__(self, encoders: Encoders) -> dict[str, float]:
+    def __call__(self, encoders: Predictor) -> dict[str, float]:
         key = ("ridge", self.train_source.fingerprint, self.caption_set, self.standardize)
-        std, ridge = encoders.once(key, lambda: self._fit(encoders))
+        std, ridge = encoders.memoize(key, lambda: self._fit(encoders))
         x, y, of_text = self._pairs(encoders, self.source, max_captions=None)
         found = ridge_baseline(
             ridge, x / std, y, self.lambdas, image_of_text=of_text, mesh=self.mesh
         )
         return found.metrics | {"best_lambda": found.best_lambda}
 
-    def _fit(self, encoders: Encoders) -> tuple[np.ndarray, Ridge]:
+    def _fit(self, encoders: Predictor) -> tuple[np.ndarray, Ridge]:
         """What the features are divided by, and the regression; one serves every test."""
         x, y, of_text = self._pairs(encoders, self.train_source, max_captions=1)
         std = np.ones(x.shape[1])
@@ -53,12 +53,12 @@ class RidgeRetrieval:
         return std, Ridge.fit((x / std)[of_text], y, intercept=True)
 
     def _pairs(
-        self, encoders: Encoders, source: Source, max_captions: int | None
+        self, encoders: Predictor, source: Source, max_captions: int | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(image features, unit-norm text vectors, the image of each text) of what can be read."""
-        features, valid = encoders.features(source)
+        features, valid = encoders.image_features(source)
         retrieval = Retrieval(source, caption_set=self.caption_set, max_captions=max_captions)
-        captions, image_of_text, _ = retrieval.pairs(valid)
+        captions, image_of_text, _ = retrieval.captions_and_groups(valid)
         texts = encoders.text_features(captions).astype(np.float64)
         texts /= np.linalg.norm(texts, axis=1, keepdims=True)
         return features[valid].astype(np.float64), texts, image_of_text

@@ -11,14 +11,14 @@ from jaxtyping import Bool, Float, Int
 
 from imgtune_jax.data import Source
 from imgtune_jax.evals.checks import check_finite, checked_labels
-from imgtune_jax.evals.protocol import Encoders
+from imgtune_jax.evals.protocol import Predictor
 from imgtune_jax.evals.templates import CLASSNAMES, TEMPLATES
 
 Templates = Sequence[str] | Mapping[str, Sequence[str]]
 
 
 def class_embeddings(
-    encoders: Encoders,
+    encoders: Predictor,
     classnames: Sequence[str],
     templates: Templates,
 ) -> Float[np.ndarray, "c d"]:
@@ -26,10 +26,10 @@ def class_embeddings(
 
     Prompts are those of `prompts_of`. Every distinct one is encoded once.
     """
-    per_class = [prompts_of(name, templates) for name in classnames]
+    per_class = [class_prompts(name, templates) for name in classnames]
     distinct = list(dict.fromkeys(prompt for prompts in per_class for prompt in prompts))
     row_of = {prompt: row for row, prompt in enumerate(distinct)}
-    emb = np.asarray(encoders.texts(distinct), np.float32)
+    emb = np.asarray(encoders.embed_texts(distinct), np.float32)
     means = np.stack([emb[[row_of[p] for p in prompts]].mean(0) for prompts in per_class])
     return means / np.linalg.norm(means, axis=1, keepdims=True)
 
@@ -51,11 +51,11 @@ def true_class_ranks(
     check_finite(class_emb, "class embeddings")
     for start in range(0, len(emb), chunk):
         rows = slice(start, start + chunk)
-        predicted[rows], ranks[rows] = ranks_in(emb[rows] @ class_emb.T, labels[rows])
+        predicted[rows], ranks[rows] = ranks_from_scores(emb[rows] @ class_emb.T, labels[rows])
     return predicted, ranks
 
 
-def ranks_in(
+def ranks_from_scores(
     scores: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " n"]
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
     """As `true_class_ranks`, of scores that are at hand."""
@@ -65,7 +65,7 @@ def ranks_in(
     return scores.argmax(1), ahead.sum(1)
 
 
-class PerClass(NamedTuple):
+class PerClassScores(NamedTuple):
     """Precision, recall and F1 of every class, and its number of examples (support).
 
     A ratio over nothing (a class that is never predicted, say) is 0, as in scikit-learn's
@@ -81,12 +81,12 @@ class PerClass(NamedTuple):
 
 def per_class_scores(
     predicted: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"], *, num_classes: int
-) -> PerClass:
+) -> PerClassScores:
     """Count hits class by class."""
     support = np.bincount(labels, minlength=num_classes)
     claimed = np.bincount(predicted, minlength=num_classes)
     hits = np.bincount(labels[predicted == labels], minlength=num_classes)
-    return PerClass(
+    return PerClassScores(
         precision=hits / np.maximum(claimed, 1),
         recall=hits / np.maximum(support, 1),
         f1=2 * hits / np.maximum(support + claimed, 1),
@@ -156,15 +156,15 @@ class ZeroShot:
         return CLASSNAMES[chosen]() if isinstance(chosen, str) else tuple(chosen)
 
     @property
-    def named_templates(self) -> Templates:
+    def resolved_templates(self) -> Templates:
         """The prompt templates themselves."""
         return TEMPLATES[self.templates] if isinstance(self.templates, str) else self.templates
 
-    def __call__(self, encoders: Encoders) -> dict[str, float]:
+    def __call__(self, encoders: Predictor) -> dict[str, float]:
         """acc1, acc5, mean_per_class_recall and the rest, by name."""
-        image_emb, valid = encoders.images(self.source)
+        image_emb, valid = encoders.embed_images(self.source)
         labels = checked_labels(self.source, valid, num_classes=len(self.names))
-        class_emb = class_embeddings(encoders, self.names, self.named_templates)
+        class_emb = class_embeddings(encoders, self.names, self.resolved_templates)
         predicted, ranks = true_class_ranks(image_emb[valid], class_emb, labels)
         return self.metrics(predicted, ranks, labels, valid)
 
@@ -184,7 +184,7 @@ class ZeroShot:
         return metrics
 
 
-def _by_class(scores: PerClass, names: Sequence[str]) -> dict[str, float]:
+def _by_class(scores: PerClassScores, names: Sequence[str]) -> dict[str, float]:
     unique = [c if names.count(c) == 1 else f"{c} ({i})" for i, c in enumerate(names)]
     return {
         f"{kind}/{name}": float(value)
@@ -193,7 +193,7 @@ def _by_class(scores: PerClass, names: Sequence[str]) -> dict[str, float]:
     }
 
 
-def prompts_of(name: str, templates: Templates) -> list[str]:
+def class_prompts(name: str, templates: Templates) -> list[str]:
     """A class's prompts: of strings in which `{}` (or `{c}`) stands for its name, or as given.
 
     Templates by class name are finished prompts (CuPL, 2209.03320). Raises ValueError for a class

@@ -7,35 +7,41 @@ from pathlib import Path
 from typing import Any
 
 from imgtune_jax import models
-from imgtune_jax.interop import bert, efficientnet, files, open_clip_map, resnet
-from imgtune_jax.interop.rules import convert, copy, flatten
+from imgtune_jax.interop import (
+    efficientnet_lite,
+    huggingface,
+    open_clip_map,
+    torchvision,
+    weight_files,
+)
+from imgtune_jax.interop.weight_map import copy_rule, flatten, to_params
 from imgtune_jax.models.bert import Bert
 from imgtune_jax.models.efficientnet import EfficientNetLite
 from imgtune_jax.models.resnet import ResNet
-from imgtune_jax.models.text import TextTransformer
+from imgtune_jax.models.text_transformer import TextTransformer
 from imgtune_jax.models.vit import ViT
-from imgtune_jax.packages import package_file
+from imgtune_jax.package_files import package_file
 from imgtune_jax.types import Params
 
 
-def _own(state: Mapping[str, Any], tower: Any, expected: Params) -> Params:
+def _load_own_params(state: Mapping[str, Any], tower: Any, expected: Params) -> Params:
     """Our own files: a tower alone, or the tower of a whole model."""
     role = "text" if hasattr(tower, "max_length") else "image"
     inside = {n.removeprefix(f"{role}/"): x for n, x in state.items() if n.startswith(f"{role}/")}
-    rules = [copy(path, path) for path in flatten(expected)]
-    return convert(inside or state, rules, expected, what=f"the {role} tower")
+    rules = [copy_rule(path, path) for path in flatten(expected)]
+    return to_params(inside or state, rules, expected, what=f"the {role} tower")
 
 
 Loader = Callable[[Mapping[str, Any], Any, Params], Params]
 
 # format -> (loader, towers it fits, glob of its file inside a package)
 LOADERS: dict[str, tuple[Loader, tuple[type, ...], str]] = {
-    "efficientnet_lite": (efficientnet.load, (EfficientNetLite,), "*.pth"),
-    "resnet": (resnet.load, (ResNet,), "*.pth"),
-    "bert": (bert.load, (Bert,), "*.safetensors"),
-    "open_clip": (open_clip_map.load_tower, (ViT, TextTransformer), "*.safetensors"),
+    "efficientnet_lite": (efficientnet_lite.load_efficientnet_lite, (EfficientNetLite,), "*.pth"),
+    "resnet": (torchvision.load_resnet, (ResNet,), "*.pth"),
+    "bert": (huggingface.load_bert, (Bert,), "*.safetensors"),
+    "open_clip": (open_clip_map.load_open_clip_tower, (ViT, TextTransformer), "*.safetensors"),
     "params": (
-        _own,
+        _load_own_params,
         (ViT, EfficientNetLite, ResNet, TextTransformer, Bert),
         "*.safetensors",
     ),
@@ -71,4 +77,4 @@ def load_tower(
         path = Path(init["path"])
     else:
         path = package_file(init["package"], init.get("pattern", pattern))
-    return loader(files.read_state(path), tower, models.abstract_tower(tower))
+    return loader(weight_files.read_state_dict(path), tower, models.abstract_tower_params(tower))

@@ -7,25 +7,25 @@ from typing import Any
 
 import numpy as np
 
-from imgtune_jax.interop import rules
+from imgtune_jax.interop import weight_map
 from imgtune_jax.models import Model
 from imgtune_jax.models.decoder import Decoder
 from imgtune_jax.models.pooler import AttentionalPooler
 
 EPSILON = 1e-5
 MLP_RATIO = 4  # of the decoder; open_clip does not pass on what its config says
-MULTIMODAL = {
+MULTIMODAL_KEYS = {
     *("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "dim_head"),
     *("n_queries", "attn_pooler_heads"),
 }
 
 
-def decoder_map(decoder: Decoder) -> list[rules.Rule]:
+def decoder_map(decoder: Decoder) -> list[weight_map.Rule]:
     """The rules of `text_decoder`. Raises ValueError for a decoder that open_clip lacks."""
-    if decoder.cross != "block" or decoder.reads != "tokens" or decoder.context_norm:
+    if decoder.cross != "block" or decoder.input_from != "text_tower" or decoder.context_norm:
         raise ValueError(
-            "open_clip's decoder has cross='block', reads='tokens', context_norm=False; got "
-            f"{decoder.cross!r}, {decoder.reads!r}, {decoder.context_norm}"
+            "open_clip's decoder has cross='block', input_from='text_tower', context_norm=False; got "
+            f"{decoder.cross!r}, {decoder.input_from!r}, {decoder.context_norm}"
         )
     found = []
     for i in range(decoder.depth):
@@ -36,61 +36,64 @@ def decoder_map(decoder: Decoder) -> list[rules.Rule]:
             f"blocks_{i}",
             names=("cross_norm", "cross", "cross_norm2", "cross_mlp"),
         )
-        found += rules.norm(f"{cross}.ln_1_kv", f"blocks_{i}/cross_context_norm")
-    found += rules.norm("text_decoder.ln_final", "final_norm")
-    return [*found, rules.copy("text_decoder.text_projection", "vocabulary/kernel")]
+        found += weight_map.norm_rules(f"{cross}.ln_1_kv", f"blocks_{i}/cross_context_norm")
+    found += weight_map.norm_rules("text_decoder.ln_final", "final_norm")
+    return [*found, weight_map.copy_rule("text_decoder.text_projection", "vocabulary/kernel")]
 
 
 def residual_block(
     theirs: str, ours: str, *, names: tuple[str, ...] = ("norm1", "attn", "norm2", "mlp")
-) -> list[rules.Rule]:
+) -> list[weight_map.Rule]:
     """The rules of one residual attention block."""
     norm1, attn, norm2, mlp = (f"{ours}/{name}" for name in names)
     return [
-        *rules.norm(f"{theirs}.ln_1", norm1),
-        *rules.packed_attention(f"{theirs}.attn", attn),
-        *rules.norm(f"{theirs}.ln_2", norm2),
-        *rules.linear(f"{theirs}.mlp.c_fc", f"{mlp}/fc1"),
-        *rules.linear(f"{theirs}.mlp.c_proj", f"{mlp}/fc2"),
+        *weight_map.norm_rules(f"{theirs}.ln_1", norm1),
+        *weight_map.packed_attention(f"{theirs}.attn", attn),
+        *weight_map.norm_rules(f"{theirs}.ln_2", norm2),
+        *weight_map.linear_rules(f"{theirs}.mlp.c_fc", f"{mlp}/fc1"),
+        *weight_map.linear_rules(f"{theirs}.mlp.c_proj", f"{mlp}/fc2"),
     ]
 
 
-def pooler_map(pooler: AttentionalPooler, context_width: int) -> list[rules.Rule]:
+def pooler_map(pooler: AttentionalPooler, context_width: int) -> list[weight_map.Rule]:
     """The rules of `visual.attn_pool*`, and of the norm that stands behind a shared one."""
     tokens_width = pooler.width if pooler.layout == "cascade" else context_width
     found = _queries("visual.attn_pool", "captioning", packed=context_width == pooler.width)
     if pooler.layout == "shared":
-        return [*found, *rules.norm("visual.ln_post", "norm")]
+        return [*found, *weight_map.norm_rules("visual.ln_post", "norm")]
     packed = tokens_width == pooler.width
     return found + _queries("visual.attn_pool_contrastive", "contrastive", packed=packed)
 
 
-def _queries(theirs: str, ours: str, *, packed: bool) -> list[rules.Rule]:
+def _queries(theirs: str, ours: str, *, packed: bool) -> list[weight_map.Rule]:
     """torch packs q, k, v into one matrix if the widths are one."""
-    attention = rules.packed_attention if packed else _split_attention
+    attention = weight_map.packed_attention if packed else _split_attention
     return [
-        rules.copy(f"{theirs}.query", f"{ours}/query"),
-        *rules.norm(f"{theirs}.ln_q", f"{ours}/query_norm"),
-        *rules.norm(f"{theirs}.ln_k", f"{ours}/context_norm"),
+        weight_map.copy_rule(f"{theirs}.query", f"{ours}/query"),
+        *weight_map.norm_rules(f"{theirs}.ln_q", f"{ours}/query_norm"),
+        *weight_map.norm_rules(f"{theirs}.ln_k", f"{ours}/context_norm"),
         *attention(f"{theirs}.attn", f"{ours}/attn"),
     ]
 
 
-def _split_attention(theirs: str, ours: str) -> list[rules.Rule]:
+def _split_attention(theirs: str, ours: str) -> list[weight_map.Rule]:
     biases = tuple(f"{ours}/{n}/bias" for n in "qkv")
     return [
-        *(rules.transposed(f"{theirs}.{n}_proj_weight", f"{ours}/{n}/kernel") for n in "qkv"),
-        rules.Rule(
+        *(
+            weight_map.transpose_rule(f"{theirs}.{n}_proj_weight", f"{ours}/{n}/kernel")
+            for n in "qkv"
+        ),
+        weight_map.Rule(
             (f"{theirs}.in_proj_bias",),
             biases,
             lambda bias: tuple(np.split(bias, 3)),
             lambda *parts: (np.concatenate(parts),),
         ),
-        *rules.linear(f"{theirs}.out_proj", f"{ours}/out"),
+        *weight_map.linear_rules(f"{theirs}.out_proj", f"{ours}/out"),
     ]
 
 
-def fields_from(cfg: Mapping[str, Any], epsilon: float) -> dict[str, Any]:
+def coca_fields_from(cfg: Mapping[str, Any], epsilon: float) -> dict[str, Any]:
     """`decoder` and `image_pooler` of an open_clip CoCa config; {} for a CLIP's.
 
     Raises ValueError for one whose parts do not fit together.
@@ -98,7 +101,7 @@ def fields_from(cfg: Mapping[str, Any], epsilon: float) -> dict[str, Any]:
     vision, own = cfg["vision_cfg"], cfg.get("multimodal_cfg")
     if own is None:
         return {}
-    unknown = [f"{k}={v!r}" for k, v in own.items() if k not in MULTIMODAL and v]
+    unknown = [f"{k}={v!r}" for k, v in own.items() if k not in MULTIMODAL_KEYS and v]
     layout = vision.get("attentional_pool")
     if unknown or not layout or not cfg["text_cfg"].get("embed_cls"):
         raise ValueError(
@@ -115,7 +118,7 @@ def fields_from(cfg: Mapping[str, Any], epsilon: float) -> dict[str, Any]:
         num_heads=own.get("heads", 8),
         vocab_size=cfg["text_cfg"].get("vocab_size", 49408),
         max_length=own.get("context_length", 77),
-        reads="tokens",
+        input_from="text_tower",
         cross="block",
         act="quick_gelu" if cfg.get("quick_gelu") else "gelu",
         norm_epsilon=EPSILON,
@@ -131,7 +134,7 @@ def fields_from(cfg: Mapping[str, Any], epsilon: float) -> dict[str, Any]:
     return dict(decoder=decoder, image_pooler=pooler)
 
 
-def fields_to(model: Model) -> dict[str, dict[str, Any]]:
+def coca_fields_to(model: Model) -> dict[str, dict[str, Any]]:
     """{"multimodal_cfg", "vision_cfg", "text_cfg"}: what a CoCa adds to a CLIP's config.
 
     Raises ValueError for what open_clip cannot express.

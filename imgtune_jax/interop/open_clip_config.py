@@ -16,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 from imgtune_jax import models
 from imgtune_jax.interop import open_clip_coca, open_clip_map
-from imgtune_jax.models.heads import Identity, Linear
-from imgtune_jax.models.text import TextTransformer
+from imgtune_jax.models.heads import IdentityHead, LinearHead
+from imgtune_jax.models.text_transformer import TextTransformer
 from imgtune_jax.models.vit import ViT
 from imgtune_jax.types import Params
 
@@ -27,13 +27,13 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's, in 0..1: open_clip'
 STD = (0.26862954, 0.26130258, 0.27577711)
 EPSILON = 1e-5
 
-VISION = {
+VISION_KEYS = {
     *("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "patch_dropout"),
     *("no_ln_pre", "pos_embed_type", "final_ln_after_pool", "pool_type", "output_tokens"),
     *("attentional_pool", "attn_pooler_queries", "attn_pooler_heads"),
     *("act_kwargs", "norm_kwargs"),
 }
-TEXT = {
+TEXT_KEYS = {
     *("context_length", "vocab_size", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"),
     *("width", "heads", "layers", "mlp_ratio", "pad_id", "eos_id", "no_causal_mask", "pool_type"),
     *("proj_bias", "proj_type", "output_tokens", "act_kwargs", "norm_kwargs"),
@@ -43,7 +43,7 @@ IMAGE_POOLS = {"tok": "cls", "avg": "mean"}
 TEXT_POOLS = {"argmax": "eot", "eos": "eot", "last": "last", "first": "first"}
 
 
-def from_open_clip(
+def config_from_open_clip(
     cfg: Mapping[str, Any], preprocess: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """The mapping for `models.build` of an open_clip model config (and its preprocess_cfg).
@@ -53,8 +53,8 @@ def from_open_clip(
     vision, text = dict(cfg["vision_cfg"]), dict(cfg["text_cfg"])
     if "multimodal_cfg" not in cfg and (vision.get("attentional_pool") or text.get("embed_cls")):
         raise ValueError("open_clip: attentional_pool and embed_cls outside of a CoCa; unsupported")
-    _refuse("vision_cfg", vision, VISION)
-    _refuse("text_cfg", text, TEXT)
+    _check_supported("vision_cfg", vision, VISION_KEYS)
+    _check_supported("text_cfg", text, TEXT_KEYS)
     preprocess = preprocess or {}
     quick = bool(cfg.get("quick_gelu", False))
     return dict(
@@ -68,7 +68,7 @@ def from_open_clip(
         text=_text_fields(text, quick),
         image_head=dict(name="linear"),
         text_head=_text_head(text),
-        **open_clip_coca.fields_from(cfg, _epsilon(vision)),
+        **open_clip_coca.coca_fields_from(cfg, _epsilon(vision)),
     )
 
 
@@ -133,7 +133,7 @@ def _text_head(text: Mapping[str, Any]) -> dict[str, Any]:
     return dict(name="linear", use_bias=bool(text.get("proj_bias", False)))
 
 
-def _refuse(component: str, given: Mapping[str, Any], known: set[str]) -> None:
+def _check_supported(component: str, given: Mapping[str, Any], known: set[str]) -> None:
     # A feature that is named but switched off changes nothing.
     extra = [f"{k}={v!r}" for k, v in given.items() if k not in known and v]
     if extra or isinstance(given.get("layers"), (list, tuple)):
@@ -154,13 +154,13 @@ def _epsilon(cfg: Mapping[str, Any]) -> float:
     return (cfg.get("norm_kwargs") or {}).get("eps", EPSILON)
 
 
-def to_open_clip(model: models.Model) -> dict[str, Any]:
+def config_to_open_clip(model: models.Model) -> dict[str, Any]:
     """The open_clip model config under which our exported weights mean the same.
 
     Raises ValueError for a model that open_clip's CLIP cannot express.
     """
     image, text = model.image, model.text
-    open_clip_map.weight_map(model)  # raises for what has no names there
+    open_clip_map.open_clip_rules(model)  # raises for what has no names there
     assert isinstance(image, ViT) and isinstance(text, TextTransformer)
     quick = {tower.act == "quick_gelu" for tower in (image, text)}
     shared = getattr(model.image_pooler, "layout", None) == "shared"
@@ -170,10 +170,10 @@ def to_open_clip(model: models.Model) -> dict[str, Any]:
             "open_clip cannot express: quick_gelu in one tower only, a bidirectional text tower "
             "with a padding mask, or no final norm"
         )
-    if isinstance(model.text_head, Identity):
+    if isinstance(model.text_head, IdentityHead):
         projection: dict[str, Any] = dict(proj_type="none")
     else:
-        assert isinstance(model.text_head, Linear)
+        assert isinstance(model.text_head, LinearHead)
         projection = dict(proj_bias=model.text_head.use_bias)
     cfg: dict[str, Any] = dict(
         embed_dim=model.embed_dim,
@@ -197,7 +197,7 @@ def to_open_clip(model: models.Model) -> dict[str, Any]:
             pool_type={"eot": "argmax", "class": "argmax"}.get(text.pool, text.pool),
         ),
     )
-    for part, fields in open_clip_coca.fields_to(model).items():
+    for part, fields in open_clip_coca.coca_fields_to(model).items():
         cfg[part] = cfg.get(part, {}) | fields
     if model.logit_bias_init is not None:
         cfg["init_logit_bias"] = model.logit_bias_init
@@ -217,7 +217,7 @@ def _sizes(tower: ViT | TextTransformer) -> dict[str, Any]:
     )
 
 
-def save_folder(
+def save_open_clip_folder(
     path: str | Path,
     model: models.Model,
     params: Params,
@@ -235,16 +235,18 @@ def save_folder(
     )
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    config = dict(model_cfg=to_open_clip(model), preprocess_cfg=preprocess)
+    config = dict(model_cfg=config_to_open_clip(model), preprocess_cfg=preprocess)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2))
-    save_file(open_clip_map.save(params, model), folder / WEIGHTS_FILE)
+    save_file(open_clip_map.save_open_clip(params, model), folder / WEIGHTS_FILE)
 
 
-def load_folder(path: str | Path) -> tuple[dict[str, Any], Params]:
+def load_open_clip_folder(path: str | Path) -> tuple[dict[str, Any], Params]:
     """The mapping for `models.build` and the parameters of an open_clip export folder."""
     folder = Path(path)
     if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
         raise ValueError(f"{folder} is no open_clip folder: want {CONFIG_FILE} and {WEIGHTS_FILE}")
     config = json.loads((folder / CONFIG_FILE).read_text())
-    cfg = from_open_clip(config["model_cfg"], config.get("preprocess_cfg"))
-    return cfg, open_clip_map.load(load_file(folder / WEIGHTS_FILE), models.build(cfg))
+    cfg = config_from_open_clip(config["model_cfg"], config.get("preprocess_cfg"))
+    return cfg, open_clip_map.load_open_clip(
+        load_file(folder / WEIGHTS_FILE), models.build_model(cfg)
+    )

@@ -35,7 +35,7 @@ class _Storage(NamedTuple):
     dtype: np.dtype
 
 
-class _View(NamedTuple):
+class _LazyTensor(NamedTuple):
     """A tensor before its storage is read; offset, size and stride in elements."""
 
     storage: _Storage
@@ -44,11 +44,11 @@ class _View(NamedTuple):
     stride: tuple[int, ...]
 
 
-def _rebuild_tensor(storage: _Storage, offset: int, size: Any, stride: Any, *_: Any) -> _View:
-    return _View(storage, offset, tuple(size), tuple(stride))
+def _rebuild_tensor(storage: _Storage, offset: int, size: Any, stride: Any, *_: Any) -> _LazyTensor:
+    return _LazyTensor(storage, offset, tuple(size), tuple(stride))
 
 
-def _rebuild_parameter(data: _View, *_: Any) -> _View:
+def _rebuild_parameter(data: _LazyTensor, *_: Any) -> _LazyTensor:
     return data
 
 
@@ -114,7 +114,7 @@ def _read_zip(raw: bytes) -> Any:
             key: np.frombuffer(archive.read(f"{root}data/{key}"), storage.dtype)
             for key, storage in unpickler.storages.items()
         }
-    return _materialise(content, arrays)
+    return _to_arrays(content, arrays)
 
 
 def _read_legacy(raw: bytes) -> Any:
@@ -130,18 +130,18 @@ def _read_legacy(raw: bytes) -> Any:
         count = int(np.frombuffer(stream.read(8), "<i8")[0])
         dtype = unpickler.storages[str(key)].dtype
         arrays[str(key)] = np.frombuffer(stream.read(count * dtype.itemsize), dtype)
-    return _materialise(content, arrays)
+    return _to_arrays(content, arrays)
 
 
-def _materialise(content: Any, arrays: dict[str, np.ndarray]) -> Any:
-    if isinstance(content, _View):
+def _to_arrays(content: Any, arrays: dict[str, np.ndarray]) -> Any:
+    if isinstance(content, _LazyTensor):
         return _tensor(content, arrays[content.storage.key])
     if isinstance(content, dict):
-        return {key: _materialise(value, arrays) for key, value in content.items()}
+        return {key: _to_arrays(value, arrays) for key, value in content.items()}
     return content
 
 
-def _tensor(view: _View, storage: np.ndarray) -> np.ndarray:
+def _tensor(view: _LazyTensor, storage: np.ndarray) -> np.ndarray:
     """A copy of the view. Bounds are checked: the file's strides must not reach other memory."""
     last = view.offset + sum((n - 1) * s for n, s in zip(view.size, view.stride, strict=True))
     if 0 in view.size:

@@ -5,34 +5,31 @@ from imgtune_jax.models.build import (
     HEADS,
     POOLERS,
     TOWERS,
-    ModelFields,
-    abstract_tower,
-    build,
+    ModelConfig,
+    abstract_tower_params,
+    build_model,
     build_tower,
 )
+from imgtune_jax.models.components import COMPONENTS
 from imgtune_jax.models.decoder import DecoderCache
-from imgtune_jax.models.image_text import ImageText, unit_norm
-from imgtune_jax.models.parts import COMPONENTS, param_paths
+from imgtune_jax.models.image_text import ImageTextModel, unit_norm
 from imgtune_jax.models.pooling import TowerOutput
-from imgtune_jax.models.stack import TAIL
 
-Model = ImageText  # what the other rooms call it
+Model = ImageTextModel  # what the other rooms call it
 
 __all__ = [
     "COMPONENTS",
     "DECODERS",
     "HEADS",
     "POOLERS",
-    "TAIL",
     "TOWERS",
     "DecoderCache",
-    "ImageText",
+    "ImageTextModel",
     "Model",
-    "ModelFields",
+    "ModelConfig",
     "TowerOutput",
-    "abstract_tower",
-    "build",
+    "abstract_tower_params",
+    "build_model",
     "build_tower",
-    "param_paths",
     "unit_norm",
 ]

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from imgtune_jax.models import init, layers, pooling, sizes
-from imgtune_jax.models.stack import Part
+from imgtune_jax.models import initializers, layers, pooling, sizes
+from imgtune_jax.models.layer_stack import Part
 from imgtune_jax.models.transformer import Transformer
 
-INIT = init.normal(0.02)
+INIT = initializers.normal(0.02)
 
 
 class Bert(Transformer):
@@ -43,7 +43,7 @@ class Bert(Transformer):
     @classmethod
     def variant_fields(cls, variant: str) -> dict[str, Any]:
         """The sizes behind a name of VARIANTS."""
-        return sizes.lookup(cls.VARIANTS, variant, "bert")
+        return sizes.get_variant(cls.VARIANTS, variant, "bert")
 
     @nn.compact
     def __call__(

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from imgtune_jax.models import init, layers
-from imgtune_jax.models.layers import Attention, KeysValues, LayerNorm
+from imgtune_jax.models import initializers, layers
+from imgtune_jax.models.layers import Attention, KVCache, LayerNorm
 
 Cross = Literal["none", "layer", "block"]
 
@@ -22,7 +22,7 @@ class MlpBlock(nn.Module):
     act: str = "gelu"
     dropout: float = 0.0
     dtype: layers.Dtype = jnp.float32
-    kernel_init: init.Initializer = init.XAVIER
+    kernel_init: initializers.Initializer = initializers.XAVIER_NORMAL
 
     @nn.compact
     def __call__(self, x: Float[Array, "*n d"], *, train: bool) -> Float[Array, "*n d"]:
@@ -37,8 +37,8 @@ class MlpBlock(nn.Module):
 class LayerCache(NamedTuple):
     """What one layer keeps between decoding steps."""
 
-    own: KeysValues
-    cross: KeysValues | None
+    self_attention: KVCache
+    cross: KVCache | None
 
 
 class Block(nn.Module):
@@ -61,7 +61,7 @@ class Block(nn.Module):
     norm_epsilon: float = 1e-6
     dropout: float = 0.0
     dtype: layers.Dtype = jnp.float32
-    kernel_init: init.Initializer = init.XAVIER
+    kernel_init: initializers.Initializer = initializers.XAVIER_NORMAL
     cross: Cross = "none"
 
     def __call__(
@@ -74,13 +74,13 @@ class Block(nn.Module):
     ) -> Float[Array, "b l d"]:
         return self._run(x, mask, context, train=train)[0]
 
-    def step(
+    def decode_step(
         self, x: Float[Array, "b 1 d"], cache: LayerCache, position: Int[Array, " b"]
     ) -> tuple[Float[Array, "b 1 d"], LayerCache]:
         """One position of each row, given what `cache` holds of those before it."""
         return self._run(x, None, None, cache, position, train=False)
 
-    def context_keys(self, context: Float[Array, "b m e"]) -> KeysValues:
+    def project_context(self, context: Float[Array, "b m e"]) -> KVCache:
         """What cross-attention reads of a context, computed once for all steps."""
         own = self.variables["params"]
         if self.cross == "block":
@@ -107,12 +107,12 @@ class Block(nn.Module):
         attn = Attention(self.num_heads, self.causal, name="attn", **common)
         mlp = MlpBlock(*fields, name="mlp", **common)
         norm1, norm2 = norm(name="norm1"), norm(name="norm2")
-        known = None if cache is None else cache.own
+        known = None if cache is None else cache.self_attention
         if self.post_norm:
-            y, own = attn.attend(x, mask=mask, known=known, position=position)
+            y, own = attn.attend(x, mask=mask, kv_cache=known, position=position)
             x = norm1(x + drop(y))
             return norm2(x + drop(mlp(x, train=train))), LayerCache(own, None)
-        y, own = attn.attend(norm1(x), mask=mask, known=known, position=position)
+        y, own = attn.attend(norm1(x), mask=mask, kv_cache=known, position=position)
         x, read = x + drop(y), None
         if self.cross == "block":
             x = x + drop(mlp(norm2(x), train=train))
@@ -121,6 +121,6 @@ class Block(nn.Module):
         if self.cross != "none":
             cross = Attention(self.num_heads, name="cross", **common)
             read = None if cache is None else cache.cross
-            y, read = cross.attend(norm(name="cross_norm")(x), context, known=read)
+            y, read = cross.attend(norm(name="cross_norm")(x), context, kv_cache=read)
             x = x + drop(y)
         return x + drop(mlp(norm2(x), train=train)), LayerCache(own, read)

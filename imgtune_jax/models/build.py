@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from imgtune_jax.models import heads, init, layers
+from imgtune_jax.models import heads, initializers, layers
 from imgtune_jax.models.bert import Bert
 from imgtune_jax.models.decoder import Decoder
 from imgtune_jax.models.efficientnet import EfficientNetLite
-from imgtune_jax.models.image_text import ImageText
+from imgtune_jax.models.image_text import ImageTextModel
 from imgtune_jax.models.pooler import AttentionalPooler
 from imgtune_jax.models.resnet import ResNet
-from imgtune_jax.models.text import TextTransformer
+from imgtune_jax.models.text_transformer import TextTransformer
 from imgtune_jax.models.vit import ViT
 from imgtune_jax.types import Params
 
@@ -31,20 +31,20 @@ TOWERS: dict[str, Callable[..., nn.Module]] = {
     "bert": Bert,
 }
 HEADS: dict[str, Callable[..., nn.Module]] = {
-    "identity": heads.Identity,
-    "linear": heads.Linear,
-    "mlp": heads.Mlp,
+    "identity": heads.IdentityHead,
+    "linear": heads.LinearHead,
+    "mlp": heads.MlpHead,
 }
 DECODERS: dict[str, Callable[..., nn.Module]] = {"transformer": Decoder}
 POOLERS: dict[str, Callable[..., nn.Module]] = {"attentional": AttentionalPooler}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-INTERNAL = ("parent", "name", "constrain")
+NON_CONFIG_FIELDS = ("parent", "name", "constrain")
 
-LN_100 = math.log(100.0)
+LOG_100 = math.log(100.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelFields:
+class ModelConfig:
     """The keys of a model's mapping and their defaults.
 
     `image` and `text` are {"name": of TOWERS, "variant": …, field: value …}, heads the same with
@@ -67,21 +67,21 @@ class ModelFields:
     image_std: tuple[float, ...] = (127.5, 127.5, 127.5)
     dtype: str = "float32"
     logit_scale_init: float = math.log(1 / 0.07)
-    logit_scale_max: float | None = LN_100
+    logit_scale_max: float | None = LOG_100
     logit_bias_init: float | None = None
 
 
-def build(cfg: Mapping[str, Any], partitioner: Any = None) -> ImageText:
+def build_model(cfg: Mapping[str, Any], partitioner: Any = None) -> ImageTextModel:
     """The model that a mapping of ModelFields describes.
 
     `partitioner.constrain`, if a partitioner is given, is applied to every residual stream.
     Raises ValueError that names the component, the bad field and the valid ones.
     """
-    given = _plain(cfg)
-    _check_fields("model", given, [f.name for f in dataclasses.fields(ModelFields)])
+    given = _lists_to_tuples(cfg)
+    _check_fields("model", given, [f.name for f in dataclasses.fields(ModelConfig)])
     if "image" not in given:
         raise ValueError("model: no image; it has no default")
-    fields = ModelFields(**given)
+    fields = ModelConfig(**given)
     if not fields.text and not fields.decoder:
         raise ValueError("model: neither text nor decoder; give one to match, one to write")
     if fields.text and fields.embed_dim is None:
@@ -90,14 +90,16 @@ def build(cfg: Mapping[str, Any], partitioner: Any = None) -> ImageText:
     common = dict(dtype=fields.dtype, constrain=constrain)
     head = dict(dtype=fields.dtype, embed_dim=fields.embed_dim)
     heads = [
-        _component(role, HEADS, getattr(fields, role), head) if fields.text else None
+        _build_component(role, HEADS, getattr(fields, role), head) if fields.text else None
         for role in ("image_head", "text_head")
     ]
-    decoder = _component("decoder", DECODERS, fields.decoder, common) if fields.decoder else None
+    decoder = (
+        _build_component("decoder", DECODERS, fields.decoder, common) if fields.decoder else None
+    )
     pooler = None
     if fields.image_pooler:
-        pooler = _component("image_pooler", POOLERS, fields.image_pooler, common)
-    model = ImageText(
+        pooler = _build_component("image_pooler", POOLERS, fields.image_pooler, common)
+    model = ImageTextModel(
         image=build_tower(fields.image, image_size=fields.image_size, **common),
         text=build_tower(fields.text, **common) if fields.text else None,
         image_head=heads[0],
@@ -113,13 +115,13 @@ def build(cfg: Mapping[str, Any], partitioner: Any = None) -> ImageText:
         logit_bias_init=fields.logit_bias_init,
         constrain=constrain,
     )
-    _check_reading(model)
+    _check_decoder_input(model)
     return model
 
 
-def _check_reading(model: ImageText) -> None:
+def _check_decoder_input(model: ImageTextModel) -> None:
     """Raise ValueError for a decoder that would see a caption's future through the text tower."""
-    if model.decoder is None or model.decoder.reads == "ids":
+    if model.decoder is None or model.decoder.input_from == "ids":
         return
     if not getattr(model.text, "causal", False):
         raise ValueError(
@@ -134,18 +136,18 @@ def build_tower(cfg: Mapping[str, Any], **defaults: Any) -> nn.Module:
     `defaults` fill fields that the tower has and the mapping leaves out, and are ignored if the
     tower lacks them. Raises ValueError like `build`.
     """
-    return _component("tower", TOWERS, cfg, defaults)
+    return _build_component("tower", TOWERS, cfg, defaults)
 
 
-def _component(
+def _build_component(
     role: str, table: Mapping[str, Any], cfg: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> nn.Module:
-    given = _plain(cfg)
+    given = _lists_to_tuples(cfg)
     name = given.pop("name", None)
     if name not in table:
         raise ValueError(f"{role}: name={name!r}; want one of {', '.join(table)}")
     cls = table[name]
-    fields = [f.name for f in dataclasses.fields(cls) if f.name not in INTERNAL]
+    fields = [f.name for f in dataclasses.fields(cls) if f.name not in NON_CONFIG_FIELDS]
     variants = ["variant"] if hasattr(cls, "variant_fields") else []
     _check_fields(f"{role} {name!r}", given, [*variants, *fields])
     variant = given.pop("variant", None)
@@ -183,12 +185,12 @@ def _check_fields(component: str, given: Iterable[str], valid: list[str]) -> Non
             )
 
 
-def _plain(cfg: Any) -> dict[str, Any]:
+def _lists_to_tuples(cfg: Any) -> dict[str, Any]:
     """A dict with tuples for lists, so that modules stay hashable."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in dict(cfg).items()}
 
 
-def abstract_tower(tower: nn.Module) -> Params:
+def abstract_tower_params(tower: nn.Module) -> Params:
     """Shapes and types of a tower's parameters, without computing anything."""
     if hasattr(tower, "max_length"):
         shape = (1, tower.max_length)
@@ -196,4 +198,4 @@ def abstract_tower(tower: nn.Module) -> Params:
     else:
         size = getattr(tower, "image_size", 32)  # a CNN's parameters fit any size
         inputs = (jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32),)
-    return init.shapes(init.declare(tower, *inputs))
+    return initializers.abstract_params(initializers.declare(tower, *inputs))

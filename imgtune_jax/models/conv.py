@@ -14,14 +14,14 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float
 
-from imgtune_jax.models import init, layers
+from imgtune_jax.models import initializers, layers
 
 Padding = Literal["SAME"] | tuple[tuple[int, int], tuple[int, int]]
 Norm = Literal["folded", "group"]
 DepthwiseMode = Literal["auto", "shifted", "grouped"]
 
-DIMENSIONS = ("NHWC", "HWIO", "NHWC")
-KERNEL_INIT = init.HE
+DIMENSION_NUMBERS = ("NHWC", "HWIO", "NHWC")
+KERNEL_INIT = initializers.HE_NORMAL
 
 
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
@@ -40,7 +40,7 @@ def depthwise_shifted(
     """
     out = [-(-size // stride) for size in x.shape[1:3]]
     x = _pad_same(x, kernel.shape[0], stride)
-    return _sum_of_taps(x, kernel, out, stride)
+    return _sum_windows(x, kernel, out, stride)
 
 
 def _shifted_forward(x: Array, kernel: Array, stride: int) -> tuple[Array, tuple[Array, Array]]:
@@ -59,7 +59,9 @@ def _shifted_backward(stride: int, saved: tuple[Array, Array], g: Array) -> tupl
 
     def add_image(total: Array, image: tuple[Array, Array]) -> tuple[Array, None]:
         one, cotangent = image
-        taps = [(one[i, j] * cotangent).sum((0, 1)) for i, j in _taps(k, (oh, ow), stride)]
+        taps = [
+            (one[i, j] * cotangent).sum((0, 1)) for i, j in _shifted_windows(k, (oh, ow), stride)
+        ]
         return total + jnp.stack(taps), None
 
     zeros = jnp.zeros((k * k, kernel.shape[-1]), kernel.dtype)
@@ -70,7 +72,7 @@ def _shifted_backward(stride: int, saved: tuple[Array, Array], g: Array) -> tupl
         return low, size + k - 1 - low - ((out - 1) * stride + 1), stride - 1
 
     g = lax.pad(g, jnp.zeros((), g.dtype), ((0, 0, 0), spread(h, oh), spread(w, ow), (0, 0, 0)))
-    return _sum_of_taps(g, kernel[::-1, ::-1], (h, w), 1), kernel_grad.reshape(kernel.shape)
+    return _sum_windows(g, kernel[::-1, ::-1], (h, w), 1), kernel_grad.reshape(kernel.shape)
 
 
 depthwise_shifted.defvjp(_shifted_forward, _shifted_backward)
@@ -81,7 +83,7 @@ def _pad_same(x: Array, k: int, stride: int) -> Array:
     return jnp.pad(x, ((0, 0), same_padding(h, k, stride), same_padding(w, k, stride), (0, 0)))
 
 
-def _taps(k: int, out: Sequence[int], stride: int) -> list[tuple[slice, slice]]:
+def _shifted_windows(k: int, out: Sequence[int], stride: int) -> list[tuple[slice, slice]]:
     """The rows and columns of a padded map that each of the k·k entries of a kernel meets."""
     rows, columns = (
         [slice(i, i + (size - 1) * stride + 1, stride) for i in range(k)] for size in out
@@ -89,13 +91,13 @@ def _taps(k: int, out: Sequence[int], stride: int) -> list[tuple[slice, slice]]:
     return list(itertools.product(rows, columns))
 
 
-def _sum_of_taps(x: Array, kernel: Array, out: Sequence[int], stride: int) -> Array:
+def _sum_windows(x: Array, kernel: Array, out: Sequence[int], stride: int) -> Array:
     k, c = kernel.shape[0], kernel.shape[-1]
-    taps = zip(_taps(k, out, stride), kernel.reshape(k * k, 1, 1, 1, c), strict=True)
+    taps = zip(_shifted_windows(k, out, stride), kernel.reshape(k * k, 1, 1, 1, c), strict=True)
     return functools.reduce(operator.add, (x[:, i, j] * weights for (i, j), weights in taps))
 
 
-def depthwise_grouped(
+def depthwise_conv(
     x: Float[Array, "b h w c"], kernel: Float[Array, "kh kw 1 c"], stride: int
 ) -> Float[Array, "b oh ow c"]:
     """The same as one grouped convolution, which GPU and TPU prefer."""
@@ -104,7 +106,7 @@ def depthwise_grouped(
         kernel,
         (stride, stride),
         "SAME",
-        dimension_numbers=DIMENSIONS,
+        dimension_numbers=DIMENSION_NUMBERS,
         feature_group_count=x.shape[-1],
     )
 
@@ -115,7 +117,7 @@ def depthwise(x: Array, kernel: Array, *, stride: int, mode: DepthwiseMode) -> A
         mode = "shifted" if jax.default_backend() == "cpu" else "grouped"
     if mode not in ("shifted", "grouped"):
         raise ValueError(f"depthwise={mode!r}; want 'auto', 'shifted' or 'grouped'")
-    run = depthwise_shifted if mode == "shifted" else depthwise_grouped
+    run = depthwise_shifted if mode == "shifted" else depthwise_conv
     return run(x, kernel, stride)
 
 
@@ -133,13 +135,13 @@ class GroupNorm(nn.Module):
         b, h, w, c = x.shape
         if c % self.group_size:
             raise ValueError(f"{c} channels do not divide into groups of {self.group_size}")
-        scale = self.param("scale", init.ONES, (c,), jnp.float32)
-        bias = self.param("bias", init.ZEROS, (c,), jnp.float32)
+        scale = self.param("scale", initializers.ONES, (c,), jnp.float32)
+        bias = self.param("bias", initializers.ZEROS, (c,), jnp.float32)
         y = x.reshape(b, h, w, c // self.group_size, self.group_size)
         y = y - y.mean((1, 2, 4), keepdims=True)
         y = y * lax.rsqrt(jnp.square(y).mean((1, 2, 4), keepdims=True) + self.epsilon)
         y = y.reshape(x.shape)
-        return y * layers.over_last(scale, y) + layers.over_last(bias, y)
+        return y * layers.expand_like(scale, y) + layers.expand_like(bias, y)
 
 
 class ConvNorm(nn.Module):
@@ -169,8 +171,8 @@ class ConvNorm(nn.Module):
         kernel = self.param("kernel", KERNEL_INIT, shape, jnp.float32)
         y = self._convolve(x, kernel)
         if self.norm == "folded":
-            bias = self.param("bias", init.ZEROS, (self.features,), jnp.float32)
-            y = y + layers.over_last(bias, y)
+            bias = self.param("bias", initializers.ZEROS, (self.features,), jnp.float32)
+            y = y + layers.expand_like(bias, y)
         else:
             y = GroupNorm(self.group_size, name="norm")(y)
         return y if self.act is None else layers.activation(self.act)(y)
@@ -186,6 +188,6 @@ class ConvNorm(nn.Module):
             kernel.astype(self.dtype),
             (self.stride, self.stride),
             self.padding,
-            dimension_numbers=DIMENSIONS,
+            dimension_numbers=DIMENSION_NUMBERS,
         )
         return y.astype(jnp.float32)

@@ -10,9 +10,9 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from imgtune_jax.models import init, layers, sizes
+from imgtune_jax.models import initializers, layers, sizes
 from imgtune_jax.models.block import Block, Cross, LayerCache
-from imgtune_jax.models.transformer import Caches, Transformer
+from imgtune_jax.models.transformer import LayerCaches, Transformer
 from imgtune_jax.types import Params
 
 
@@ -24,8 +24,8 @@ class DecoderCache:
     """
 
     position: Int[Array, " b"]
-    decoder: Caches
-    text: Caches = ()
+    decoder: LayerCaches
+    text: LayerCaches = ()
 
 
 class Decoder(Transformer):
@@ -50,7 +50,7 @@ class Decoder(Transformer):
     num_heads: int = 12
     vocab_size: int = 32000
     max_length: int = 64
-    reads: Literal["ids", "tokens"] = "ids"
+    input_from: Literal["ids", "text_tower"] = "ids"
     cross: Cross = "layer"
     context_norm: bool = False
     tied: bool = False
@@ -60,7 +60,7 @@ class Decoder(Transformer):
     @classmethod
     def variant_fields(cls, variant: str) -> dict[str, Any]:
         """The sizes behind "Ti", "S", "B", …"""
-        return sizes.lookup(sizes.SIZES, variant, "decoder")
+        return sizes.get_variant(sizes.SIZES, variant, "decoder")
 
     @nn.compact
     def __call__(
@@ -82,7 +82,7 @@ class Decoder(Transformer):
                 f"max_length={self.max_length}; got {inputs.shape[1] + 1}"
             )
         x, train_front = inputs, train and self.num_frozen_layers == 0
-        if self.reads == "ids":
+        if self.input_from == "ids":
             x = self._embed(inputs, parallel, train=train_front)
         if self.context_norm:
             context = layers.LayerNorm(self.norm_epsilon, name="context_norm")(context)
@@ -98,38 +98,38 @@ class Decoder(Transformer):
             layers.Dense(self.vocab_size, use_bias=False, name="vocabulary")(x[:1, 0])
         return x
 
-    def kernel(self, params: Params) -> Float[Array, "d v"]:
+    def vocab_kernel(self, params: Params) -> Float[Array, "d v"]:
         """The matrix from a position's vector to logits."""
         return params["token_embed"]["embedding"].T if self.tied else params["vocabulary"]["kernel"]
 
-    def empty_cache(self, context: Float[Array, "b m e"], *, length: int) -> Caches:
+    def init_cache(self, context: Float[Array, "b m e"], *, length: int) -> LayerCaches:
         """What the first step starts from: keys of the image tokens, room for `length` tokens."""
         own = self.variables["params"]
         if self.context_norm:
             norm = layers.LayerNorm(self.norm_epsilon, parent=None)
             context = cast(Array, norm.apply({"params": own["context_norm"]}, context))
-        room, run = self.empty_keys(len(context), length), cast(Any, self._decoding_block().apply)
+        room, run = self.init_kv_cache(len(context), length), cast(Any, self._block().apply)
         return tuple(
             LayerCache(room, run({"params": own[f"blocks_{i}"]}, context, method="context_keys"))
             for i in range(self.depth)
         )
 
-    def step(
+    def decode_step(
         self,
         inputs: Int[Array, " b"] | Float[Array, "b 1 d"],
-        caches: Caches,
+        caches: LayerCaches,
         position: Int[Array, " b"],
-    ) -> tuple[Float[Array, "b d"], Caches]:
+    ) -> tuple[Float[Array, "b d"], LayerCaches]:
         """One position of each row: its vector, and the cache with it."""
         own, x = self.variables["params"], inputs
-        if self.reads == "ids":
+        if self.input_from == "ids":
             x = own["token_embed"]["embedding"][inputs] + own["pos_embed"][position]
             x = x[:, None]
-        x, caches = self.step_blocks(self._decoding_block(), x, caches, position)
+        x, caches = self.decode_blocks(self._block(), x, caches, position)
         norm = layers.LayerNorm(self.norm_epsilon, parent=None)
         return cast(Array, norm.apply({"params": own["final_norm"]}, x))[:, 0], caches
 
-    def _decoding_block(self) -> Block:
+    def _block(self) -> Block:
         return self.block(cross=self.cross)
 
     def _check(self, inputs: Array) -> None:
@@ -139,9 +139,9 @@ class Decoder(Transformer):
                 f"captions of {length} tokens, but the decoder has max_length={self.max_length}; "
                 "truncate in the tokenizer (and keep the end token)"
             )
-        if ids != (self.reads == "ids") or (not ids and inputs.shape[-1] != self.width):
+        if ids != (self.input_from == "ids") or (not ids and inputs.shape[-1] != self.width):
             raise ValueError(
-                f"decoder reads={self.reads!r} with width={self.width}, and got an input of shape "
+                f"decoder input_from={self.input_from!r} with width={self.width}, and got an input of shape "
                 f"{inputs.shape}; a decoder that reads tokens is as wide as the text tower"
             )
         if not ids and (self.tied or self.parallel_fraction):
@@ -152,10 +152,10 @@ class Decoder(Transformer):
     ) -> Float[Array, "b t d"]:
         x = layers.Embed(self.vocab_size, self.width, name="token_embed")(ids)
         shape = (self.max_length, self.width)
-        position = self.param("pos_embed", init.normal(0.01), shape, jnp.float32)
+        position = self.param("pos_embed", initializers.normal(0.01), shape, jnp.float32)
         if self.parallel_fraction:
-            blank = self.param("mask_embed", init.normal(0.02), (self.width,), jnp.float32)
+            blank = self.param("mask_embed", initializers.normal(0.02), (self.width,), jnp.float32)
             if parallel is not None:
-                x = jnp.where(parallel[:, None, None], layers.over_last(blank, x), x)
+                x = jnp.where(parallel[:, None, None], layers.expand_like(blank, x), x)
         x = x + position[None, : ids.shape[1]]
         return nn.Dropout(self.dropout, deterministic=not train)(x)

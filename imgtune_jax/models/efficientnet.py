@@ -12,8 +12,8 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from imgtune_jax.models import conv, layers, sizes
+from imgtune_jax.models.layer_stack import Part
 from imgtune_jax.models.pooling import TowerOutput
-from imgtune_jax.models.stack import Part
 
 
 class Stage(NamedTuple):
@@ -107,7 +107,7 @@ class EfficientNetLite(nn.Module):
     @classmethod
     def variant_fields(cls, variant: str) -> dict[str, Any]:
         """The scaling factors behind a name of VARIANTS."""
-        return sizes.lookup(cls.VARIANTS, variant, "efficientnet_lite")
+        return sizes.get_variant(cls.VARIANTS, variant, "efficientnet_lite")
 
     def setup(self):
         if any(stage not in range(len(STAGES)) for stage in self.pool_stages):

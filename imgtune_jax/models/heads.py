@@ -6,10 +6,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from imgtune_jax.models import init, layers
+from imgtune_jax.models import initializers, layers
 
 
-def standardized(module: nn.Module, x: Float[Array, "b i"]) -> Float[Array, "b i"]:
+def standardize(module: nn.Module, x: Float[Array, "b i"]) -> Float[Array, "b i"]:
     """(x - input_mean) / input_std, dimension by dimension.
 
     The two are statistics, not weights: measured once on training data, then always locked. A
@@ -17,13 +17,13 @@ def standardized(module: nn.Module, x: Float[Array, "b i"]) -> Float[Array, "b i
     top learns the small ones last.
     """
     width = (x.shape[-1],)
-    mean = module.param("input_mean", init.ZEROS, width, jnp.float32)
-    std = module.param("input_std", init.ONES, width, jnp.float32)
+    mean = module.param("input_mean", initializers.ZEROS, width, jnp.float32)
+    std = module.param("input_std", initializers.ONES, width, jnp.float32)
     x = x.astype(jnp.float32)
-    return (x - layers.over_last(mean, x)) / layers.over_last(std, x)
+    return (x - layers.expand_like(mean, x)) / layers.expand_like(std, x)
 
 
-class Identity(nn.Module):
+class IdentityHead(nn.Module):
     """The pooled vector itself: for a tower whose space is the shared one. No weights.
 
     Raises ValueError if the tower's width is not `embed_dim`.
@@ -40,10 +40,10 @@ class Identity(nn.Module):
                 f"identity head: the tower gives {x.shape[-1]} features, embed_dim is "
                 f"{self.embed_dim}; set embed_dim={x.shape[-1]} or use a linear head"
             )
-        return standardized(self, x) if self.standardize else x.astype(jnp.float32)
+        return standardize(self, x) if self.standardize else x.astype(jnp.float32)
 
 
-class Linear(nn.Module):
+class LinearHead(nn.Module):
     """One affine map, CLIP's and LiT's projection (`use_bias=False` for CLIP).
 
     `standardize` puts fixed statistics in front; see `standardized`.
@@ -58,16 +58,18 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "b i"], *, train: bool) -> Float[Array, "b d"]:
         del train
         if self.standardize:
-            x = standardized(self, x)
+            x = standardize(self, x)
         # std 1/sqrt(i), as CLIP draws its projections
-        kernel = self.param("kernel", init.LECUN, (x.shape[-1], self.embed_dim), jnp.float32)
+        kernel = self.param(
+            "kernel", initializers.LECUN_NORMAL, (x.shape[-1], self.embed_dim), jnp.float32
+        )
         bias = None
         if self.use_bias:
-            bias = self.param("bias", init.ZEROS, (self.embed_dim,), jnp.float32)
+            bias = self.param("bias", initializers.ZEROS, (self.embed_dim,), jnp.float32)
         return layers.dense(x, kernel, bias, dtype=self.dtype)
 
 
-class Mlp(nn.Module):
+class MlpHead(nn.Module):
     """norm? → fc1 → activation → dropout → fc2.
 
     `input_norm` adds a LayerNorm in front, `standardize` fixed statistics; see `standardized`.
@@ -85,7 +87,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b i"], *, train: bool) -> Float[Array, "b d"]:
         if self.standardize:
-            x = standardized(self, x)
+            x = standardize(self, x)
         if self.input_norm:
             x = layers.LayerNorm(name="norm1")(x)
         x = layers.Dense(self.hidden_dim, self.use_bias, dtype=self.dtype, name="fc1")(x)

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from imgtune_jax.models import layers
+from imgtune_jax.models.components import ModelComponents
 from imgtune_jax.models.decoder import DecoderCache
-from imgtune_jax.models.parts import TOWERS, Parts
-from imgtune_jax.models.vocabulary import token_scores
-from imgtune_jax.types import Batch, Outputs, Params, TokenScores
+from imgtune_jax.models.token_scores import token_scores
+from imgtune_jax.types import MODALITIES, Batch, Outputs, Params, TokenScores
 
 
 def unit_norm(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
@@ -44,7 +44,7 @@ clamp_log_scale.defvjp(_clamp_forward, _clamp_backward)
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageText(Parts):
+class ImageTextModel(ModelComponents):
     """With a text tower and heads it matches (CLIP); with a decoder it writes (Cap).
 
     With both, the decoder may read the text tower's tokens: CoCa (2205.01917), both from one pass.
@@ -57,17 +57,17 @@ class ImageText(Parts):
 
         `batch.image_features` and `batch.text_features`, where given, are what `front` gave.
         """
-        found = {tower: self.encoded(params, tower, batch, rng, train) for tower in TOWERS}
+        found = {tower: self.apply_tower(params, tower, batch, rng, train) for tower in MODALITIES}
         embs = {}
         for tower, out in found.items():
             if out is not None and getattr(self, f"{tower}_head") is not None:
-                embs[f"{tower}_emb"] = self._head(params, tower, out.pooled, rng, train)
+                embs[f"{tower}_emb"] = self._project(params, tower, out.pooled, rng, train)
         captions, image, text = None, found["image"], found["text"]
         if self.decoder is not None and image is not None and batch.text is not None:
             tokens = None if text is None else text.tokens
-            captions = self._scored(params, image.tokens, batch.text, tokens, rng, train)
+            captions = self._score_tokens(params, image.tokens, batch.text, tokens, rng, train)
         scale, bias = self.logit_scale(params), self.logit_bias(params)
-        return Outputs(**embs, logit_scale=scale, logit_bias=bias, captions=captions)
+        return Outputs(**embs, logit_scale=scale, logit_bias=bias, token_scores=captions)
 
     def logit_scale(self, params: Params) -> Float[Array, ""] | None:
         """The multiplier of the logits, clamped; None for a model without a text tower."""
@@ -84,36 +84,38 @@ class ImageText(Parts):
             return None
         return params["logit_bias"].astype(jnp.float32)
 
-    def features_image(self, params: Params, image: UInt8[Array, "b h w c"]) -> Float[Array, "b e"]:
+    def image_features(self, params: Params, image: UInt8[Array, "b h w c"]) -> Float[Array, "b e"]:
         """The image side's pooled vector, before the head, in float32."""
         return self._image(params, image, "pooled")
 
-    def features_text(
+    def text_features(
         self, params: Params, text: Int[Array, "b l"], text_mask: Bool[Array, "b l"]
     ) -> Float[Array, "b e"]:
         """The text tower's pooled vector, before the head, in float32."""
-        return self.inferred(params, "text", (text, text_mask), lambda out: out.pooled)
+        return self.apply_tower_eval(params, "text", (text, text_mask), lambda out: out.pooled)
 
-    def features(self, params: Params, batch: Batch) -> dict[str, Float[Array, "b e"]]:
+    def tower_features(self, params: Params, batch: Batch) -> dict[str, Float[Array, "b e"]]:
         """Both sides' pooled vectors of a batch, before the heads, in float32, by tower."""
-        found = {tower: self.encoded(params, tower, batch) for tower in TOWERS}
+        found = {tower: self.apply_tower(params, tower, batch) for tower in MODALITIES}
         return {t: x.pooled.astype(jnp.float32) for t, x in found.items() if x is not None}
 
     def encode_image(self, params: Params, image: UInt8[Array, "b h w c"]) -> Float[Array, "b d"]:
         """Unit-norm embeddings of uint8 RGB images."""
-        return self.encode_image_features(params, self.features_image(params, image))
+        return self.project_image_features(params, self.image_features(params, image))
 
-    def encode_image_features(
+    def project_image_features(
         self, params: Params, features: Float[Array, "b e"]
     ) -> Float[Array, "b d"]:
         """Unit-norm embeddings from `features_image`'s vectors."""
-        return self._head(params, "image", features, None, False)
+        return self._project(params, "image", features, None, False)
 
     def encode_text(
         self, params: Params, text: Int[Array, "b l"], text_mask: Bool[Array, "b l"]
     ) -> Float[Array, "b d"]:
         """Unit-norm embeddings of token ids."""
-        return self._head(params, "text", self.features_text(params, text, text_mask), None, False)
+        return self._project(
+            params, "text", self.text_features(params, text, text_mask), None, False
+        )
 
     def image_tokens(self, params: Params, image: UInt8[Array, "b h w c"]) -> Float[Array, "b m e"]:
         """What the decoder sees of uint8 RGB images, in float32."""
@@ -127,7 +129,9 @@ class ImageText(Parts):
         text_mask: Bool[Array, "b l"],
     ) -> TokenScores:
         """The scores of given captions, in eval mode; no logits [b l v] are held."""
-        return self._scored(params, image_tokens, text, self._text_tokens(params, text, text_mask))
+        return self._score_tokens(
+            params, image_tokens, text, self._text_tokens(params, text, text_mask)
+        )
 
     def caption_logits(
         self,
@@ -145,7 +149,7 @@ class ImageText(Parts):
         """
         tokens = self._text_tokens(params, text, text_mask)
         inputs = text if tokens is None else tokens
-        hidden = self.run(params, "decoder", inputs, image_tokens, parallel=parallel)
+        hidden = self.apply_component(params, "decoder", inputs, image_tokens, parallel=parallel)
         return self._logits(params, hidden)
 
     def decoder_cache(
@@ -160,9 +164,11 @@ class ImageText(Parts):
                 f"length={length}; this decoder writes 1 to {self.decoder.max_length} tokens"
             )
         b = len(image_tokens)
-        kept = self._decoding(params, "decoder", image_tokens, length=length, method="empty_cache")
+        kept = self._apply_decoding(
+            params, "decoder", image_tokens, length=length, method="empty_cache"
+        )
         text = ()
-        if self.decoder.reads == "tokens":
+        if self.decoder.input_from == "text_tower":
             text = self.text.empty_cache(b, length)
         return DecoderCache(jnp.zeros(b, jnp.int32), kept, text)
 
@@ -171,12 +177,12 @@ class ImageText(Parts):
     ) -> tuple[Float[Array, "b v"], DecoderCache]:
         """Logits of the token behind `token`, which stands at each row's `cache.position`."""
         inputs, text, position = token, cache.text, cache.position
-        if self.decoder.reads == "tokens":
-            inputs, text = self._decoding(params, "text", token, text, position)
-        hidden, kept = self._decoding(params, "decoder", inputs, cache.decoder, position)
+        if self.decoder.input_from == "text_tower":
+            inputs, text = self._apply_decoding(params, "text", token, text, position)
+        hidden, kept = self._apply_decoding(params, "decoder", inputs, cache.decoder, position)
         return self._logits(params, hidden), DecoderCache(position + 1, kept, text)
 
-    def _decoding(self, params: Params, name: str, *inputs, method: str = "step", **options):
+    def _apply_decoding(self, params: Params, name: str, *inputs, method: str = "step", **options):
         module = getattr(self, name)
         return module.apply({"params": params[name]}, *inputs, method=method, **options)
 
@@ -186,11 +192,11 @@ class ImageText(Parts):
         )
 
     def _text_tokens(self, params: Params, text: Array, mask: Array) -> Array | None:
-        if self.decoder is None or self.decoder.reads == "ids":
+        if self.decoder is None or self.decoder.input_from == "ids":
             return None
-        return self.run(params, "text", text, mask).tokens
+        return self.apply_component(params, "text", text, mask).tokens
 
-    def _scored(
+    def _score_tokens(
         self,
         params: Params,
         image_tokens: Array,
@@ -199,9 +205,11 @@ class ImageText(Parts):
         rng: jax.Array | None = None,
         train: bool = False,
     ) -> TokenScores:
-        inputs = text if self.decoder.reads == "ids" else text_tokens
+        inputs = text if self.decoder.input_from == "ids" else text_tokens
         assert inputs is not None
-        hidden = self.run(params, "decoder", inputs[:, :-1], image_tokens, rng=rng, train=train)
+        hidden = self.apply_component(
+            params, "decoder", inputs[:, :-1], image_tokens, rng=rng, train=train
+        )
         return token_scores(
             hidden,
             self.decoder.kernel(params["decoder"]),
@@ -212,13 +220,17 @@ class ImageText(Parts):
         )
 
     def _image(self, params: Params, image: Array, kind: str) -> Array:
-        inputs = (self.normalised(image),)
+        inputs = (self.normalize_images(image),)
         if self.image_pooler is None:
-            return self.inferred(params, "image", inputs, lambda out: getattr(out, kind))
-        tokens = self.inferred(params, "image", inputs, lambda out: out.tokens)
-        return getattr(self.run(params, "image_pooler", tokens), kind).astype(jnp.float32)
+            return self.apply_tower_eval(params, "image", inputs, lambda out: getattr(out, kind))
+        tokens = self.apply_tower_eval(params, "image", inputs, lambda out: out.tokens)
+        return getattr(self.apply_component(params, "image_pooler", tokens), kind).astype(
+            jnp.float32
+        )
 
-    def _head(
+    def _project(
         self, params: Params, tower: str, features: Array, rng: jax.Array | None, train: bool
     ) -> Array:
-        return unit_norm(self.run(params, f"{tower}_head", features, rng=rng, train=train))
+        return unit_norm(
+            self.apply_component(params, f"{tower}_head", features, rng=rng, train=train)
+        )

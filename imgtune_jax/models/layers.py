@@ -17,7 +17,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from imgtune_jax.models import init
+from imgtune_jax.models import initializers
 
 Dtype = Any
 Constrain = Callable[[Array, tuple[str | None, ...]], Array]
@@ -31,7 +31,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
 }
 
-RESIDUAL = ("batch", "length", "embed")  # logical axes of the residual stream
+RESIDUAL_AXES = ("batch", "length", "embed")  # logical axes of the residual stream
 
 
 def no_constraint(x: Array, axes: tuple[str | None, ...]) -> Array:
@@ -47,7 +47,7 @@ def activation(name: str) -> Callable[[Array], Array]:
     return ACTIVATIONS[name]
 
 
-def over_last(vector: Float[Array, " d"], like: Array) -> Array:
+def expand_like(vector: Float[Array, " d"], like: Array) -> Array:
     """The vector as [1 … 1 d] of `like`'s rank: no rank is promoted silently in this house."""
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
 
@@ -63,7 +63,7 @@ def _matmul_forward(x: Array, kernel: Array, dtype: Dtype) -> tuple[Array, Any]:
     low = x.astype(dtype), kernel.astype(dtype)
     # Empty arrays remember the operands' own types for the cotangents.
     empty = jnp.empty(0, x.dtype), jnp.empty(0, kernel.dtype)
-    return _product(*low, axes=(-1, -2)), (*low, *empty)
+    return _contract(*low, axes=(-1, -2)), (*low, *empty)
 
 
 def _matmul_backward(dtype: Dtype, residuals: Any, g: Array) -> tuple[Array, Array]:
@@ -71,14 +71,14 @@ def _matmul_backward(dtype: Dtype, residuals: Any, g: Array) -> tuple[Array, Arr
     # Without this rule autodiff multiplies a float32 cotangent with low-precision operands, which
     # no matrix unit does: it would run in float32.
     g = g.astype(dtype)
-    dx, dkernel = _product(g, kernel, axes=(-1, -1)), _product(x, g, axes=(-2, -2))
+    dx, dkernel = _contract(g, kernel, axes=(-1, -1)), _contract(x, g, axes=(-2, -2))
     return dx.astype(x_type.dtype), dkernel.astype(kernel_type.dtype)
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def _product(a: Array, b: Array, *, axes: tuple[int, int]) -> Array:
+def _contract(a: Array, b: Array, *, axes: tuple[int, int]) -> Array:
     """The sum along one axis of each, -1 (rows) or -2 (columns), in float32.
 
     What lies before the last two axes is shared.
@@ -131,7 +131,7 @@ def dense(
     # As rows: where the kernel's gradient is a sum over two axes, XLA:CPU transposes both first.
     rows = x.reshape(-1, x.shape[-1])
     y = cast(Array, _matmul(rows, kernel, jnp.dtype(dtype)))
-    y = y if bias is None else y + over_last(bias, y)
+    y = y if bias is None else y + expand_like(bias, y)
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
@@ -168,23 +168,23 @@ def _attention(q: Array, k: Array, v: Array, visible: Array | None) -> Array:
 def _attention_forward(
     q: Array, k: Array, v: Array, visible: Array | None
 ) -> tuple[Array, tuple[Array | None, ...]]:
-    scores = _product(q, k, axes=(-1, -1)) * q.shape[-1] ** -0.5
+    scores = _contract(q, k, axes=(-1, -1)) * q.shape[-1] ** -0.5
     if visible is not None:
         scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores).astype(v.dtype)
-    y = _product(weights, v, axes=(-1, -2)).astype(v.dtype)
+    y = _contract(weights, v, axes=(-1, -2)).astype(v.dtype)
     return y, (q, k, v, visible, weights, y)
 
 
 def _attention_backward(residuals: Any, g: Array) -> tuple[Array, Array, Array, None]:
     q, k, v, visible, weights, y = residuals
-    dv = _product(weights, g, axes=(-2, -2))
+    dv = _contract(weights, g, axes=(-2, -2))
     along = (g.astype(jnp.float32) * y).sum(-1, keepdims=True)
-    dscores = weights * (_product(g, v, axes=(-1, -1)) - along) * q.shape[-1] ** -0.5
+    dscores = weights * (_contract(g, v, axes=(-1, -1)) - along) * q.shape[-1] ** -0.5
     if visible is not None:
         dscores = jnp.where(visible, dscores, 0.0)
     dscores = dscores.astype(q.dtype)
-    dq, dk = _product(dscores, k, axes=(-1, -2)), _product(dscores, q, axes=(-2, -2))
+    dq, dk = _contract(dscores, k, axes=(-1, -2)), _contract(dscores, q, axes=(-2, -2))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
@@ -197,8 +197,8 @@ class Dense(nn.Module):
     features: int
     use_bias: bool = True
     dtype: Dtype = jnp.float32
-    kernel_init: init.Initializer = init.XAVIER
-    bias_init: init.Initializer = init.ZEROS
+    kernel_init: initializers.Initializer = initializers.XAVIER_NORMAL
+    bias_init: initializers.Initializer = initializers.ZEROS
 
     @nn.compact
     def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
@@ -214,7 +214,7 @@ class Embed(nn.Module):
 
     num_embeddings: int
     features: int
-    table_init: init.Initializer = init.normal(0.02)
+    table_init: initializers.Initializer = initializers.normal(0.02)
 
     @nn.compact
     def __call__(self, ids: Int[Array, "*n"]) -> Float[Array, "*n d"]:
@@ -223,7 +223,7 @@ class Embed(nn.Module):
         return jnp.take(table, ids, axis=0, mode="fill", fill_value=jnp.nan)
 
 
-def _centred(x: Array, epsilon: float) -> tuple[Array, Array]:
+def _center_and_rstd(x: Array, epsilon: float) -> tuple[Array, Array]:
     """x without its mean, and the reciprocal of its standard deviation."""
     # E[(x-m)^2], not E[x^2]-m^2: the latter cancels when the mean is large.
     centred = x - x.mean(-1, keepdims=True)
@@ -244,15 +244,15 @@ def layer_norm(
 def _layer_norm_forward(
     x: Array, scale: Array, bias: Array, epsilon: float
 ) -> tuple[Array, tuple[Array, Array]]:
-    centred, reciprocal = _centred(x, epsilon)
-    return centred * reciprocal * over_last(scale, x) + over_last(bias, x), (x, scale)
+    centred, reciprocal = _center_and_rstd(x, epsilon)
+    return centred * reciprocal * expand_like(scale, x) + expand_like(bias, x), (x, scale)
 
 
 def _layer_norm_backward(
     epsilon: float, residuals: tuple[Array, Array], g: Array
 ) -> tuple[Array, Array, Array]:
     x, scale = residuals
-    centred, reciprocal = _centred(x, epsilon)
+    centred, reciprocal = _center_and_rstd(x, epsilon)
     y, rows = centred * reciprocal, tuple(range(x.ndim - 1))
     gy = g * y
 
@@ -260,7 +260,7 @@ def _layer_norm_backward(
         # As a product: for a sum of products XLA:CPU writes the scale out to the size of x.
         return jnp.dot(z, scale, precision="highest")[..., None] / x.shape[-1]
 
-    dx = reciprocal * (g * over_last(scale, x) - mean_scaled(g) - y * mean_scaled(gy))
+    dx = reciprocal * (g * expand_like(scale, x) - mean_scaled(g) - y * mean_scaled(gy))
     return dx, gy.sum(rows), g.sum(rows)
 
 
@@ -274,28 +274,28 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-        scale = self.param("scale", init.ONES, (x.shape[-1],), jnp.float32)
-        bias = self.param("bias", init.ZEROS, (x.shape[-1],), jnp.float32)
+        scale = self.param("scale", initializers.ONES, (x.shape[-1],), jnp.float32)
+        bias = self.param("bias", initializers.ZEROS, (x.shape[-1],), jnp.float32)
         return layer_norm(x.astype(jnp.float32), scale, bias, self.epsilon)
 
 
-class KeysValues(NamedTuple):
+class KVCache(NamedTuple):
     """What attention looks at, by head: kept from one decoding step to the next."""
 
     k: Float[Array, "b k l d"]
     v: Float[Array, "b k l d"]
 
     @classmethod
-    def empty(cls, batch: int, length: int, *, num_heads: int, width: int, dtype: Dtype):
+    def init(cls, batch: int, length: int, *, num_heads: int, width: int, dtype: Dtype):
         """Room for `length` positions."""
         shape = (batch, num_heads, length, width // num_heads)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
-    def written(self, new: KeysValues, position: Int[Array, " b"]) -> KeysValues:
+    def update(self, new: KVCache, position: Int[Array, " b"]) -> KVCache:
         """With each row's one new entry at its position; one beyond the room is dropped."""
         # Row by row: indices over all rows would have every device gather the others' rows.
         write = jax.vmap(lambda old, at, x: old.at[:, at].set(x[:, 0], mode="drop"))
-        return KeysValues(*(write(old, position, x) for old, x in zip(self, new, strict=True)))
+        return KVCache(*(write(old, position, x) for old, x in zip(self, new, strict=True)))
 
 
 class Attention(nn.Module):
@@ -310,7 +310,7 @@ class Attention(nn.Module):
     num_heads: int
     causal: bool = False
     dtype: Dtype = jnp.float32
-    kernel_init: init.Initializer = init.XAVIER
+    kernel_init: initializers.Initializer = initializers.XAVIER_NORMAL
 
     def __call__(
         self,
@@ -328,9 +328,9 @@ class Attention(nn.Module):
         context: Float[Array, "b lk dc"] | None = None,
         *,
         mask: Bool[Array, "b lk"] | Bool[Array, "b lq lk"] | None = None,
-        known: KeysValues | None = None,
+        kv_cache: KVCache | None = None,
         position: Int[Array, " b"] | None = None,
-    ) -> tuple[Float[Array, "b lq d"], KeysValues]:
+    ) -> tuple[Float[Array, "b lq d"], KVCache]:
         """The output, and the keys and values that it was made from."""
         width = x.shape[-1]
         if width % self.num_heads:
@@ -346,21 +346,21 @@ class Attention(nn.Module):
             return self._heads(linear(name=name)(y))
 
         q, causal = heads("q", x), self.causal
-        if known is None:
+        if kv_cache is None:
             source = x if context is None else context
-            known = KeysValues(heads("k", source), heads("v", source))
+            kv_cache = KVCache(heads("k", source), heads("v", source))
         else:
             causal = False
             if position is not None:
-                known = known.written(KeysValues(heads("k", x), heads("v", x)), position)
-                mask = jnp.arange(known.k.shape[2])[None] <= position[:, None]
-        y = attention(q, *known, mask=mask, causal=causal)
-        return linear(name="out")(y.swapaxes(1, 2).reshape(x.shape)), known
+                kv_cache = kv_cache.update(KVCache(heads("k", x), heads("v", x)), position)
+                mask = jnp.arange(kv_cache.k.shape[2])[None] <= position[:, None]
+        y = attention(q, *kv_cache, mask=mask, causal=causal)
+        return linear(name="out")(y.swapaxes(1, 2).reshape(x.shape)), kv_cache
 
-    def keys_values(self, context: Float[Array, "b lk dc"]) -> KeysValues:
+    def project_kv(self, context: Float[Array, "b lk dc"]) -> KVCache:
         """What `attend` computes of a context, to be given back to it as `known`."""
         own = self.variables["params"]
-        return KeysValues(
+        return KVCache(
             *(
                 self._heads(dense(context, own[n]["kernel"], own[n]["bias"], dtype=self.dtype))
                 for n in ("k", "v")

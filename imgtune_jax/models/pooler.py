@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from imgtune_jax.models import init, layers
+from imgtune_jax.models import initializers, layers
 from imgtune_jax.models.pooling import TowerOutput
 
 
-class Queries(nn.Module):
+class QueryAttention(nn.Module):
     """Learned queries that attend to all tokens: one attention, no residual and no MLP."""
 
     num_queries: int
@@ -26,7 +26,9 @@ class Queries(nn.Module):
     def __call__(self, x: Float[Array, "b m e"]) -> Float[Array, "b n d"]:
         norm = functools.partial(layers.LayerNorm, self.norm_epsilon, parent=self)
         shape = (self.num_queries, self.width)
-        query = norm(name="query_norm")(self.param("query", init.normal(1.0), shape, jnp.float32))
+        query = norm(name="query_norm")(
+            self.param("query", initializers.normal(1.0), shape, jnp.float32)
+        )
         query = jnp.broadcast_to(query, (len(x), *shape))
         attn = layers.Attention(self.num_heads, dtype=self.dtype, name="attn")
         return attn(query, norm(name="context_norm")(x))
@@ -57,9 +59,9 @@ class AttentionalPooler(nn.Module):
                 f"attentional pooler layout={self.layout!r}; want cascade, parallel or shared"
             )
         fields = (self.width, self.num_heads, self.norm_epsilon, self.dtype)
-        tokens = Queries(self.num_queries, *fields, name="captioning")(x)
+        tokens = QueryAttention(self.num_queries, *fields, name="captioning")(x)
         if self.layout == "shared":
             tokens = layers.LayerNorm(self.norm_epsilon, name="norm")(tokens)
             return TowerOutput(tokens[:, 0], tokens[:, 1:])
         source = tokens if self.layout == "cascade" else x
-        return TowerOutput(Queries(1, *fields, name="contrastive")(source)[:, 0], tokens)
+        return TowerOutput(QueryAttention(1, *fields, name="contrastive")(source)[:, 0], tokens)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from imgtune_jax.models import init, layers
+from imgtune_jax.models import initializers, layers
 from imgtune_jax.models.block import MlpBlock
 
 
@@ -25,12 +25,12 @@ def masked_mean(x: Float[Array, "b l d"], mask: Bool[Array, "b l"]) -> Float[Arr
     return (x * weight).sum(1) / jnp.maximum(weight.sum(1), 1.0)
 
 
-def last_valid(mask: Bool[Array, "b l"]) -> Int[Array, " b"]:
+def last_true_index(mask: Bool[Array, "b l"]) -> Int[Array, " b"]:
     """Index of each row's last True (EOT when the text ends with it); 0 for a row without one."""
     return jnp.max(jnp.where(mask, jnp.arange(mask.shape[1])[None], 0), axis=1)
 
 
-class AttentionPool(nn.Module):
+class MAPHead(nn.Module):
     """MAP head: one learned query over all tokens, then a residual MLP (big_vision, SigLIP)."""
 
     num_heads: int
@@ -44,7 +44,7 @@ class AttentionPool(nn.Module):
     def __call__(
         self, x: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None = None, *, train: bool
     ) -> Float[Array, "b d"]:
-        probe = self.param("probe", init.XAVIER, (1, 1, x.shape[-1]), jnp.float32)
+        probe = self.param("probe", initializers.XAVIER_NORMAL, (1, 1, x.shape[-1]), jnp.float32)
         query = jnp.broadcast_to(probe, (x.shape[0], 1, x.shape[-1]))
         attn = layers.Attention(self.num_heads, dtype=self.dtype, name="attn")
         y = attn(query, x, mask=mask)

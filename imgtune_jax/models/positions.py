@@ -23,7 +23,7 @@ def sincos_2d(grid: int, width: int, *, temperature: float = 10_000.0) -> Float[
     return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], 1).astype(np.float32)
 
 
-def resize(
+def resize_pos_embed(
     positions: Float[Array, "l d"] | Float[np.ndarray, "l d"], length: int
 ) -> Float[Array, "m d"]:
     """A learned grid at another resolution: antialiased bicubic, as open_clip does on loading.

@@ -12,8 +12,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from imgtune_jax.models import conv, layers, sizes
+from imgtune_jax.models.layer_stack import Part
 from imgtune_jax.models.pooling import TowerOutput
-from imgtune_jax.models.stack import Part
 
 GROUP_SIZE = 16  # the stem's 64 channels in four groups
 
@@ -71,7 +71,7 @@ class ResNet(nn.Module):
     @classmethod
     def variant_fields(cls, variant: str) -> dict[str, Any]:
         """The depths behind a name of VARIANTS."""
-        return sizes.lookup(cls.VARIANTS, variant, "resnet")
+        return sizes.get_variant(cls.VARIANTS, variant, "resnet")
 
     def setup(self):
         """Declares the stem, four stages of blocks and, where asked for, the classifier."""

@@ -24,16 +24,18 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 
-def lookup(table: Mapping[str, Mapping[str, Any]], variant: str, component: str) -> dict[str, Any]:
+def get_variant(
+    table: Mapping[str, Mapping[str, Any]], variant: str, component: str
+) -> dict[str, Any]:
     """The fields of `variant`. Raises ValueError that lists what there is."""
     if variant not in table:
         raise ValueError(f"{component} has no variant {variant!r}; want one of {', '.join(table)}")
     return dict(table[variant])
 
 
-def vit_fields(variant: str) -> dict[str, int]:
+def decode_vit_variant(variant: str) -> dict[str, int]:
     """ "B/16" is size B with patches of 16 pixels."""
     size, slash, patch = variant.partition("/")
     if not slash or not patch.isdigit():
         raise ValueError(f"vit variant {variant!r}; want SIZE/PATCH in pixels, like 'B/16'")
-    return {**lookup(SIZES, size, "vit"), "patch_size": int(patch)}
+    return {**get_variant(SIZES, size, "vit"), "patch_size": int(patch)}

@@ -10,10 +10,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from imgtune_jax.models import layers, pooling
 from imgtune_jax.models.block import Block, LayerCache
-from imgtune_jax.models.layers import KeysValues
-from imgtune_jax.models.stack import Part, Stack
+from imgtune_jax.models.layer_stack import LayerStack, Part
+from imgtune_jax.models.layers import KVCache
 
-Caches = tuple[LayerCache, ...]
+LayerCaches = tuple[LayerCache, ...]
 
 
 class Transformer(nn.Module):
@@ -60,13 +60,19 @@ class Transformer(nn.Module):
         **fields: Any,
     ) -> Float[Array, "b l d"]:
         """All blocks, `blocks_0` first; `fields` as in `block`."""
-        stack = Stack(self.depth, self.scan, self.remat, self.num_frozen_layers, self.constrain)
+        stack = LayerStack(
+            self.depth, self.scan, self.remat, self.num_frozen_layers, self.constrain
+        )
         block = self.block(**fields)
         return stack(self, block, x, mask, train=train, part=part, context=context)
 
-    def step_blocks(
-        self, block: Block, x: Float[Array, "b 1 d"], caches: Caches, position: Int[Array, " b"]
-    ) -> tuple[Float[Array, "b 1 d"], Caches]:
+    def decode_blocks(
+        self,
+        block: Block,
+        x: Float[Array, "b 1 d"],
+        caches: LayerCaches,
+        position: Int[Array, " b"],
+    ) -> tuple[Float[Array, "b 1 d"], LayerCaches]:
         """One position of each row through all blocks."""
         tree, step = self.variables["params"], cast(Any, block.apply)
         kept = []
@@ -75,16 +81,16 @@ class Transformer(nn.Module):
             kept.append(new)
         return x, tuple(kept)
 
-    def empty_keys(self, batch: int, length: int) -> KeysValues:
+    def init_kv_cache(self, batch: int, length: int) -> KVCache:
         """Room for the keys and values of one layer."""
         sizes: dict[str, Any] = dict(num_heads=self.num_heads, width=self.width, dtype=self.dtype)
-        return KeysValues.empty(batch, length, **sizes)
+        return KVCache.init(batch, length, **sizes)
 
     def attention_pool(
         self, x: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None = None, *, train: bool
     ) -> Float[Array, "b d"]:
         """An AttentionPool of the tower's sizes, named `pool`."""
-        pool = pooling.AttentionPool(
+        pool = pooling.MAPHead(
             self.num_heads,
             self.mlp_dim,
             self.act,

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from imgtune_jax.models import init, layers, pooling, positions, sizes
-from imgtune_jax.models.stack import Part
+from imgtune_jax.models import initializers, layers, pooling, positions, sizes
+from imgtune_jax.models.layer_stack import Part
 from imgtune_jax.models.transformer import Transformer
 
 POOLS = ("cls", "mean", "mean_all", "attention")
@@ -57,7 +57,7 @@ class ViT(Transformer):
     @classmethod
     def variant_fields(cls, variant: str) -> dict[str, Any]:
         """The sizes behind "Ti/16", "So400m/14", …"""
-        return sizes.vit_fields(variant)
+        return sizes.decode_vit_variant(variant)
 
     @nn.compact
     def __call__(
@@ -93,7 +93,7 @@ class ViT(Transformer):
     def _embed(self, image: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b l d"]:
         x = self._patches(image)
         if self.positions == "learned":
-            law = init.normal(self.width**-0.5)
+            law = initializers.normal(self.width**-0.5)
             x = x + self.param("pos_embed", law, x.shape[1:], jnp.float32)[None]
         elif self.positions == "sincos":
             x = x + positions.sincos_2d(self.image_size // self.patch_size, self.width)[None]
@@ -101,7 +101,7 @@ class ViT(Transformer):
             raise ValueError(f"vit positions={self.positions!r}; want 'learned' or 'sincos'")
         if train and self.patch_dropout:
             x = drop_patches(x, self.make_rng("dropout"), rate=self.patch_dropout)
-        x = jnp.concatenate([*self._prefix(len(x)), x], axis=1)
+        x = jnp.concatenate([*self._special_tokens(len(x)), x], axis=1)
         if self.pre_norm:
             x = layers.LayerNorm(self.norm_epsilon, name="pre_norm")(x)
         return nn.Dropout(self.dropout, deterministic=not train)(x)
@@ -115,12 +115,14 @@ class ViT(Transformer):
             x.reshape(b, grid * grid, p * p * channels)
         )
 
-    def _prefix(self, b: int) -> list[Float[Array, "b n d"]]:
+    def _special_tokens(self, b: int) -> list[Float[Array, "b n d"]]:
         tokens = []
         if self.class_token:
-            tokens.append(self.param("class_token", init.ZEROS, (1, self.width), jnp.float32))
+            tokens.append(
+                self.param("class_token", initializers.ZEROS, (1, self.width), jnp.float32)
+            )
         if self.num_registers:
-            law, shape = init.normal(0.02), (self.num_registers, self.width)
+            law, shape = initializers.normal(0.02), (self.num_registers, self.width)
             tokens.append(self.param("registers", law, shape, jnp.float32))
         return [jnp.broadcast_to(t, (b, *t.shape)) for t in tokens]
 
@@ -153,10 +155,10 @@ class PatchEmbed(nn.Module):
     def __call__(self, patches: Float[Array, "b l i"]) -> Float[Array, "b l d"]:
         p = self.patch_size
         shape = (p, p, patches.shape[-1] // (p * p), self.width)
-        kernel = self.param("kernel", init.LECUN, shape, jnp.float32)
+        kernel = self.param("kernel", initializers.LECUN_NORMAL, shape, jnp.float32)
         bias = None
         if self.use_bias:
-            bias = self.param("bias", init.ZEROS, (self.width,), jnp.float32)
+            bias = self.param("bias", initializers.ZEROS, (self.width,), jnp.float32)
         return layers.dense(patches, kernel.reshape(-1, self.width), bias, dtype=self.dtype)
 
 

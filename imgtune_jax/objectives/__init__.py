@@ -13,22 +13,22 @@ from typing import Any
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from imgtune_jax.objectives.captioning import Captioning
-from imgtune_jax.objectives.sigmoid import Sigmoid
-from imgtune_jax.objectives.softmax import Softmax
+from imgtune_jax.objectives.caption_loss import CaptionLoss
+from imgtune_jax.objectives.sigmoid import SigmoidLoss
+from imgtune_jax.objectives.softmax import SoftmaxLoss
 from imgtune_jax.types import Batch, Metrics, Outputs
 
 Objective = Callable[[Outputs, Batch], tuple[Float[Array, ""], Metrics]]
 
 OBJECTIVES: dict[str, type] = {
-    "softmax": Softmax,
-    "sigmoid": Sigmoid,
-    "captioning": Captioning,
+    "softmax": SoftmaxLoss,
+    "sigmoid": SigmoidLoss,
+    "captioning": CaptionLoss,
 }
 
 
 @dataclass(frozen=True)
-class Weighted:
+class WeightedSum:
     """total = Σ weight · loss. Each raw term is reported under its own name."""
 
     terms: tuple[tuple[float, Objective], ...]
@@ -44,7 +44,9 @@ class Weighted:
         return total, metrics
 
 
-def build(cfg: Mapping[str, Mapping[str, Any]], *, mesh: Mesh | None = None) -> Weighted:
+def build_objective(
+    cfg: Mapping[str, Mapping[str, Any]], *, mesh: Mesh | None = None
+) -> WeightedSum:
     """{"softmax": {"weight": 1.0, **fields}} -> the weighted sum.
 
     `mesh` is where outputs and batch are laid out by batch; None: on one device. An objective that
@@ -68,4 +70,4 @@ def build(cfg: Mapping[str, Mapping[str, Any]], *, mesh: Mesh | None = None) -> 
             terms.append((weight, OBJECTIVES[name](**fields)))
     if not terms:
         raise ValueError(f"no objective has a weight other than 0: {dict(cfg)}")
-    return Weighted(tuple(terms))
+    return WeightedSum(tuple(terms))

@@ -25,16 +25,18 @@ class Positives(enum.StrEnum):
     GROUP = "group"
 
 
-class Side(NamedTuple):
+class PairEmbeddings(NamedTuple):
     """The images of a batch, or its texts."""
 
     emb: Float[Array, "n d"]
-    key: Int[Array, " n"]  # the same on both sides: a positive pair
+    positive_id: Int[Array, " n"]  # the same on both sides: a positive pair
     index: Int[Array, " n"]  # place in the global batch
-    valid: Bool[Array, " n"]
+    mask: Bool[Array, " n"]
 
 
-def sides(outputs: Outputs, batch: Batch, *, positives: Positives, term: str) -> tuple[Side, Side]:
+def pair_embeddings(
+    outputs: Outputs, batch: Batch, *, positives: Positives, term: str
+) -> tuple[PairEmbeddings, PairEmbeddings]:
     """(images, texts). Raises ValueError when the model or the data lacks what `term` needs."""
     if outputs.image_emb is None or outputs.text_emb is None:
         missing = "image" if outputs.image_emb is None else "text"
@@ -50,25 +52,27 @@ def sides(outputs: Outputs, batch: Batch, *, positives: Positives, term: str) ->
             "positives='group' needs a `group` in every batch; name its field in the source "
             "(config.data.source.group), or use positives='pair'"
         )
-    return Side(outputs.image_emb, key, index, valid), Side(outputs.text_emb, key, index, valid)
+    return PairEmbeddings(outputs.image_emb, key, index, valid), PairEmbeddings(
+        outputs.text_emb, key, index, valid
+    )
 
 
-def gradient_of_side(emb: Float[Array, "n d"]) -> Side:
+def cotangent_of(emb: Float[Array, "n d"]) -> PairEmbeddings:
     """What a custom gradient gives for a Side: its embeddings alone have one."""
     nothing: Any = None
-    return Side(emb, nothing, nothing, nothing)
+    return PairEmbeddings(emb, nothing, nothing, nothing)
 
 
 def pair_logits(
-    images: Side, texts: Side, scale: Float[Array, ""]
+    images: PairEmbeddings, texts: PairEmbeddings, scale: Float[Array, ""]
 ) -> tuple[Float[Array, "n m"], Bool[Array, "n m"], Bool[Array, "n m"]]:
     """(scale · image @ textᵀ, is the pair valid, is it valid and positive); rows are images."""
-    valid = images.valid[:, None] & texts.valid[None, :]
-    positive = valid & (images.key[:, None] == texts.key[None, :])
-    return scale * product(images.emb, texts.emb.T), valid, positive
+    valid = images.mask[:, None] & texts.mask[None, :]
+    positive = valid & (images.positive_id[:, None] == texts.positive_id[None, :])
+    return scale * matmul_float32(images.emb, texts.emb.T), valid, positive
 
 
-def product(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float[Array, "n m"]:
+def matmul_float32(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float[Array, "n m"]:
     """a @ b in full float32."""
     # HIGHEST: accelerators would else round the operands to bf16: 0.4 nats at scale 100.
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

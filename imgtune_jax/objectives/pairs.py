@@ -16,11 +16,11 @@ from imgtune_jax.types import PyTree
 BLOCK_SIZE = 2**23  # pairs in a block: 32 MiB of float32 logits
 
 # visit(scalars, images, texts, image_sums, text_sums) -> (image_sums, text_sums) of one block.
-Visit = Callable[[Any, Any, Any, Any, Any], tuple[Any, Any]]
+BlockFn = Callable[[Any, Any, Any, Any, Any], tuple[Any, Any]]
 
 
-def fold(
-    visit: Visit,
+def reduce_pairs(
+    block_fn: BlockFn,
     scalars: PyTree,
     sides: tuple[PyTree, PyTree],
     sums: tuple[PyTree, PyTree],
@@ -38,35 +38,37 @@ def fold(
     other's. The batch must divide over the devices.
     """
     axes = ACTIVATION_AXES["batch"]
-    hops = 1 if mesh is None else functools.reduce(lambda n, a: n * mesh.shape[a], axes or (), 1)
-    if hops == 1:
-        return _blocks(functools.partial(visit, scalars), *sides, *sums)
-    ring = [(i, (i + 1) % hops) for i in range(hops)]
+    num_shards = (
+        1 if mesh is None else functools.reduce(lambda n, a: n * mesh.shape[a], axes or (), 1)
+    )
+    if num_shards == 1:
+        return _scan_blocks(functools.partial(block_fn, scalars), *sides, *sums)
+    permutation = [(i, (i + 1) % num_shards) for i in range(num_shards)]
 
-    def around(
+    def ring(
         scalars: PyTree, sides: tuple[PyTree, PyTree], sums: tuple[PyTree, PyTree]
     ) -> tuple[PyTree, PyTree]:
         """What one device does: its images meet the texts of every device in turn."""
         images, texts = sides
 
-        def hop(carry: Any, _: None) -> tuple[Any, None]:
+        def ring_step(carry: Any, _: None) -> tuple[Any, None]:
             texts, sums = carry
-            image_sums, text_sums = _blocks(functools.partial(visit, scalars), images, texts, *sums)
-            texts, text_sums = jax.lax.ppermute((texts, text_sums), axes, ring)
+            image_sums, text_sums = _scan_blocks(
+                functools.partial(block_fn, scalars), images, texts, *sums
+            )
+            texts, text_sums = jax.lax.ppermute((texts, text_sums), axes, permutation)
             return (texts, (image_sums, text_sums)), None
 
-        (_, sums), _ = jax.lax.scan(hop, (texts, sums), length=hops)
+        (_, sums), _ = jax.lax.scan(ring_step, (texts, sums), length=num_shards)
         return sums
 
     by_batch = PartitionSpec(axes)
     specs = (PartitionSpec(), by_batch, by_batch)
-    return jax.shard_map(around, mesh=mesh, in_specs=specs, out_specs=by_batch)(
-        scalars, sides, sums
-    )
+    return jax.shard_map(ring, mesh=mesh, in_specs=specs, out_specs=by_batch)(scalars, sides, sums)
 
 
-def _blocks(
-    visit: Callable[..., tuple[PyTree, PyTree]],
+def _scan_blocks(
+    block_fn: Callable[..., tuple[PyTree, PyTree]],
     images: PyTree,
     texts: PyTree,
     image_sums: PyTree,
@@ -76,7 +78,7 @@ def _blocks(
     n, m = (jax.tree.leaves(side)[0].shape[0] for side in (images, texts))
     blocks = -(-n * m // BLOCK_SIZE)
     if blocks == 1:
-        return visit(images, texts, image_sums, text_sums)
+        return block_fn(images, texts, image_sums, text_sums)
     rows = -(-n // blocks)
 
     def cut(x: jax.Array) -> jax.Array:
@@ -84,7 +86,7 @@ def _blocks(
         return x.reshape(blocks, rows, *x.shape[1:])
 
     def one(text_sums: PyTree, block: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-        image_sums, text_sums = visit(block[0], texts, block[1], text_sums)
+        image_sums, text_sums = block_fn(block[0], texts, block[1], text_sums)
         return text_sums, image_sums
 
     text_sums, image_sums = jax.lax.scan(one, text_sums, jax.tree.map(cut, (images, image_sums)))

@@ -12,19 +12,19 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from imgtune_jax.objectives.contrastive import (
+    PairEmbeddings,
     Positives,
-    Side,
-    gradient_of_side,
+    cotangent_of,
+    matmul_float32,
+    pair_embeddings,
     pair_logits,
-    product,
-    sides,
 )
-from imgtune_jax.objectives.pairs import fold
+from imgtune_jax.objectives.pairs import reduce_pairs
 from imgtune_jax.types import Batch, Metrics, Outputs
 
 
 @dataclass(frozen=True)
-class Sigmoid:
+class SigmoidLoss:
     """Sum over all pairs of valid examples, divided by the number of valid examples (Algorithm 1).
 
     -log σ(z · (scale · cos + bias)), z = +1 for a positive pair and -1 for a negative one. A model
@@ -39,30 +39,38 @@ class Sigmoid:
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
         """Loss and its metrics; exact over the global batch."""
-        pairs = sides(outputs, batch, positives=self.positives, term="sigmoid")
+        pairs = pair_embeddings(outputs, batch, positives=self.positives, term="sigmoid")
         assert outputs.logit_scale is not None  # a model with embeddings has one
         bias = jnp.float32(0) if outputs.logit_bias is None else outputs.logit_bias
-        total: Any = _nats(self.mesh, outputs.logit_scale, bias, *pairs)
+        total: Any = sigmoid_loss(self.mesh, outputs.logit_scale, bias, *pairs)
         count = jnp.sum(batch.example_mask, dtype=jnp.float32)
         return total / jnp.maximum(count, 1), {"sigmoid": (total, count)}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _nats(
-    mesh: Mesh | None, scale: Float[Array, ""], bias: Float[Array, ""], images: Side, texts: Side
+def sigmoid_loss(
+    mesh: Mesh | None,
+    scale: Float[Array, ""],
+    bias: Float[Array, ""],
+    images: PairEmbeddings,
+    texts: PairEmbeddings,
 ) -> Float[Array, ""]:
     """-log σ, summed over all pairs."""
-    nats = jnp.zeros(images.key.shape), ()
-    return jnp.sum(fold(_add_nats, (scale, bias), (images, texts), nats, mesh=mesh)[0])
+    nats = jnp.zeros(images.positive_id.shape), ()
+    return jnp.sum(reduce_pairs(_loss_block, (scale, bias), (images, texts), nats, mesh=mesh)[0])
 
 
 def _nats_and_gradients(
-    mesh: Mesh | None, scale: Float[Array, ""], bias: Float[Array, ""], images: Side, texts: Side
+    mesh: Mesh | None,
+    scale: Float[Array, ""],
+    bias: Float[Array, ""],
+    images: PairEmbeddings,
+    texts: PairEmbeddings,
 ) -> tuple[Float[Array, ""], Any]:
     """One pass: the slopes of a block are at hand when its nats are, so no pair is met twice."""
-    zeros = jnp.zeros(images.key.shape)
+    zeros = jnp.zeros(images.positive_id.shape)
     sums = (zeros, zeros, jnp.zeros_like(images.emb)), jnp.zeros_like(texts.emb)
-    sums = fold(_add_all, (scale, bias), (images, texts), sums, mesh=mesh)
+    sums = reduce_pairs(_loss_and_grad_block, (scale, bias), (images, texts), sums, mesh=mesh)
     (nats, d_bias, d_image), d_text = sums
     d_scale = jnp.sum(images.emb * d_image)
     return jnp.sum(nats), (d_scale, jnp.sum(d_bias), scale * d_image, scale * d_text)
@@ -70,30 +78,38 @@ def _nats_and_gradients(
 
 def _pull_back(mesh: Mesh | None, gradients: Any, g: Float[Array, ""]) -> tuple[Any, ...]:
     d_scale, d_bias, d_image, d_text = (g * x for x in gradients)
-    return d_scale, d_bias, gradient_of_side(d_image), gradient_of_side(d_text)
+    return d_scale, d_bias, cotangent_of(d_image), cotangent_of(d_text)
 
 
-_nats.defvjp(_nats_and_gradients, _pull_back)
+sigmoid_loss.defvjp(_nats_and_gradients, _pull_back)
 
 
-def _add_nats(
-    scalars: Any, images: Side, texts: Side, nats: Float[Array, " n"], _: tuple[()]
+def _loss_block(
+    scalars: Any,
+    images: PairEmbeddings,
+    texts: PairEmbeddings,
+    nats: Float[Array, " n"],
+    _: tuple[()],
 ) -> tuple[Float[Array, " n"], tuple[()]]:
     return nats + _block(scalars, images, texts)[0], ()
 
 
-def _add_all(
-    scalars: Any, images: Side, texts: Side, image_sums: Any, d_text: Float[Array, "m d"]
+def _loss_and_grad_block(
+    scalars: Any,
+    images: PairEmbeddings,
+    texts: PairEmbeddings,
+    image_sums: Any,
+    d_text: Float[Array, "m d"],
 ) -> tuple[Any, Float[Array, "m d"]]:
     nats, d_bias, d_image = image_sums
-    more, slope = _block(scalars, images, texts)
-    d_image += product(slope, texts.emb)
-    d_text += product(slope.T, images.emb)
-    return (nats + more, d_bias + slope.sum(1), d_image), d_text
+    more, d_logits = _block(scalars, images, texts)
+    d_image += matmul_float32(d_logits, texts.emb)
+    d_text += matmul_float32(d_logits.T, images.emb)
+    return (nats + more, d_bias + d_logits.sum(1), d_image), d_text
 
 
 def _block(
-    scalars: Any, images: Side, texts: Side
+    scalars: Any, images: PairEmbeddings, texts: PairEmbeddings
 ) -> tuple[Float[Array, " n"], Float[Array, "n m"]]:
     """(nats of the images, d nats / d logit of the pairs)."""
     scale, bias = scalars

@@ -5,8 +5,8 @@ The page is one file that asks the network for nothing.
 
 from __future__ import annotations
 
-from imgtune_jax.report.gallery import Gallery
-from imgtune_jax.report.page import report_run, write_report
-from imgtune_jax.report.text import summary
+from imgtune_jax.report.page import write_report, write_run_report
+from imgtune_jax.report.retrieval_examples import RetrievalData
+from imgtune_jax.report.terminal import summary
 
-__all__ = ["Gallery", "report_run", "summary", "write_report"]
+__all__ = ["RetrievalData", "summary", "write_report", "write_run_report"]

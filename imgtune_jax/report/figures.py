@@ -14,7 +14,7 @@ import matplotlib.ticker
 import numpy as np
 from matplotlib.figure import Figure
 
-from imgtune_jax.report.run import Series, label
+from imgtune_jax.report.run_data import Series, metric_label
 
 # matplotlib wants literal colours: these stand for the page's CSS variables, and are replaced.
 INK, GRID = "#010101", "#020202"
@@ -60,8 +60,10 @@ def panels(series: Mapping[str, Series]) -> list[Panel]:
     for evaluator in evaluators:
         own = take(lambda n, e=evaluator: n.rsplit("/", 1)[0] == e)
         made += _evaluator_panels(evaluator.removeprefix("val").strip("/") or "validation", own)
-    made += [_panel(_name(n), {n: points}) for own in optimizer for n, points in own.items()]
-    made += [_panel(_name(n), {n: rest[n]}) for n in sorted(rest)]
+    made += [
+        _panel(_metric_title(n), {n: points}) for own in optimizer for n, points in own.items()
+    ]
+    made += [_panel(_metric_title(n), {n: rest[n]}) for n in sorted(rest)]
     return [panel for panel in made if panel.curves]
 
 
@@ -96,10 +98,10 @@ def svg(panel: Panel, *, ident: str) -> str:
         file = io.StringIO()
         empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=empty)
-    return _for_page(file.getvalue(), describe(panel))
+    return _inline_svg(file.getvalue(), alt_text(panel))
 
 
-def describe(panel: Panel) -> str:
+def alt_text(panel: Panel) -> str:
     """The chart in words, for those who do not see it."""
 
     def number(value: float) -> str:
@@ -115,19 +117,19 @@ def describe(panel: Panel) -> str:
 
 def _panel(title: str, series: Mapping[str, Series]) -> Panel:
     curves = [
-        Curve(_name(name), points, colour=i % len(LINES))
+        Curve(_metric_title(name), points, colour=i % len(LINES))
         for i, (name, points) in enumerate(series.items())
     ]
-    percent = all(_is_share(name) for name in series)
+    percent = all(_is_fraction(name) for name in series)
     return Panel(title[:1].upper() + title[1:], curves, percent)
 
 
-def _name(metric: str) -> str:
+def _metric_title(metric: str) -> str:
     """`train/lr` is `learning rate`, `val/coco/loss` is `validation on coco`."""
     parts = metric.split("/")
     if parts[0] == "val" and parts[-1] == "loss":
         return " on ".join(["validation", *parts[1:-1]])
-    return "training" if metric == "train/loss" else label("/".join(parts[1:]))
+    return "training" if metric == "train/loss" else metric_label("/".join(parts[1:]))
 
 
 def _evaluator_panels(name: str, series: Mapping[str, Series]) -> list[Panel]:
@@ -136,14 +138,14 @@ def _evaluator_panels(name: str, series: Mapping[str, Series]) -> list[Panel]:
     short = dict(sorted(short.items(), key=lambda item: _is_text_to_image(item[0])))
     recalls = {n: p for n, p in short.items() if re.search(r"(recall|R)@\d+$", n)}
     ks = sorted({int(n.rsplit("@", 1)[1]) for n in recalls})
-    shares = {n: p for n, p in short.items() if n not in recalls and _is_share(n)}
+    shares = {n: p for n, p in short.items() if n not in recalls and _is_fraction(n)}
     ranks = {n: p for n, p in short.items() if n.endswith("median_rank")}
     captions = {n: short[n] for n in CAPTION_SCORES if n in short}
     taken = recalls | shares | ranks | captions
     others = {n: p for n, p in short.items() if n not in taken and not _is_in_table_only(n)}
     curves = [
         Curve(
-            label(n),
+            metric_label(n),
             points,
             colour=ks.index(int(n.rsplit("@", 1)[1])) % len(LINES),
             dash=_is_text_to_image(n),
@@ -153,19 +155,22 @@ def _evaluator_panels(name: str, series: Mapping[str, Series]) -> list[Panel]:
     made = [Panel(f"{name}: retrieval", curves, percent=True)]
     for title, group in (("accuracy", shares), ("captions", captions)):
         curves = [
-            Curve(label(n), p, colour=i % len(LINES)) for i, (n, p) in enumerate(group.items())
+            Curve(metric_label(n), p, colour=i % len(LINES))
+            for i, (n, p) in enumerate(group.items())
         ]
         made.append(Panel(f"{name}: {title}", curves, percent=True))
-    median = [Curve(label(n), points, dash=_is_text_to_image(n)) for n, points in ranks.items()]
+    median = [
+        Curve(metric_label(n), points, dash=_is_text_to_image(n)) for n, points in ranks.items()
+    ]
     made.append(Panel(f"{name}: median rank", median))
     for n, points in others.items():
         changes = len({value for _, value in points}) > 1
         if changes:  # the sizes of a data set make no chart
-            made.append(Panel(f"{name}: {label(n)}", [Curve(label(n), points)]))
+            made.append(Panel(f"{name}: {metric_label(n)}", [Curve(metric_label(n), points)]))
     return made
 
 
-def _is_share(metric: str) -> bool:
+def _is_fraction(metric: str) -> bool:
     return any(part in metric for part in ("acc", "f1", "recall", "precision", "R@"))
 
 
@@ -196,7 +201,7 @@ def _draw(axes, curve: Curve) -> None:
     axes.plot(steps, values, **style, **marker)
 
 
-def _for_page(text: str, description: str) -> str:
+def _inline_svg(text: str, description: str) -> str:
     """Inline SVG: no prolog, no fixed size, CSS variables for colours, words for screen readers."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

@@ -16,13 +16,13 @@ from PIL import Image
 
 from imgtune_jax import config as config_lib
 from imgtune_jax import evals
-from imgtune_jax.data import Source, decode
+from imgtune_jax.data import Source, decode_image
 from imgtune_jax.evals.captioning import Captioning
 from imgtune_jax.evals.retrieval import Retrieval
 from imgtune_jax.report import figures
-from imgtune_jax.report.captions import CaptionView, caption_views
-from imgtune_jax.report.gallery import Gallery, view
-from imgtune_jax.report.run import Run, key_numbers, read_run, result_tables
+from imgtune_jax.report.caption_examples import CaptionExamples, caption_views
+from imgtune_jax.report.retrieval_examples import RetrievalData, sample_examples
+from imgtune_jax.report.run_data import RunData, key_numbers, read_run_data, result_tables
 
 THUMBNAIL = 96  # pixels of the longer side: sharp at 48 CSS pixels on a phone
 
@@ -30,8 +30,8 @@ THUMBNAIL = 96  # pixels of the longer side: sharp at 48 CSS pixels on a phone
 def write_report(
     workdir: str | Path,
     *,
-    galleries: Sequence[Gallery] = (),
-    captions: Sequence[CaptionView] = (),
+    galleries: Sequence[RetrievalData] = (),
+    captions: Sequence[CaptionExamples] = (),
     seed: int = 0,
 ) -> Path:
     """Write `workdir/report.html` from what the run left there, and return its path.
@@ -40,7 +40,7 @@ def write_report(
     `captions`. A part that is missing (no results yet, say) is left out and named.
     """
     workdir = Path(workdir)
-    run = read_run(workdir)
+    run = read_run_data(workdir)
     tables = result_tables(run.results, model=run.name)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("imgtune_jax.report", "."),
@@ -54,7 +54,7 @@ def write_report(
         charts=_charts(run),
         tables=tables,
         numbers=key_numbers(run, tables),
-        views=[view(gallery, seed=seed) for gallery in galleries],
+        views=[sample_examples(gallery, seed=seed) for gallery in galleries],
         captions=captions,
         seed=seed,
     )
@@ -65,18 +65,18 @@ def write_report(
     return path
 
 
-def report_run(workdir: str | Path, encoders: evals.Encoders) -> Path:
+def write_run_report(workdir: str | Path, encoders: evals.Predictor) -> Path:
     """Write the report with what the run's retrieval and captioning evaluators look at.
 
     To be called on every host, as encoding is everybody's work; the first one writes.
     """
     workdir = Path(workdir)
-    config = config_lib.read(workdir / "config.json")
+    config = config_lib.load_config(workdir / "config.json")
     shown = ("retrieval", "captioning")
     wanted = {k: v for k, v in config.evals.items() if v.get("name") in shown}
     evaluators = evals.build_evaluators(wanted)
     galleries = [
-        gallery_of(name, evaluator, encoders)
+        retrieval_data(name, evaluator, encoders)
         for name, evaluator in evaluators.items()
         if isinstance(evaluator, Retrieval)
     ]
@@ -90,16 +90,16 @@ def report_run(workdir: str | Path, encoders: evals.Encoders) -> Path:
     return workdir / "report.html"
 
 
-def gallery_of(name: str, evaluator: Retrieval, encoders: evals.Encoders) -> Gallery:
+def retrieval_data(name: str, evaluator: Retrieval, encoders: evals.Predictor) -> RetrievalData:
     """What a retrieval evaluator looks at, as a gallery; broken images are left out as it does."""
-    image_emb, valid = encoders.images(evaluator.source)
-    captions, image_of_text, image_group = evaluator.pairs(valid)
-    return Gallery(
+    image_emb, valid = encoders.embed_images(evaluator.source)
+    captions, image_of_text, image_group = evaluator.captions_and_groups(valid)
+    return RetrievalData(
         dataset=name,
         thumbnails=Thumbnails(evaluator.source, tuple(np.flatnonzero(valid).tolist())),
         captions=captions,
         image_emb=image_emb[valid],
-        text_emb=encoders.texts(captions),
+        text_emb=encoders.embed_texts(captions),
         image_of_text=image_of_text,
         image_group=image_group,
         language=evaluator.language,
@@ -122,7 +122,7 @@ class Thumbnails(Sequence[bytes]):
 
 def thumbnail(image: Any) -> bytes:
     """What the model is shown of an image, at most 96 pixels wide and high, as WebP."""
-    opened = Image.fromarray(decode(image))
+    opened = Image.fromarray(decode_image(image))
     opened.thumbnail((THUMBNAIL, THUMBNAIL))
     file = io.BytesIO()
     opened.save(file, "WEBP", quality=82)
@@ -138,7 +138,7 @@ class Chart:
     legend: Sequence[tuple[str, int, int]]
 
 
-def _charts(run: Run) -> list[Chart]:
+def _charts(run: RunData) -> list[Chart]:
     return [
         # Markup: matplotlib escapes text, and the description is escaped where it is put in.
         Chart(panel.title, Markup(figures.svg(panel, ident=f"chart{i}")), figures.legend(panel))

@@ -13,11 +13,11 @@ import jax
 import numpy as np
 
 from imgtune_jax import models
+from imgtune_jax.locking import STATISTICS
 from imgtune_jax.partition import Partitioner
 from imgtune_jax.types import Batch, Params
 
 MAX_EXAMPLES = 4096
-STATISTICS = ("input_mean", "input_std")
 
 
 def calibrate(
@@ -32,7 +32,7 @@ def calibrate(
     if not towers:
         return params
     whole = partitioner.replicated  # every host measures on all rows
-    features = jax.jit(model.features, out_shardings=whole)
+    features = jax.jit(model.tower_features, out_shardings=whole)
     rows: dict[str, list[np.ndarray]] = {t: [] for t in towers}
     seen = 0
     for batch in batches:

@@ -7,7 +7,6 @@ needed to resume. Frozen parameters are saved once a run, beside the checkpoints
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -16,21 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from flax import traverse_util
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from imgtune_jax import config as config_lib
+from imgtune_jax.param_tree import params_digest
 from imgtune_jax.types import Params, PyTree, TrainState
 
 log = logging.getLogger("imgtune_jax.train")
 
 
-class Checkpoints:
+class Checkpointer:
     """The folder `checkpoints/` of a run."""
 
-    def __init__(self, workdir: Path, cfg: config_lib.Checkpoint) -> None:
+    def __init__(self, workdir: Path, cfg: config_lib.CheckpointConfig) -> None:
         policies: list[Any] = [keep.LatestN(max(cfg.keep_last, 1))]
         if cfg.best_metric is not None and cfg.keep_best:
             best = cfg.best_metric
@@ -77,7 +75,7 @@ class Checkpoints:
         self._manager.close()
 
 
-def read_params(workdir: Path, step: int | None, target: Params) -> tuple[Params, str, int]:
+def restore_params(workdir: Path, step: int | None, target: Params) -> tuple[Params, str, int]:
     """For use rather than training: (trainable parameters, digest of the frozen ones, step).
 
     The moving average is read where the run kept one; the optimizer's state is not read. `step`
@@ -109,19 +107,9 @@ def saved_steps(workdir: Path) -> list[int]:
     return sorted(int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdigit())
 
 
-def digest(params: Params) -> str:
-    """sha256 over paths, shapes, dtypes and bytes: equal trees, equal digests, on any mesh."""
-    h = hashlib.sha256()
-    for path, x in sorted(traverse_util.flatten_dict(params, sep="/").items()):
-        host = np.asarray(jax.device_get(x))
-        h.update(f"{path} {host.shape} {host.dtype}\n".encode())
-        h.update(np.ascontiguousarray(host).tobytes())
-    return h.hexdigest()
-
-
 def save_frozen(workdir: Path, frozen: Params) -> str:
     """Save the locked parameters once under `frozen/<digest>`; returns the digest."""
-    name = digest(frozen)[:16]
+    name = params_digest(frozen)[:16]
     folder = workdir / "frozen" / name
     if frozen and not folder.exists():
         with ocp.StandardCheckpointer() as checkpointer:
@@ -129,13 +117,13 @@ def save_frozen(workdir: Path, frozen: Params) -> str:
     return name
 
 
-def read_frozen(workdir: Path, name: str, target: PyTree) -> Params:
+def restore_frozen(workdir: Path, name: str, target: PyTree) -> Params:
     """The locked parameters of a run, laid out as `target` says. Raises ValueError if altered."""
     if not jax.tree.leaves(target):
         return {}
     with ocp.StandardCheckpointer() as checkpointer:
         frozen = checkpointer.restore(workdir / "frozen" / name, target)
-    if (found := digest(frozen)[:16]) != name:
+    if (found := params_digest(frozen)[:16]) != name:
         raise ValueError(
             f"{workdir}/frozen/{name} has digest {found}: the locked weights were altered since "
             f"training; restore the folder from a copy"

@@ -13,14 +13,12 @@ from typing import Any
 
 import jax
 
-from imgtune_jax import data, evals, interop, models
-from imgtune_jax.config import Component, Config
-from imgtune_jax.evals.encoders import ModelEncoders
+from imgtune_jax import data, evals, interop, locking, models, param_tree
+from imgtune_jax.config import ComponentConfig, Config
+from imgtune_jax.evals.predictor import ModelPredictor
 from imgtune_jax.partition import Partitioner, make_mesh
-from imgtune_jax.train import lock, state
-from imgtune_jax.types import Params
-
-TOWERS = ("image", "text")
+from imgtune_jax.train import state
+from imgtune_jax.types import MODALITIES, Params
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Experiment:
         """ShapeDtypeStructs of all parameters."""
         return jax.eval_shape(self.model.init, self.key)
 
-    def image_is_locked(self) -> bool:
+    def image_side_is_frozen(self) -> bool:
         """Is what gives an image's features locked, so that they depend on the image alone?"""
         sides = ("image/", "image_pooler/")
         return all(frozen for path, frozen in self.is_frozen.items() if path.startswith(sides))
@@ -52,7 +50,7 @@ class Experiment:
     def init_params(self) -> Params:
         """All parameters, pretrained where the config says so, laid out on the mesh."""
         pretrained = {}
-        for tower in TOWERS:
+        for tower in MODALITIES:
             init: Mapping[str, Any] = getattr(self.config.weights, tower)
             if init:
                 pretrained[tower] = interop.load_tower(
@@ -61,7 +59,7 @@ class Experiment:
         key = jax.random.fold_in(self.key, 0x1417)  # apart from every step's key
         return state.init_params(self.model.init, key, self.partitioner, pretrained)
 
-    def evaluators(self, cfg: Mapping[str, Component]) -> dict[str, evals.Evaluator]:
+    def evaluators(self, cfg: Mapping[str, ComponentConfig]) -> dict[str, evals.Evaluator]:
         """Evaluators by name. A validation loss that names no objective is the training one."""
         objective = self.config.objectives
         filled = {
@@ -70,20 +68,20 @@ class Experiment:
         }
         return evals.build_evaluators(filled, mesh=self.partitioner.mesh)
 
-    def encoders(self, params: Params, *, keep: bool = True) -> ModelEncoders:
+    def predictor(self, params: Params, *, keep: bool = True) -> ModelPredictor:
         """The model as evaluators and users see it; `keep` features of data sets between calls."""
-        return ModelEncoders.build(
+        return ModelPredictor.build(
             self.model,
             params,
             preprocess=self.preprocess,
             tokenizer=self.tokenizer,
             partitioner=self.partitioner,
-            image_is_locked=self.image_is_locked(),
-            keep=keep,
+            image_is_locked=self.image_side_is_frozen(),
+            use_memo=keep,
         )
 
 
-def build(config: Config, *, tokenizer_dir: Path | None = None) -> Experiment:
+def build_experiment(config: Config, *, tokenizer_dir: Path | None = None) -> Experiment:
     """Build everything static. `tokenizer_dir` (a run's own copy) replaces the config's path.
 
     Raises ValueError where the config's parts do not fit each other.
@@ -93,16 +91,16 @@ def build(config: Config, *, tokenizer_dir: Path | None = None) -> Experiment:
     if tokenizer_dir is not None:
         tokenizer_cfg = {k: v for k, v in tokenizer_cfg.items() if k != "package"}
         tokenizer_cfg["path"] = str(tokenizer_dir)
-    model = models.build(config.model, partitioner)
-    paths = state.param_paths(jax.eval_shape(model.init, jax.random.key(0)))
-    is_frozen = lock.frozen_paths(config.lock, paths)
+    model = models.build_model(config.model, partitioner)
+    paths = param_tree.param_paths(jax.eval_shape(model.init, jax.random.key(0)))
+    is_frozen = locking.frozen_paths(config.lock, paths)
     tokenizer = data.build_tokenizer(tokenizer_cfg)
-    if model.decoder is not None and not tokenizer.begin:
+    if model.decoder is not None and not tokenizer.bos_ids:
         raise ValueError(
             "a decoder needs a tokenizer with a begin token, or the first token of a caption is "
             "never predicted; data.train_tokenizer makes one that has it"
         )
-    if config.data.length_buckets and sees_padding(model.text):
+    if config.data.length_buckets and depends_on_padding(model.text):
         raise ValueError(
             "config.data.length_buckets with a text tower that sees its padding "
             "(mask_padding=False or shifted_class_mask=True), so that its length changes values; "
@@ -118,7 +116,7 @@ def build(config: Config, *, tokenizer_dir: Path | None = None) -> Experiment:
     )
 
 
-def sees_padding(text: Any) -> bool:
+def depends_on_padding(text: Any) -> bool:
     """Does what a text tower gives depend on how far texts are padded?"""
     blind = getattr(text, "mask_padding", True) or getattr(text, "causal", False)
     return not blind or getattr(text, "shifted_class_mask", False)

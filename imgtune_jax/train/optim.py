@@ -11,12 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import traverse_util
 from optax import contrib
 
 from imgtune_jax import config as config_lib
-from imgtune_jax.train import lock
-from imgtune_jax.types import Params, PyTree
+from imgtune_jax import locking, param_tree
+from imgtune_jax.types import MODALITIES, Params, PyTree
 
 Schedule = Callable[[Any], Any]
 
@@ -46,11 +45,11 @@ def muon(
     """Muon (2502.16982) for kernels, scaled to Adam's update size; Adam for all else."""
 
     def labels(params: Params) -> Params:
-        flat: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
+        flat = param_tree.flatten(params)
         kinds = {
             p: "muon" if p.endswith("/kernel") and x.ndim == 2 else "adam" for p, x in flat.items()
         }
-        return traverse_util.unflatten_dict(kinds, sep="/")
+        return param_tree.unflatten(kinds)
 
     return optax.partition(
         {
@@ -63,7 +62,7 @@ def muon(
                         lambda _: contrib.MuonDimensionNumbers(), updates
                     ),
                 ),
-                optax.stateless(_adam_sized),
+                optax.stateless(_scale_to_adam_rms),
             ),
             "adam": optax.scale_by_adam(b1=b1, b2=b2),
         },
@@ -71,7 +70,7 @@ def muon(
     )
 
 
-def _adam_sized(updates: PyTree, params: PyTree | None) -> PyTree:
+def _scale_to_adam_rms(updates: PyTree, params: PyTree | None) -> PyTree:
     """Orthogonal [m n] updates · 0.2 √max(m, n): the RMS of Adam's (2502.16982, equation 4)."""
     return jax.tree.map(lambda u: u * 0.2 * math.sqrt(max(u.shape)), updates)
 
@@ -92,24 +91,24 @@ def cosine(t: jax.Array, length: jax.Array, warmup: int, cooldown: int) -> jax.A
 def rsqrt(t: jax.Array, length: jax.Array, warmup: int, cooldown: int) -> jax.Array:
     """1/sqrt, flat over one warm-up's length (2106.04560), with a linear cool-down to 0."""
     timescale = max(warmup, 1)
-    return jnp.sqrt(timescale / (timescale + t)) * constant(t, length, warmup, cooldown)
+    return jnp.sqrt(timescale / (timescale + t)) * constant_rate(t, length, warmup, cooldown)
 
 
-def constant(t: jax.Array, length: jax.Array, warmup: int, cooldown: int) -> jax.Array:
+def constant_rate(t: jax.Array, length: jax.Array, warmup: int, cooldown: int) -> jax.Array:
     """1, with a linear cool-down to 0."""
     return jnp.clip((length - t) / max(cooldown, 1), 0, 1) if cooldown else jnp.ones_like(t)
 
 
-def linear(t: jax.Array, length: jax.Array, warmup: int, cooldown: int) -> jax.Array:
+def linear_decay(t: jax.Array, length: jax.Array, warmup: int, cooldown: int) -> jax.Array:
     """A line from 1 to 0."""
     return jnp.clip(1 - t / length, 0, 1)
 
 
 SCHEDULES: dict[str, Callable[..., jax.Array]] = {
     "cosine": cosine,
-    "linear": linear,
+    "linear": linear_decay,
     "rsqrt": rsqrt,
-    "constant": constant,
+    "constant": constant_rate,
 }
 
 
@@ -144,8 +143,8 @@ class Optimizer:
     schedule: Schedule
 
 
-def build(
-    cfg: config_lib.Optim, paths: Sequence[str], *, total: int, warmup: int, cooldown: int
+def build_optimizer(
+    cfg: config_lib.OptimConfig, paths: Sequence[str], *, total: int, warmup: int, cooldown: int
 ) -> Optimizer:
     """clip → precondition → + weight decay · param → · multiplier · (-lr).
 
@@ -160,16 +159,16 @@ def build(
     if unknown := sorted(set(cfg.args) - set(known)):
         raise ValueError(f"config.optim.args has {unknown}; {cfg.name} takes {', '.join(known)}")
     schedule = make_schedule(cfg.schedule, lr=cfg.lr, total=total, warmup=warmup, cooldown=cooldown)
-    lr_of = lock.match(cfg.lr_multipliers, paths, "config.optim.lr_multipliers")
-    decay_of = lock.match(
+    lr_of = param_tree.match_rules(cfg.lr_multipliers, paths, "config.optim.lr_multipliers")
+    decay_of = param_tree.match_rules(
         cfg.weight_decay_multipliers, paths, "config.optim.weight_decay_multipliers"
     )
     scale_of = {p: lr_of[p] * f for p, f in layer_decay(cfg.layer_decay, paths).items()}
     tx = optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
         make(**cfg.args),
-        _add_decay({p: cfg.weight_decay * m for p, m in decay_of.items()}),
-        _multiply(scale_of),
+        _add_weight_decay({p: cfg.weight_decay * m for p, m in decay_of.items()}),
+        _scale_by_path(scale_of),
         optax.scale_by_learning_rate(schedule),
     )
     return Optimizer(tx, schedule)
@@ -179,29 +178,29 @@ def layer_decay(factor: float, paths: Sequence[str]) -> dict[str, float]:
     """Layer-wise rate decay (BEiT, 2106.08254): factor^(depth - layer) for layer `blocks_<layer>`,
     factor^(depth + 1) for what feeds the layers, 1 for heads and what follows the layers."""
     out = dict.fromkeys(paths, 1.0)
-    for tower in ("image", "text"):
-        mine = [p for p in paths if p.startswith(f"{tower}/")]
-        depth = lock.depth(mine)
-        for path in mine:
-            layer = lock.layer_index(path)
+    for tower in MODALITIES:
+        in_tower = [p.removeprefix(f"{tower}/") for p in paths if p.startswith(f"{tower}/")]
+        depth = locking.num_layers(in_tower)
+        for path in in_tower:
+            layer = locking.layer_index(path)
             if layer is not None:
-                out[path] = factor ** (depth - layer)
-            elif lock.is_stem(path):
-                out[path] = factor ** (depth + 1)
+                out[f"{tower}/{path}"] = factor ** (depth - layer)
+            elif locking.is_embedding(path):
+                out[f"{tower}/{path}"] = factor ** (depth + 1)
     return out
 
 
-def _add_decay(decay_of: dict[str, float]) -> optax.GradientTransformation:
+def _add_weight_decay(decay_of: dict[str, float]) -> optax.GradientTransformation:
     def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
-        decay = lock.map_paths(lambda p: decay_of[p], params)
+        decay = param_tree.map_with_path(lambda p: decay_of[p], params)
         return jax.tree.map(lambda u, d, p: u + d * p if d else u, updates, decay, params), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def _multiply(scale_of: dict[str, float]) -> optax.GradientTransformation:
+def _scale_by_path(scale_of: dict[str, float]) -> optax.GradientTransformation:
     def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
-        scales = lock.map_paths(lambda p: scale_of[p], updates)
+        scales = param_tree.map_with_path(lambda p: scale_of[p], updates)
         return jax.tree.map(lambda u, s: u * s if s != 1.0 else u, updates, scales), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
+from imgtune_jax import param_tree
 from imgtune_jax.partition import Partitioner
-from imgtune_jax.train.lock import merge, split
 from imgtune_jax.train.optim import Optimizer
 from imgtune_jax.types import Params, PyTree, TrainState
-
-
-def param_paths(abstract: Params) -> list[str]:
-    """All parameters' paths, sorted."""
-    return sorted(traverse_util.flatten_dict(abstract, sep="/"))
 
 
 def init_params(
@@ -35,8 +28,8 @@ def init_params(
     shape than the model's.
     """
     abstract = jax.eval_shape(init, key)
-    _check(abstract, pretrained)
-    shardings = partitioner.shardings(abstract)
+    _check_pretrained(abstract, pretrained)
+    shardings = partitioner.param_shardings(abstract)
     drawn = [name for name in abstract if name not in pretrained]
 
     def draw(key: jax.Array) -> Params:
@@ -50,11 +43,11 @@ def init_params(
     return params
 
 
-def _check(abstract: Params, pretrained: Mapping[str, Params]) -> None:
+def _check_pretrained(abstract: Params, pretrained: Mapping[str, Params]) -> None:
     problems = []
     for name, tree in pretrained.items():
-        wanted: dict[str, Any] = traverse_util.flatten_dict(abstract.get(name, {}), sep="/")
-        got: dict[str, Any] = traverse_util.flatten_dict(dict(tree), sep="/")
+        wanted = param_tree.flatten(abstract.get(name, {}))
+        got = param_tree.flatten(tree)
         problems += [f"{name}/{p} is missing" for p in sorted(wanted.keys() - got.keys())]
         problems += [
             f"{name}/{p} is unknown to the model" for p in sorted(got.keys() - wanted.keys())
@@ -85,7 +78,7 @@ class StateFactory:
     def abstract(self, trainable: PyTree) -> TrainState:
         """ShapeDtypeStructs with shardings: the target of a restore."""
         shapes = jax.eval_shape(self._make, trainable)
-        shardings = self.partitioner.shardings(shapes)
+        shardings = self.partitioner.param_shardings(shapes)
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
         )
@@ -99,7 +92,4 @@ class StateFactory:
 
 def eval_params(state: TrainState, frozen: Params) -> Params:
     """The parameters to judge and use: the moving average where there is one, and the frozen."""
-    return merge(state.params if state.ema_params is None else state.ema_params, frozen)
-
-
-__all__ = ["StateFactory", "eval_params", "init_params", "merge", "param_paths", "split"]
+    return param_tree.merge(state.params if state.ema_params is None else state.ema_params, frozen)

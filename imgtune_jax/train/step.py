@@ -11,13 +11,13 @@ import optax
 from jaxtyping import Array, Float
 
 from imgtune_jax.objectives import Objective
-from imgtune_jax.train.lock import merge
+from imgtune_jax.param_tree import merge
 from imgtune_jax.train.optim import Optimizer
-from imgtune_jax.types import Batch, Metrics, Outputs, Params, TrainState, divided
+from imgtune_jax.types import Batch, Metrics, Outputs, Params, TrainState, metric_value
 
 Forward = Callable[[Params, Batch, jax.Array], Outputs]
 Scalars = dict[str, Float[Array, ""]]
-Step = Callable[[TrainState, Params, Batch], tuple[TrainState, Scalars]]
+TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, Scalars]]
 
 
 def make_train_step(
@@ -28,7 +28,7 @@ def make_train_step(
     key: jax.Array,
     accumulation: int = 1,
     ema_decay: float | None = None,
-) -> Step:
+) -> TrainStep:
     """step(state, frozen, batch) -> (state, metrics), a pure function.
 
     `forward(params, batch, rng)` sees the merged parameters; only `state.params` is differentiated.
@@ -52,7 +52,7 @@ def make_train_step(
         if ema_decay is not None:
             ema = optax.incremental_update(params, ema, 1 - ema_decay)
         scalars = {"loss": loss, "lr": optimizer.schedule(state.step)}
-        scalars |= {name: divided(metric) for name, metric in metrics.items()}
+        scalars |= {name: metric_value(metric) for name, metric in metrics.items()}
         scalars["grad_norm"] = optax.tree.norm(grads)
         for name in ("logit_scale", "logit_bias"):
             if getattr(outputs, name) is not None:
@@ -88,7 +88,7 @@ def loss_and_grads(
         (loss, (metrics, outputs)), grads = jax.value_and_grad(whole, has_aux=True)(params)
         return grads, loss, metrics, outputs
 
-    micro = jax.tree.map(lambda x: _cut(x, accumulation), batch)
+    micro = jax.tree.map(lambda x: _split_microbatches(x, accumulation), batch)
     rngs = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(accumulation))
 
     def forward_one(carry: None, part: tuple[Batch, jax.Array]) -> tuple[None, Outputs]:
@@ -97,7 +97,7 @@ def loss_and_grads(
     _, stacked = jax.lax.scan(forward_one, None, (micro, rngs))
 
     def joined_loss(stacked: Outputs) -> tuple[Any, Any]:
-        outputs = jax.tree.map(_join, stacked)
+        outputs = jax.tree.map(_merge_microbatches, stacked)
         loss, metrics = objective(outputs, batch)
         return loss, (metrics, outputs)
 
@@ -113,11 +113,11 @@ def loss_and_grads(
     return grads, loss, metrics, outputs
 
 
-def _cut(x: jax.Array, k: int) -> jax.Array:
+def _split_microbatches(x: jax.Array, k: int) -> jax.Array:
     """[b …] -> [k b/k …]. Strided, so that every device cuts the rows it already holds."""
     return x.reshape(x.shape[0] // k, k, *x.shape[1:]).swapaxes(0, 1)
 
 
-def _join(x: jax.Array) -> jax.Array:
+def _merge_microbatches(x: jax.Array) -> jax.Array:
     """The inverse of `_cut` for per-example outputs; a scalar, equal in all parts, is averaged."""
     return x.mean(0) if x.ndim == 1 else x.swapaxes(0, 1).reshape(-1, *x.shape[2:])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imgtune_jax.data import BadRecordCounter, Cause, Fault, Pipeline, TooManyBadRecords
+from imgtune_jax.data import BadRecordCounter, Fault, FaultCause, Pipeline, TooManyBadRecordsError
 from tests.data.conftest import encode, good_files, source_of, write_tar
 
 
@@ -107,10 +107,10 @@ def test_a_broken_record_changes_no_other_row(make, source):
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_over_the_cap_is_a_clear_error(make):
-    pipeline = make(max_bad_fraction=0.3, min_records=24)
+    pipeline = make(max_bad_fraction=0.3, max_bad_fraction_after=24)
     batches = pipeline.batches(0)
     next(batches)
-    with pytest.raises(TooManyBadRecords) as caught:
+    with pytest.raises(TooManyBadRecordsError) as caught:
         next(batches)
     message = str(caught.value)
     assert message.startswith("9 of 24 records are broken (37.5%, allowed 30.0%)")
@@ -136,12 +136,12 @@ def test_a_batch_of_broken_records_has_its_shape(make, tmp_path):
 
 
 def test_counter_names_a_few_and_waits_for_enough_records(caplog):
-    counter = BadRecordCounter(max_bad_fraction=0.1, min_records=100)
-    faults = [Fault(f"k{i}", Cause.NOT_AN_IMAGE, "x") for i in range(9)]
+    counter = BadRecordCounter(max_bad_fraction=0.1, max_bad_fraction_after=100)
+    faults = [Fault(f"k{i}", FaultCause.NOT_AN_IMAGE, "x") for i in range(9)]
     counter.add(9, faults)  # all broken, but only nine seen
     named = [m for m in caplog.messages if m.startswith("broken record")]
     assert len(named) == 5 and "counted, not named" in caplog.messages[-1]
-    counter.add(91, [Fault("k9", Cause.BAD_UTF8, "x")])  # 10 of 100: at the cap, not over it
+    counter.add(91, [Fault("k9", FaultCause.BAD_UTF8, "x")])  # 10 of 100: at the cap, not over it
     assert counter.summary() == {"seen": 100, "bad_utf8": 1, "not_an_image": 9}
-    with pytest.raises(TooManyBadRecords, match="11 of 101"):
-        counter.add(1, [Fault("k10", Cause.BAD_UTF8, "x")])
+    with pytest.raises(TooManyBadRecordsError, match="11 of 101"):
+        counter.add(1, [Fault("k10", FaultCause.BAD_UTF8, "x")])

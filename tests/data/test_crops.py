@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imgtune_jax.data import build_transform, decode
+from imgtune_jax.data import build_transform, decode_image
 from imgtune_jax.data.crops import RandomResizedCrop
-from imgtune_jax.data.image import Jpeg, peek
-from imgtune_jax.data.resample import INTERPOLATIONS, resampled
+from imgtune_jax.data.image import LazyJpeg, open_image
+from imgtune_jax.data.resample import INTERPOLATIONS, crop_and_resize
 
 RNG = np.random.default_rng(0)
 SMOOTH = np.asarray(
@@ -34,7 +34,7 @@ def test_a_window_is_resized_as_pillow_resizes_it(window, interpolation):
     top, left, h, w = window
     for pixels in (SMOOTH, RNG.integers(0, 256, SMOOTH.shape, dtype=np.uint8)):
         part = pixels[top : top + h, left : left + w]
-        found = resampled(pixels, window, 96, 128, interpolation)
+        found = crop_and_resize(pixels, window, 96, 128, interpolation)
         rows_first = pillow(part, 96, 128, interpolation)
         columns_first = pillow(part.swapaxes(0, 1), 128, 96, interpolation).swapaxes(0, 1)
         off = min((np.abs(found - x) for x in (rows_first, columns_first)), key=np.mean)
@@ -44,9 +44,9 @@ def test_a_window_is_resized_as_pillow_resizes_it(window, interpolation):
 def test_a_window_with_fractions_is_cut_at_them():
     """Columns 0..9.5 of a ramp, to one pixel: the mean of what lies under the filter."""
     ramp = np.broadcast_to(np.arange(0, 200, 10, dtype=np.uint8)[None, :, None], (8, 20, 3))
-    whole = resampled(ramp, (0, 0, 8, 9), 1, 1, "bilinear")[0, 0, 0]
-    part = resampled(ramp, (0, 0, 8, 9.5), 1, 1, "bilinear")[0, 0, 0]
-    more = resampled(ramp, (0, 0, 8, 10), 1, 1, "bilinear")[0, 0, 0]
+    whole = crop_and_resize(ramp, (0, 0, 8, 9), 1, 1, "bilinear")[0, 0, 0]
+    part = crop_and_resize(ramp, (0, 0, 8, 9.5), 1, 1, "bilinear")[0, 0, 0]
+    more = crop_and_resize(ramp, (0, 0, 8, 10), 1, 1, "bilinear")[0, 0, 0]
     assert whole < part < more
 
 
@@ -61,8 +61,8 @@ def test_an_undecoded_jpeg_gives_the_pixels_of_a_decoded_one():
     for configs in ([crop, flip], [flip, crop], exact, []):
         transform = build_transform(configs)
         for seed in range(5):
-            found = transform(peek(data), np.random.default_rng(seed))
-            want = transform(decode(data), np.random.default_rng(seed))
+            found = transform(open_image(data), np.random.default_rng(seed))
+            want = transform(decode_image(data), np.random.default_rng(seed))
             np.testing.assert_array_equal(found, want)
 
 
@@ -83,13 +83,15 @@ def test_a_jpeg_is_reduced_only_where_its_window_keeps_twice_the_size():
 
 def test_scaled_decode_changes_less_than_another_interpolation(monkeypatch):
     data, seen = jpeg(SMOOTH), []
-    plain = Jpeg.decode
-    monkeypatch.setattr(Jpeg, "decode", lambda s, r=1, **kw: seen.append(r) or plain(s, r, **kw))
+    plain = LazyJpeg.decode
+    monkeypatch.setattr(
+        LazyJpeg, "decode", lambda s, r=1, **kw: seen.append(r) or plain(s, r, **kw)
+    )
 
     def crops(**fields):
         crop = RandomResizedCrop(40, scale=(0.5, 1.0), **fields)
         rngs = [np.random.default_rng(seed) for seed in range(20)]
-        found = np.array([crop(peek(data), rng) for rng in rngs]).astype(int)
+        found = np.array([crop(open_image(data), rng) for rng in rngs]).astype(int)
         return found, [rng.random() for rng in rngs]
 
     reduced, drawn = crops()
@@ -105,9 +107,9 @@ def test_pictures_share_no_memory():
     """Also where the window needs no resize, though both were decoded into one place."""
     crop = RandomResizedCrop((360, 480), scale=(1.0, 1.0), ratio=(4 / 3, 4 / 3))
     pictures = [SMOOTH, SMOOTH[::-1]]
-    found = [crop(peek(jpeg(x)), np.random.default_rng(0)) for x in pictures]
+    found = [crop(open_image(jpeg(x)), np.random.default_rng(0)) for x in pictures]
     for one, picture in zip(found, pictures, strict=True):
-        np.testing.assert_array_equal(one, decode(jpeg(picture)))
+        np.testing.assert_array_equal(one, decode_image(jpeg(picture)))
 
 
 def test_threads_do_not_disturb_each_other():
@@ -115,7 +117,7 @@ def test_threads_do_not_disturb_each_other():
     jobs = [(data[i % 8], i) for i in range(200)]
 
     def run(job):
-        return crop(peek(job[0]), np.random.default_rng(job[1]))
+        return crop(open_image(job[0]), np.random.default_rng(job[1]))
 
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(run, jobs))

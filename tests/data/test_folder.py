@@ -4,7 +4,7 @@ import pickle
 import pytest
 from PIL import Image
 
-from imgtune_jax.data import Cause, build_source, decode
+from imgtune_jax.data import FaultCause, build_source, decode_image
 
 
 def save(folder, name, value):
@@ -26,7 +26,7 @@ def test_tables_of_filepath_and_title(tmp_path, suffix, separator):
     table.write_text("\n".join(separator.join(line) for line in lines) + "\n")
     records = source(tmp_path, table=str(table))
     assert [r.captions["caption"] for r in records] == [("zero", "null"), ("one",), ("zwei 狐",)]
-    assert [decode(r.image)[0, 0, 0] for r in records] == [0, 1, 2]
+    assert [decode_image(r.image)[0, 0, 0] for r in records] == [0, 1, 2]
 
 
 def test_jsonl_with_lists_labels_and_groups(tmp_path):
@@ -65,16 +65,16 @@ def test_broken_lines_break_their_own_record_only(tmp_path):
     records = source(tmp_path, table=str(table))
     causes = [{p: f.cause for p, f in r.faults.items()} for r in records]
     assert causes[0] == {}
-    assert causes[1] == {"image": Cause.MISSING_IMAGE}
-    assert causes[2] == {"captions": Cause.BAD_UTF8, "image": Cause.MISSING_IMAGE}
-    assert causes[3] == {"image": Cause.MISSING_IMAGE}
+    assert causes[1] == {"image": FaultCause.MISSING_IMAGE}
+    assert causes[2] == {"captions": FaultCause.BAD_UTF8, "image": FaultCause.MISSING_IMAGE}
+    assert causes[3] == {"image": FaultCause.MISSING_IMAGE}
     jsonl = tmp_path / "t.jsonl"
     jsonl.write_bytes(b'{"filepath": "a.png", "title": "\xff"}\n{broken\n{"title": "no path"}\n')
     records = source(tmp_path, table=str(jsonl))
     causes = [{p: f.cause for p, f in r.faults.items()} for r in records]
-    assert causes[0] == {"captions": Cause.BAD_UTF8}
-    assert causes[1] == {"image": Cause.BAD_METADATA}
-    assert causes[2] == {"image": Cause.MISSING_IMAGE}
+    assert causes[0] == {"captions": FaultCause.BAD_UTF8}
+    assert causes[1] == {"image": FaultCause.BAD_METADATA}
+    assert causes[2] == {"image": FaultCause.MISSING_IMAGE}
 
 
 def test_missing_folder_table_and_images_are_named(tmp_path):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imgtune_jax.data import BadRecord, Cause, decode
-from imgtune_jax.data.image import Jpeg, peek
+from imgtune_jax.data import BadRecord, FaultCause, decode_image
+from imgtune_jax.data.image import LazyJpeg, open_image
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (60, 80, 3), dtype=np.uint8)
@@ -19,7 +19,7 @@ def encode(image, kind, **options):
 
 def cause_of(image, **options):
     with pytest.raises(BadRecord) as caught:
-        decode(image, **options)
+        decode_image(image, **options)
     return caught.value.cause
 
 
@@ -27,18 +27,18 @@ def cause_of(image, **options):
 @pytest.mark.parametrize("kept", [0.3, 0.9])
 def test_truncated_images_are_called_truncated(kind, kept):
     data = encode(PIXELS, kind)
-    assert cause_of(data[: int(len(data) * kept)]) is Cause.TRUNCATED_IMAGE
+    assert cause_of(data[: int(len(data) * kept)]) is FaultCause.TRUNCATED_IMAGE
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", b"<html>404</html>", bytes(5000)])
 def test_other_bytes_are_not_an_image(data):
-    assert cause_of(data) is Cause.NOT_AN_IMAGE
+    assert cause_of(data) is FaultCause.NOT_AN_IMAGE
 
 
 def test_damaged_image_is_undecodable():
     data = bytearray(encode(PIXELS, "PNG"))
     data[200:260] = bytes(60)
-    assert cause_of(bytes(data)) is Cause.UNDECODABLE_IMAGE
+    assert cause_of(bytes(data)) is FaultCause.UNDECODABLE_IMAGE
 
 
 def test_bomb_is_refused_by_its_header(monkeypatch):
@@ -50,15 +50,15 @@ def test_bomb_is_refused_by_its_header(monkeypatch):
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
     with pytest.warns(Image.DecompressionBombWarning):
-        assert cause_of(bomb) is Cause.TOO_MANY_PIXELS
+        assert cause_of(bomb) is FaultCause.TOO_MANY_PIXELS
 
 
 def test_limit_of_pixels_is_inclusive():
     data = encode(PIXELS, "PNG")
-    assert decode(data, max_pixels=4800).shape == (60, 80, 3)
-    assert cause_of(data, max_pixels=4799) is Cause.TOO_MANY_PIXELS
-    assert cause_of(PIXELS, max_pixels=4799) is Cause.TOO_MANY_PIXELS
-    assert cause_of(Image.fromarray(PIXELS), max_pixels=4799) is Cause.TOO_MANY_PIXELS
+    assert decode_image(data, max_pixels=4800).shape == (60, 80, 3)
+    assert cause_of(data, max_pixels=4799) is FaultCause.TOO_MANY_PIXELS
+    assert cause_of(PIXELS, max_pixels=4799) is FaultCause.TOO_MANY_PIXELS
+    assert cause_of(Image.fromarray(PIXELS), max_pixels=4799) is FaultCause.TOO_MANY_PIXELS
 
 
 def test_rgb_is_exact_however_it_comes(tmp_path):
@@ -66,7 +66,7 @@ def test_rgb_is_exact_however_it_comes(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(data)
     for image in (data, path, str(path), PIXELS, Image.fromarray(PIXELS), memoryview(data)):
-        got = decode(image)
+        got = decode_image(image)
         assert got.dtype == np.uint8
         np.testing.assert_array_equal(got, PIXELS)
 
@@ -80,7 +80,7 @@ def test_alpha_is_composited_on_the_background(background):
     share = alpha / 255
     want = PIXELS * share + np.array(background) * (1 - share)
     for image in (rgba, encode(rgba, "PNG"), encode(rgba, "WEBP", lossless=True, exact=True)):
-        got = decode(image, background=background)
+        got = decode_image(image, background=background)
         np.testing.assert_allclose(got, want, atol=1)  # integers
         np.testing.assert_array_equal(got[:, 40:], PIXELS[:, 40:])
 
@@ -88,36 +88,36 @@ def test_alpha_is_composited_on_the_background(background):
 def test_transparent_palette_and_gray_are_composited():
     palette = Image.fromarray(PIXELS).quantize(8)
     index = np.asarray(palette)
-    got = decode(encode(palette, "PNG", transparency=3))
+    got = decode_image(encode(palette, "PNG", transparency=3))
     assert (got[index == 3] == 255).all()
     gray_alpha = Image.merge("LA", [Image.new("L", (4, 4), 7), Image.new("L", (4, 4), 0)])
-    assert (decode(encode(gray_alpha, "PNG")) == 255).all()
+    assert (decode_image(encode(gray_alpha, "PNG")) == 255).all()
 
 
 def test_palette_gray_one_bit_and_cmyk_become_rgb():
     palette = Image.fromarray(PIXELS).quantize(16)
-    np.testing.assert_array_equal(decode(encode(palette, "PNG")), palette.convert("RGB"))
+    np.testing.assert_array_equal(decode_image(encode(palette, "PNG")), palette.convert("RGB"))
     gray = PIXELS[..., 0]
-    np.testing.assert_array_equal(decode(encode(gray, "PNG")), np.stack([gray] * 3, -1))
-    np.testing.assert_array_equal(decode(gray[..., None]), np.stack([gray] * 3, -1))
+    np.testing.assert_array_equal(decode_image(encode(gray, "PNG")), np.stack([gray] * 3, -1))
+    np.testing.assert_array_equal(decode_image(gray[..., None]), np.stack([gray] * 3, -1))
     bits = gray > 127
-    np.testing.assert_array_equal(decode(bits)[..., 0], bits * 255)
+    np.testing.assert_array_equal(decode_image(bits)[..., 0], bits * 255)
     cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))  # no cyan, all magenta and yellow: red
-    np.testing.assert_array_equal(decode(encode(cmyk, "TIFF"))[0, 0], (255, 0, 0))
+    np.testing.assert_array_equal(decode_image(encode(cmyk, "TIFF"))[0, 0], (255, 0, 0))
 
 
 def test_sixteen_bits_are_scaled_not_clipped():
     deep = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
     want = np.round(deep / 257)
     for image in (encode(deep, "PNG"), encode(deep, "TIFF"), deep, Image.fromarray(deep)):
-        np.testing.assert_array_equal(decode(image)[..., 1], want)
+        np.testing.assert_array_equal(decode_image(image)[..., 1], want)
 
 
 def test_float_pixels_are_refused():
-    assert cause_of(PIXELS / 255) is Cause.UNSUPPORTED_IMAGE
-    assert cause_of(Image.new("F", (4, 4))) is Cause.UNSUPPORTED_IMAGE
-    assert cause_of(np.zeros((4, 4, 2), np.uint8)) is Cause.UNSUPPORTED_IMAGE
-    assert cause_of(np.zeros((0, 4, 3), np.uint8)) is Cause.UNSUPPORTED_IMAGE
+    assert cause_of(PIXELS / 255) is FaultCause.UNSUPPORTED_IMAGE
+    assert cause_of(Image.new("F", (4, 4))) is FaultCause.UNSUPPORTED_IMAGE
+    assert cause_of(np.zeros((4, 4, 2), np.uint8)) is FaultCause.UNSUPPORTED_IMAGE
+    assert cause_of(np.zeros((0, 4, 3), np.uint8)) is FaultCause.UNSUPPORTED_IMAGE
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -138,7 +138,7 @@ def test_exif_rotation_is_applied(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encode(np.ascontiguousarray(undo(upright)), "PNG", exif=exif)
-    np.testing.assert_array_equal(decode(data), upright)
+    np.testing.assert_array_equal(decode_image(data), upright)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
@@ -146,12 +146,12 @@ def test_animation_gives_its_first_frame(kind):
     frames = [Image.new("RGB", (8, 8), c) for c in ("red", "blue")]
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
-    assert (decode(data) == (255, 0, 0)).all()
+    assert (decode_image(data) == (255, 0, 0)).all()
 
 
 def test_missing_image_and_missing_file(tmp_path):
-    assert cause_of(None) is Cause.MISSING_IMAGE
-    assert cause_of(tmp_path / "no.png") is Cause.MISSING_IMAGE
+    assert cause_of(None) is FaultCause.MISSING_IMAGE
+    assert cause_of(tmp_path / "no.png") is FaultCause.MISSING_IMAGE
 
 
 SMOOTH = np.asarray(
@@ -174,8 +174,8 @@ def by_pillow(data):
 
 @pytest.mark.parametrize("kind", JPEGS)
 def test_jpeg_is_decoded_as_pillow_decodes_it_to_the_bit(kind):
-    assert isinstance(peek(JPEGS[kind]), Jpeg) == (kind != "cmyk")
-    np.testing.assert_array_equal(decode(JPEGS[kind]), by_pillow(JPEGS[kind]))
+    assert isinstance(open_image(JPEGS[kind]), LazyJpeg) == (kind != "cmyk")
+    np.testing.assert_array_equal(decode_image(JPEGS[kind]), by_pillow(JPEGS[kind]))
 
 
 def test_damage_that_pillow_forgives_is_forgiven():
@@ -183,7 +183,7 @@ def test_damage_that_pillow_forgives_is_forgiven():
     data[-60:-50] = bytes(10)
     want = by_pillow(bytes(data))
     assert (want != by_pillow(JPEGS["4:2:0"])).any()
-    np.testing.assert_array_equal(decode(bytes(data)), want)
+    np.testing.assert_array_equal(decode_image(bytes(data)), want)
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6])
@@ -192,36 +192,36 @@ def test_rotated_jpeg_is_upright(orientation):
     exif[0x0112] = orientation
     data = encode(SMOOTH, "JPEG", exif=exif)
     turns = {1: 0, 3: 2, 6: 3}[orientation]  # quarter turns to the left
-    np.testing.assert_array_equal(decode(data), np.rot90(by_pillow(data), turns))
+    np.testing.assert_array_equal(decode_image(data), np.rot90(by_pillow(data), turns))
 
 
 def test_jpeg_that_xmp_turns_is_upright():
     xmp = b'http://ns.adobe.com/xap/1.0/\0<rdf:Description tiff:Orientation="6"/>'
     app1 = b"\xff\xe1" + (len(xmp) + 2).to_bytes(2) + xmp
     data = JPEGS["4:2:0"][:2] + app1 + JPEGS["4:2:0"][2:]
-    np.testing.assert_array_equal(decode(data), np.rot90(decode(JPEGS["4:2:0"]), 3))
+    np.testing.assert_array_equal(decode_image(data), np.rot90(decode_image(JPEGS["4:2:0"]), 3))
 
 
 def test_several_pictures_in_a_jpeg_give_the_first():
     other = Image.fromarray(SMOOTH[::-1].copy())
     data = encode(SMOOTH, "MPO", save_all=True, append_images=[other])
-    assert not isinstance(peek(data), Jpeg)
-    np.testing.assert_array_equal(decode(data), by_pillow(data))
-    assert np.abs(decode(data).astype(int) - SMOOTH).mean() < 5
+    assert not isinstance(open_image(data), LazyJpeg)
+    np.testing.assert_array_equal(decode_image(data), by_pillow(data))
+    assert np.abs(decode_image(data).astype(int) - SMOOTH).mean() < 5
 
 
 def test_jpeg_of_too_many_pixels_is_refused_by_its_header(monkeypatch):
     monkeypatch.setattr("simplejpeg.decode_jpeg", lambda *a, **k: pytest.fail("decoded"))
-    assert cause_of(JPEGS["4:2:0"], max_pixels=93 * 131 - 1) is Cause.TOO_MANY_PIXELS
+    assert cause_of(JPEGS["4:2:0"], max_pixels=93 * 131 - 1) is FaultCause.TOO_MANY_PIXELS
 
 
 @pytest.mark.parametrize("reduction", [2, 4, 8])
 def test_reduced_jpeg_is_the_mean_of_its_pixels(reduction):
     data = JPEGS["4:4:4"]
-    found = peek(data).decode(reduction)
+    found = open_image(data).decode(reduction)
     assert found.shape == (-(-93 // reduction), -(-131 // reduction), 3)
     h, w = 93 // reduction, 131 // reduction
-    whole = decode(data)[: h * reduction, : w * reduction].astype(float)
+    whole = decode_image(data)[: h * reduction, : w * reduction].astype(float)
     means = whole.reshape(h, reduction, w, reduction, 3).mean((1, 3))
     # At an eighth a pixel is its block's mean, but for the roundings of two conversions of colour;
     # else lower frequencies come close to a mean.

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imgtune_jax.data import FeatureStore, Pipeline, Record, build_transform, decode
+from imgtune_jax.data import FeatureStore, Pipeline, Record, build_transform, decode_image
 
 B = 8
 
@@ -133,7 +133,7 @@ def test_one_pass_is_ordered_exact_and_padded(make):
     source = pipeline.source
     for batch in batches:
         for row in np.flatnonzero(batch["example_mask"]):
-            want = resize(decode(source[int(batch["index"][row])].image))
+            want = resize(decode_image(source[int(batch["index"][row])].image))
             np.testing.assert_array_equal(batch["image"][row], want)
     last = batches[-1]
     assert not last["image"][5:].any() and not last["text"][5:].any()
@@ -165,7 +165,7 @@ def filled(folder, values, good=None):
     """A store of values [views n …] in float32."""
     views, n = values.shape[:2]
     store = FeatureStore.open(
-        folder, views=views, n=n, shape=values.shape[2:], dtype="float32", parts={}
+        folder, views=views, n=n, shape=values.shape[2:], dtype="float32", key={}
     )
     for view in range(views):
         ids = np.arange(n)
@@ -176,7 +176,7 @@ def filled(folder, values, good=None):
 
 def test_a_view_is_the_epoch_of_a_run(make, tmp_path):
     """What fills a store is what the same epoch of a run without one sees, view after view."""
-    store = FeatureStore.open(tmp_path, views=2, n=37, shape=(1,), dtype="int8", parts={})
+    store = FeatureStore.open(tmp_path, views=2, n=37, shape=(1,), dtype="int8", key={})
     plain, filling = make(batch_size=37), make(batch_size=37, stores={"image": store})
     for t, batch in enumerate(take(filling, 0, 4)):
         (other,) = take(plain, t % 2, 1)
@@ -209,7 +209,7 @@ def test_stored_features_replace_decoding(make, monkeypatch, tmp_path):
 
 def test_a_view_that_lacks_a_row_is_decoded_whole(make, tmp_path):
     """All rows of a batch are read, or none: all hosts must run the same program."""
-    store = FeatureStore.open(tmp_path, views=2, n=37, shape=(1,), dtype="float32", parts={})
+    store = FeatureStore.open(tmp_path, views=2, n=37, shape=(1,), dtype="float32", key={})
     ids = np.arange(37)
     for view, rows in ((0, ids), (1, ids[1:])):
         ones = np.ones(len(rows))
@@ -279,7 +279,7 @@ def test_buckets_that_are_no_rising_lengths_are_refused(make, buckets):
 def test_buckets_are_refused_where_lengths_must_agree(make, tmp_path):
     with pytest.raises(ValueError, match="would not agree on a length"):
         make(length_buckets=(7,), host_count=2)
-    store = FeatureStore.open(tmp_path, views=1, n=37, shape=(12, 4), dtype="float32", parts={})
+    store = FeatureStore.open(tmp_path, views=1, n=37, shape=(12, 4), dtype="float32", key={})
     with pytest.raises(ValueError, match=r"cache\.text_views=0"):
         make(length_buckets=(7,), stores={"text": store})
 
@@ -289,7 +289,7 @@ def test_fields_that_do_not_fit_are_refused(make, source):
         make(batch_size=9, host_count=2)
     with pytest.raises(ValueError, match="host_index = 2 of host_count = 2"):
         make(host_index=2, host_count=2)
-    other = FeatureStore(Path("x"), views=1, n=36, shape=(2,), dtype="float32")
+    other = FeatureStore(Path("x"), views=1, num_records=36, shape=(2,), dtype="float32")
     with pytest.raises(ValueError, match=r"image features of 36 records.* the source has 37"):
         make(stores={"image": other})
     with pytest.raises(ValueError, match=r"\['nmae'\] are not given by the source"):

@@ -9,7 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from imgtune_jax.data import BadRecord, Cause, build_source, decode
+from imgtune_jax.data import BadRecord, FaultCause, build_source, decode_image
 
 
 class Tiny(tfds.core.GeneratorBasedBuilder):
@@ -69,7 +69,7 @@ def test_records_are_read(config):
     record = records["title 3"]
     assert record.captions["caption"] == ("caption 3", "Bild 3 狐")
     assert record.label == 1 and record.group == records["title 1"].group
-    image = decode(record.image)
+    image = decode_image(record.image)
     assert image.shape == (5, 8, 3) and (image == 3).all()
     assert records["title 4"].captions["caption"] == ()
 
@@ -77,15 +77,15 @@ def test_records_are_read(config):
 def test_a_broken_image_is_a_broken_record_not_a_crash(config):
     record = by_title(build_source(config))["title 5"]
     with pytest.raises(BadRecord) as caught:
-        decode(record.image)
-    assert caught.value.cause is Cause.TRUNCATED_IMAGE
+        decode_image(record.image)
+    assert caught.value.cause is FaultCause.TRUNCATED_IMAGE
 
 
 def test_source_survives_pickling(config):
     source = build_source(config)
     copy = pickle.loads(pickle.dumps(source))
     assert copy.fingerprint == source.fingerprint
-    np.testing.assert_array_equal(decode(copy[1].image), decode(source[1].image))
+    np.testing.assert_array_equal(decode_image(copy[1].image), decode_image(source[1].image))
 
 
 def test_splits_can_be_cut(config):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imgtune_jax.data import TRANSFORMS, build_transform, colour, decode, transforms
+from imgtune_jax.data import TRANSFORMS, build_transform, color, decode_image, transforms
 
 RNG = np.random.default_rng(0)
 WIDE = RNG.integers(0, 256, (61, 97, 3), dtype=np.uint8)
@@ -53,7 +53,7 @@ def test_clip_preprocessing_is_equal_to_the_bit(shape, size):
         [{"name": "resize", "size": size, "mode": "shortest", "interpolation": "bicubic"},
          {"name": "center_crop", "size": size}]
     )  # fmt: skip
-    np.testing.assert_array_equal(ours(decode(out.getvalue())), clip_eval(image, size))
+    np.testing.assert_array_equal(ours(decode_image(out.getvalue())), clip_eval(image, size))
 
 
 def test_random_apply_does_all_or_nothing():
@@ -149,7 +149,7 @@ def test_jitter_of_nothing_is_the_identity():
 
 def test_hue_turns_red_to_another_hue_of_equal_strength():
     red = np.full((4, 4, 3), (255, 0, 0), np.uint8)
-    turned = np.asarray(colour._shift_hue(Image.fromarray(red), 1 / 3))
+    turned = np.asarray(color._shift_hue(Image.fromarray(red), 1 / 3))
     np.testing.assert_allclose(turned[0, 0], (0, 255, 0), atol=6)  # Pillow's hue has 256 steps
 
 

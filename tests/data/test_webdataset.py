@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imgtune_jax.data import Cause, build_source, decode, tar_index
+from imgtune_jax.data import FaultCause, build_source, decode_image, tar_index
 from imgtune_jax.data.record import group_id
 
 CORPUS = Path(__file__).parents[2] / "corpora" / "emoji"
@@ -64,7 +64,7 @@ def test_captions_label_group_and_filter_come_from_the_json(tar):
     assert record.captions == {"name": ("Name 1",), "tags": ("x", "tag 1")}
     assert record.label == 0 and records[0].label == 1
     assert record.group == group_id(1) and records[0].group == records[2].group
-    assert decode(record.image)[0, 0, 0] == 1
+    assert decode_image(record.image)[0, 0, 0] == 1
     assert not record.faults
 
 
@@ -72,7 +72,7 @@ def test_describe_is_the_record_without_its_image(tar):
     records = source(tar, captions={"name": ("name", "en")})
     told, whole = records.describe(2), records[2]
     assert told.image is None and whole.image is not None
-    assert (told.key, told.captions, told.meta) == (whole.key, whole.captions, whole.meta)
+    assert (told.key, told.captions, told.meta) == (whole.key, whole.captions, whole.metadata)
 
 
 def test_default_captions_are_txt_or_json(tmp_path):
@@ -106,7 +106,7 @@ def test_patterns_lists_and_braces_read_the_same_shards(tmp_path):
     for path in (paths, f"{tmp_path}/s-{{000..002}}.tar", f"{tmp_path}/s-*.tar",
                  f"{tmp_path}/s-00{{0,1,2}}.tar"):  # fmt: skip
         records = source(path)
-        assert [decode(records[i].image)[0, 0, 0] for i in range(3)] == [0, 1, 2]
+        assert [decode_image(records[i].image)[0, 0, 0] for i in range(3)] == [0, 1, 2]
 
 
 def test_missing_shards_are_named(tmp_path):
@@ -151,7 +151,7 @@ def test_hidden_files_and_folders_are_no_records(tmp_path):
 def test_long_names_are_read(tmp_path):
     name = "d" * 120 + "/" + "k" * 150 + ".png"
     records = source(write(tmp_path / "a.tar", {name: png(9)}, format=tarfile.PAX_FORMAT))
-    assert records[0].key.endswith(name) and decode(records[0].image)[0, 0, 0] == 9
+    assert records[0].key.endswith(name) and decode_image(records[0].image)[0, 0, 0] == 9
 
 
 def test_cut_off_tar_gives_what_is_whole(tmp_path, caplog):
@@ -161,7 +161,7 @@ def test_cut_off_tar_gives_what_is_whole(tmp_path, caplog):
         last = tar.getmembers()[2]
     path.write_bytes(data[: last.offset_data + 20])
     records = source(str(path))
-    assert decode(records[1].image)[0, 0, 0] == 1
+    assert decode_image(records[1].image)[0, 0, 0] == 1
     assert "cut off after" in caplog.text
     if len(records) == 3:
         assert len(records[2].image) == 20  # the decoder will call it truncated
@@ -177,12 +177,12 @@ def test_faults_are_told_by_part(tmp_path):
     }  # fmt: skip
     records = source(write(tmp_path / "a.tar", files), label=("label",), group=("id",))
     causes = [{part: bad.cause for part, bad in records[i].faults.items()} for i in range(5)]
-    label = {"label": Cause.MISSING_LABEL, "group": Cause.BAD_METADATA}
-    assert causes[0] == {"captions": Cause.BAD_UTF8, **label}
-    assert causes[1] == {"captions": Cause.BAD_METADATA, **label}
-    assert causes[2] == {"image": Cause.MISSING_IMAGE, **label}
-    assert causes[3] == {"captions": Cause.BAD_METADATA, **label}
-    assert causes[4] == {"captions": Cause.BAD_METADATA, **label}
+    label = {"label": FaultCause.MISSING_LABEL, "group": FaultCause.BAD_METADATA}
+    assert causes[0] == {"captions": FaultCause.BAD_UTF8, **label}
+    assert causes[1] == {"captions": FaultCause.BAD_METADATA, **label}
+    assert causes[2] == {"image": FaultCause.MISSING_IMAGE, **label}
+    assert causes[3] == {"captions": FaultCause.BAD_METADATA, **label}
+    assert causes[4] == {"captions": FaultCause.BAD_METADATA, **label}
     assert records[2].captions == {"caption": ("no image",)}
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from imgtune_jax import config, decoding, models
-from imgtune_jax.decoding import Beam, Decoding, Generator, Greedy, pad_prompts
-from imgtune_jax.decoding.start import start
+from imgtune_jax.decoding import BeamSearch, GenerationConfig, Generator, Greedy, pad_prompts
+from imgtune_jax.decoding.prefill import prefill
 from imgtune_jax.partition import Partitioner, make_mesh
 
 SIZES = dict(width=16, depth=2, mlp_dim=24, num_heads=2)
@@ -19,7 +19,7 @@ CAP = dict(
 )
 TEXT = dict(name="text_transformer", vocab_size=VOCAB, max_length=LONGEST, pool="class", **SIZES)
 COCA = CAP | dict(
-    text=TEXT, embed_dim=8, decoder={**CAP["decoder"], "reads": "tokens", "cross": "block"}
+    text=TEXT, embed_dim=8, decoder={**CAP["decoder"], "input_from": "text_tower", "cross": "block"}
 )
 PROMPTS = [[1], [1, 4, 5], [1, 6], [1], [1, 4], [1], [1, 5, 5], [1, 2]]
 STOP = (0, 3)
@@ -28,7 +28,7 @@ STOP = (0, 3)
 @pytest.fixture(scope="module", params=["cap", "coca"])
 def writer(request):
     """(model, parameters, image tokens)."""
-    model = models.build({"cap": CAP, "coca": COCA}[request.param])
+    model = models.build_model({"cap": CAP, "coca": COCA}[request.param])
     rng = np.random.default_rng(0)
     shapes = model.abstract_params()
     params = jax.tree.map(lambda x: jnp.asarray(0.5 * rng.normal(size=x.shape), "f4"), shapes)
@@ -38,9 +38,13 @@ def writer(request):
 
 def generator(model, method, **options):
     # No token twice: random models write one token over and over.
-    settings = Decoding(stop=STOP, max_length=9, min_length=2, no_repeat_ngram=1, method=method)
+    settings = GenerationConfig(
+        stop_ids=STOP, max_new_tokens=9, min_new_tokens=2, no_repeat_ngram_size=1, method=method
+    )
     longest = model.decoder.max_length
-    return Generator(model.decoder_cache, model.decode_step, settings, longest=longest, **options)
+    return Generator(
+        model.decoder_cache, model.decode_step, settings, max_positions=longest, **options
+    )
 
 
 def test_greedy_is_the_argmax_of_uncached_logits(writer, texts):
@@ -68,7 +72,7 @@ def test_greedy_is_the_argmax_of_uncached_logits(writer, texts):
 def test_logprob_of_what_was_written_is_its_score(writer, texts):
     """What a beam says of its texts is what teacher forcing says of them."""
     model, params, tokens = writer
-    out = generator(model, Beam(width=3, n=3))(params, tokens, *pad_prompts(PROMPTS))
+    out = generator(model, BeamSearch(width=3, n=3))(params, tokens, *pad_prompts(PROMPTS))
     for j in range(3):
         rows = [[*p, *row[j]] for p, row in zip(PROMPTS, texts(out), strict=True)]
         ids, mask = (x[:, :LONGEST] for x in pad_prompts(rows))
@@ -82,7 +86,7 @@ def test_answers_are_scored_as_captions_are(writer):
     model, params, tokens = writer
     answers, mask = (jnp.asarray(x) for x in pad_prompts([[1, 4, 0], [1, 5, 6, 7, 0], [1, 0]]))
     target = mask & (jnp.arange(answers.shape[1]) > 0)[None]
-    got = decoding.answer_scores(
+    got = decoding.score_texts(
         lambda *given: model.caption_scores(params, *given).log_prob,
         tokens,
         answers,
@@ -105,21 +109,21 @@ def test_no_beam_moves_the_keys_of_the_image(writer):
     def step(cache, token):
         return model.decode_step(params, cache, token)
 
-    begin = start(step, cache, *prompts, n=3, room=4)
+    begin = prefill(step, cache, *prompts, n=3, max_new_tokens=4)
     image_keys = 2 * model.decoder.depth
-    assert len(begin.own) == len(jax.tree.leaves(cache)) - image_keys
-    assert {x.shape[2] for x in begin.own if x.ndim > 1} == {LONGEST}
+    assert len(begin.cache) == len(jax.tree.leaves(cache)) - image_keys
+    assert {x.shape[2] for x in begin.cache if x.ndim > 1} == {LONGEST}
 
 
 def test_beams_on_eight_devices_are_those_of_one_and_no_cache_is_gathered(writer, texts):
     model, params, tokens = writer
-    part = Partitioner(make_mesh(config.Mesh(8, 1, 1)))
+    part = Partitioner(make_mesh(config.MeshConfig(8, 1, 1)))
     prompts = pad_prompts(PROMPTS)
-    one = generator(model, Beam(width=3))(params, tokens, *prompts)
-    spread = part.put_global(np.asarray(tokens))
-    write = generator(model, Beam(width=3), constrain=part.constrain)
+    one = generator(model, BeamSearch(width=3))(params, tokens, *prompts)
+    spread = part.shard_rows(np.asarray(tokens))
+    write = generator(model, BeamSearch(width=3), constrain=part.constrain)
     many = write(jax.device_put(params, part.replicated), spread, *prompts)
     assert texts(one) == texts(many)
-    assert many.tokens.sharding.is_equivalent_to(part.by_batch, 3)
+    assert many.tokens.sharding.is_equivalent_to(part.batch_sharding, 3)
     compiled = jax.jit(lambda p, x: write(p, x, *prompts)).lower(params, spread).compile()
     assert "all-gather" not in compiled.as_text()

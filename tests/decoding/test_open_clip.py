@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from imgtune_jax import interop, models
-from imgtune_jax.decoding import Beam, Decoding, Generator, Greedy, pad_prompts
+from imgtune_jax.decoding import BeamSearch, GenerationConfig, Generator, Greedy, pad_prompts
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "decoding_open_clip.npz")
 CASES = sorted({name.partition("/")[0] for name in GOLDEN.files if "/" in name})
@@ -23,14 +23,16 @@ def generated(name, **settings):
     prefix = f"{name}/state/"
     state = {n.removeprefix(prefix): GOLDEN[n] for n in GOLDEN.files if n.startswith(prefix)}
     state = {n: x.astype(np.float32) for n, x in state.items()} | {"logit_scale": np.zeros(())}
-    model = models.build(interop.from_open_clip(json.loads(str(GOLDEN[f"{name}/cfg"]))))
+    model = models.build_model(
+        interop.config_from_open_clip(json.loads(str(GOLDEN[f"{name}/cfg"])))
+    )
     params = interop.load_open_clip(state, model)
     tokens = model.image_tokens(params, jnp.asarray(GOLDEN["image"]))
     generator = Generator(
         model.decoder_cache,
         model.decode_step,
-        Decoding(**settings, pad=THEIRS["pad"]),
-        longest=model.decoder.max_length,
+        GenerationConfig(**settings, pad_id=THEIRS["pad"]),
+        max_positions=model.decoder.max_length,
     )
     prompts = pad_prompts([[THEIRS["begin"]]] * len(tokens))
     out = generator(params, tokens, *prompts)
@@ -43,7 +45,7 @@ def test_greedy_equals_theirs_token_for_token(name):
     want = GOLDEN[f"{name}/greedy"][:, 1:]
     chosen = want.shape[1] - (THEIRS["longest"] - 1 == want.shape[1])
     stop = (THEIRS["end"], THEIRS["pad"])
-    got, mask = generated(name, method=Greedy(), max_length=chosen, stop=stop)
+    got, mask = generated(name, method=Greedy(), max_new_tokens=chosen, stop_ids=stop)
     np.testing.assert_array_equal(got, want[:, :chosen])
     assert len(set(mask.sum(1).tolist())) > 2
 
@@ -54,10 +56,10 @@ def test_beam_search_equals_theirs_token_for_token(name):
     want = GOLDEN[f"{name}/beam"][:, 1:]
     got, mask = generated(
         name,
-        method=Beam(width=THEIRS["beams"]),
-        max_length=THEIRS["longest"] - 1,
-        min_length=THEIRS["shortest"] - 1,
-        stop=(THEIRS["end"],),
+        method=BeamSearch(width=THEIRS["beams"]),
+        max_new_tokens=THEIRS["longest"] - 1,
+        min_new_tokens=THEIRS["shortest"] - 1,
+        stop_ids=(THEIRS["end"],),
     )
     np.testing.assert_array_equal(got[:, : want.shape[1]], want)
     assert not mask[:, want.shape[1] :].any()

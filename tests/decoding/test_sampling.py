@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imgtune_jax.decoding import Decoding, Generator, Greedy, Sample, pad_prompts
-from imgtune_jax.decoding.sampling import candidates
+from imgtune_jax.decoding import GenerationConfig, Generator, Greedy, Sampling, pad_prompts
+from imgtune_jax.decoding.sampling import filter_logits
 
 
 @pytest.fixture(scope="module")
@@ -17,20 +17,20 @@ def model(toy):
 def greedy_by_hand(model, image, prompt, settings):
     """An argmax a step, over the rules written as sets and loops."""
     context, text = list(prompt), []
-    while len(text) < settings.max_length:
+    while len(text) < settings.max_new_tokens:
         logp = model.next_logp(image, context).copy()
         for token in set(context):
             logp[token] *= settings.repetition_penalty
-        if n := settings.no_repeat_ngram:
+        if n := settings.no_repeat_ngram_size:
             grams = {tuple(context[i : i + n]) for i in range(len(context) - n + 1)}
             for token in range(len(logp)):
                 if (*context[len(context) - n + 1 :], token) in grams:
                     logp[token] = -np.inf
-        if len(text) < settings.min_length:
-            logp[list(settings.stop)] = -np.inf
+        if len(text) < settings.min_new_tokens:
+            logp[list(settings.stop_ids)] = -np.inf
         text.append(int(logp.argmax()))
         context.append(text[-1])
-        if text[-1] in settings.stop:
+        if text[-1] in settings.stop_ids:
             break
     return text
 
@@ -39,16 +39,18 @@ def greedy_by_hand(model, image, prompt, settings):
     "rules",
     [
         {},
-        {"min_length": 5},
+        {"min_new_tokens": 5},
         {"repetition_penalty": 3.0},
-        {"no_repeat_ngram": 1, "max_length": 4},
-        {"no_repeat_ngram": 2},
-        {"no_repeat_ngram": 3, "min_length": 11},
+        {"no_repeat_ngram_size": 1, "max_new_tokens": 4},
+        {"no_repeat_ngram_size": 2},
+        {"no_repeat_ngram_size": 3, "min_new_tokens": 11},
     ],
 )
 def test_greedy_is_the_argmax_loop(model, rules, texts):
     prompts = [[4], [4, 6, 4, 6, 2], [4, 1, 1], [4, 7]]
-    settings = Decoding(**{"stop": (0, 3), "max_length": 12, **rules}, method=Greedy())
+    settings = GenerationConfig(
+        **{"stop_ids": (0, 3), "max_new_tokens": 12, **rules}, method=Greedy()
+    )
     out = Generator(model.start, model.step, settings)(
         model.params, model.images(4), *pad_prompts(prompts)
     )
@@ -64,13 +66,22 @@ def test_the_rules_bind(model, texts):
     """Without them, the texts of the test above are others."""
     plain, *ruled = (
         texts(
-            Generator(model.start, model.step, Decoding(stop=(0, 3), max_length=12, **rules))(
+            Generator(
+                model.start,
+                model.step,
+                GenerationConfig(stop_ids=(0, 3), max_new_tokens=12, **rules),
+            )(
                 model.params,
                 model.images(4),
                 *pad_prompts([[4], [4, 6, 4, 6, 2], [4, 1, 1], [4, 7]]),
             )
         )
-        for rules in ({}, {"min_length": 5}, {"repetition_penalty": 3.0}, {"no_repeat_ngram": 2})
+        for rules in (
+            {},
+            {"min_new_tokens": 5},
+            {"repetition_penalty": 3.0},
+            {"no_repeat_ngram_size": 2},
+        )
     )
     assert all(plain != other for other in ruled)
 
@@ -82,7 +93,7 @@ def test_an_offset_of_the_logits_changes_nothing(model, texts):
         logits, cache = model.step(params, cache, token)
         return logits + 40, cache
 
-    settings = Decoding(stop=(0, 3), max_length=12, repetition_penalty=2.0)
+    settings = GenerationConfig(stop_ids=(0, 3), max_new_tokens=12, repetition_penalty=2.0)
     a, b = (
         Generator(model.start, step, settings)(
             model.params, model.images(4), *pad_prompts([[4]] * 4)
@@ -98,23 +109,23 @@ LOGP = jnp.log(jnp.asarray([[0.05, 0.3, 0.1, 0.3, 0.25]], jnp.float32))
 @pytest.mark.parametrize(
     ("method", "want"),
     [
-        (Sample(), {0: 0.05, 1: 0.3, 2: 0.1, 3: 0.3, 4: 0.25}),
-        (Sample(top_k=1), {1: 1.0}),
-        (Sample(top_k=3), {1: 0.3, 3: 0.3, 4: 0.25}),
-        (Sample(top_k=99), {0: 0.05, 1: 0.3, 2: 0.1, 3: 0.3, 4: 0.25}),
-        (Sample(top_p=0.1), {1: 0.3}),
-        (Sample(top_p=0.59), {1: 0.3, 3: 0.3}),
-        (Sample(top_p=0.61), {1: 0.3, 3: 0.3, 4: 0.25}),
-        (Sample(top_p=0.94), {1: 0.3, 3: 0.3, 4: 0.25, 2: 0.1}),
+        (Sampling(), {0: 0.05, 1: 0.3, 2: 0.1, 3: 0.3, 4: 0.25}),
+        (Sampling(top_k=1), {1: 1.0}),
+        (Sampling(top_k=3), {1: 0.3, 3: 0.3, 4: 0.25}),
+        (Sampling(top_k=99), {0: 0.05, 1: 0.3, 2: 0.1, 3: 0.3, 4: 0.25}),
+        (Sampling(top_p=0.1), {1: 0.3}),
+        (Sampling(top_p=0.59), {1: 0.3, 3: 0.3}),
+        (Sampling(top_p=0.61), {1: 0.3, 3: 0.3, 4: 0.25}),
+        (Sampling(top_p=0.94), {1: 0.3, 3: 0.3, 4: 0.25, 2: 0.1}),
         # Renormalised over three tokens, two of them hold 0.6 / 0.85 = 0.71.
-        (Sample(top_k=3, top_p=0.7), {1: 0.3, 3: 0.3}),
-        (Sample(top_k=3, top_p=0.72), {1: 0.3, 3: 0.3, 4: 0.25}),
+        (Sampling(top_k=3, top_p=0.7), {1: 0.3, 3: 0.3}),
+        (Sampling(top_k=3, top_p=0.72), {1: 0.3, 3: 0.3, 4: 0.25}),
         # At temperature 1/2 probabilities are squared: 0.09 + 0.09 of 0.255.
-        (Sample(temperature=0.5, top_p=0.7), {1: 0.09, 3: 0.09}),
+        (Sampling(temperature=0.5, top_p=0.7), {1: 0.09, 3: 0.09}),
     ],
 )
 def test_candidates_are_exactly_those_of_top_k_and_top_p(method, want):
-    logits, tokens = candidates(LOGP, method)
+    logits, tokens = filter_logits(LOGP, method)
     p = np.asarray(jax.nn.softmax(logits))[0]
     got = {int(t): x for t, x in zip(tokens[0], p, strict=True) if x > 0}
     total = sum(want.values())
@@ -122,11 +133,11 @@ def test_candidates_are_exactly_those_of_top_k_and_top_p(method, want):
 
 
 @pytest.mark.parametrize(
-    "method", [Sample(n=4000, temperature=1.5), Sample(n=4000, top_k=4, top_p=0.8)]
+    "method", [Sampling(n=4000, temperature=1.5), Sampling(n=4000, top_k=4, top_p=0.8)]
 )
 def test_frequencies_are_those_of_the_distribution(model, method):
     """First tokens, and second ones given the first. 4000 draws, five standard deviations."""
-    settings = Decoding(stop=(0,), max_length=2, min_length=1, method=method)
+    settings = GenerationConfig(stop_ids=(0,), max_new_tokens=2, min_new_tokens=1, method=method)
     image = model.images(1)
     out = Generator(model.start, model.step, settings)(
         model.params, image, *pad_prompts([[4]]), key=jax.random.key(0)
@@ -137,7 +148,7 @@ def test_frequencies_are_those_of_the_distribution(model, method):
     for context, drawn, banned in (([4], tokens[:, 0], [0]), ([4, likely], second, [])):
         logp = model.next_logp(image[0], context).copy()
         logp[banned] = -np.inf
-        logits, index = candidates(jnp.asarray(logp)[None], method)
+        logits, index = filter_logits(jnp.asarray(logp)[None], method)
         p = np.zeros(9)
         p[np.asarray(index[0])] = np.asarray(jax.nn.softmax(logits))[0]
         got = np.bincount(drawn, minlength=9) / len(drawn)
@@ -146,7 +157,9 @@ def test_frequencies_are_those_of_the_distribution(model, method):
 
 
 def test_draws_differ_between_keys_rows_and_samples(model, texts):
-    settings = Decoding(stop=(0,), max_length=12, method=Sample(n=2, temperature=2.0))
+    settings = GenerationConfig(
+        stop_ids=(0,), max_new_tokens=12, method=Sampling(n=2, temperature=2.0)
+    )
     generator = Generator(model.start, model.step, settings)
     image = jnp.repeat(model.images(1), 2, 0)
     a, b = (

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from imgtune_jax.evals.protocol import CaptionScores, Written
+from imgtune_jax.evals.protocol import CaptionScores, GeneratedCaption
 from imgtune_jax.types import TokenScores
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -58,13 +58,13 @@ class FakeEncoders:
         """The prefix and a record's `image`, which is a text here."""
         images = [source[i].image for i in range(len(source))]
         self.asked.append((prefix, decoding, images))
-        written = [[] if x is None else [Written(prefix + x, -1.0)] for x in images]
+        written = [[] if x is None else [GeneratedCaption(prefix + x, -1.0)] for x in images]
         return written, np.array([x is not None for x in images])
 
-    def answer_scores(self, source, texts, *, prefix="", normalise=False):
+    def answer_scores(self, source, texts, *, prefix="", normalize_length=False):
         """Inner products of a record's `image` with the text's vector, behind the prefix."""
         features, valid = self.features(source)
-        self.asked.append((list(texts), normalise))
+        self.asked.append((list(texts), normalize_length))
         return features @ np.stack([self.text_emb[prefix + t] for t in texts], 1), valid
 
     def caption_scores(self, source, texts, prefix=""):

@@ -11,8 +11,8 @@ import pytest
 from sacrebleu.metrics import CHRF
 
 from imgtune_jax.evals import caption_metrics
-from imgtune_jax.evals.caption_metrics import java, score_captions
-from imgtune_jax.evals.caption_metrics.tokens import normalised, simple
+from imgtune_jax.evals.caption_metrics import compute_metrics, java
+from imgtune_jax.evals.caption_metrics.tokens import normalised, simple_tokens
 
 ROOM = Path(caption_metrics.__file__).parent
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/evals_captions.json").read_text("utf-8"))
@@ -29,13 +29,13 @@ def test_scores_equal_pycocoevalcaps(case):
     said = [p.split() for p in stored["predictions"]]
     wanted = [[r.split() for r in own] for own in stored["references"]]
     for name in OF_COCO:
-        for key, value in caption_metrics.ON_TOKENS[name](said, wanted).items():
+        for key, value in caption_metrics.TOKEN_METRICS[name](said, wanted).items():
             assert value == pytest.approx(stored["scores"][key], rel=1e-12, abs=1e-15), key
 
 
 def test_simple_tokens_are_ptbs_on_plain_captions():
     stored = GOLDEN["tokenized"]
-    assert dict(zip(stored, simple(list(stored)), strict=True)) == stored
+    assert dict(zip(stored, simple_tokens(list(stored)), strict=True)) == stored
 
 
 @pytest.mark.parametrize(
@@ -52,13 +52,13 @@ def test_simple_tokens_are_ptbs_on_plain_captions():
     ],
 )
 def test_simple_tokens_of_other_scripts(text, tokens):
-    assert simple([text]) == [tokens]
+    assert simple_tokens([text]) == [tokens]
 
 
 @needs_java
 def test_with_java_the_whole_evaluation_equals_pycocoevalcaps():
     stored = GOLDEN["whole"]
-    got = score_captions(
+    got = compute_metrics(
         stored["predictions"],
         stored["references"],
         metrics=(*OF_COCO, "meteor"),
@@ -70,20 +70,20 @@ def test_with_java_the_whole_evaluation_equals_pycocoevalcaps():
 def test_without_java_or_its_package_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(java.shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match=r"need Java .a `java` on the path"):
-        score_captions(["a"], [["a"]], metrics=["bleu"], tokenization="ptb")
+        compute_metrics(["a"], [["a"]], metrics=["bleu"], tokenization="ptb")
     monkeypatch.setattr(java.shutil, "which", lambda name: "/bin/java")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'imgtune-jax\[java\]'"):
-        score_captions(["a"], [["a"]], metrics=["meteor"])
+        compute_metrics(["a"], [["a"]], metrics=["meteor"])
 
 
 def test_chrf_takes_the_best_of_any_number_of_references():
     said = ["A red cat", "собака", "狐狸"]
     wanted = [["a red cap", "cats", "one red cat"], ["кошка"], ["狐", "白狐狸"]]
     padded = [[own[i] if i < len(own) else None for own in wanted] for i in range(3)]
-    got = score_captions(said, wanted, metrics=["chrf"])
+    got = compute_metrics(said, wanted, metrics=["chrf"])
     assert got == {"chrF": CHRF(lowercase=True).corpus_score(said, padded).score}
-    assert score_captions(said, [[s] for s in said], metrics=["chrf"])["chrF"] == 100
+    assert compute_metrics(said, [[s] for s in said], metrics=["chrf"])["chrF"] == 100
 
 
 @pytest.mark.parametrize(
@@ -98,25 +98,25 @@ def test_chrf_takes_the_best_of_any_number_of_references():
     ],
 )
 def test_exact_match_forgives_case_and_punctuation_only(said, wanted, equal):
-    got = score_captions([said], [["another", wanted]], metrics=["exact_match"])
+    got = compute_metrics([said], [["another", wanted]], metrics=["exact_match"])
     assert got == {"exact_match": float(equal)}
     assert (normalised(said) == normalised(wanted)) is equal
 
 
 def test_wrong_names_and_wrong_lengths_are_refused():
     with pytest.raises(ValueError, match=r"no caption metric \['blue'\]; known: bleu"):
-        score_captions(["a"], [["a"]], metrics=["blue"])
+        compute_metrics(["a"], [["a"]], metrics=["blue"])
     with pytest.raises(ValueError, match="tokenization = 'x'; known: simple, ptb"):
-        score_captions(["a"], [["a"]], metrics=["bleu"], tokenization="x")
+        compute_metrics(["a"], [["a"]], metrics=["bleu"], tokenization="x")
     for said, wanted in (([], []), (["a"], [["a"], ["b"]]), (["a"], [[]])):
         with pytest.raises(ValueError, match="wanted one caption and at least one reference"):
-            score_captions(said, wanted, metrics=["bleu"])
+            compute_metrics(said, wanted, metrics=["bleu"])
 
 
 def test_every_score_is_in_a_table():
     files = {
         Path(f.__code__.co_filename).name
-        for table in (caption_metrics.ON_TOKENS, caption_metrics.ON_TEXT)
+        for table in (caption_metrics.TOKEN_METRICS, caption_metrics.STRING_METRICS)
         for f in table.values()
     }
     assert {p.name for p in ROOM.glob("*.py")} - files == {"__init__.py", "tokens.py"}

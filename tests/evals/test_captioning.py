@@ -5,9 +5,9 @@ import math
 
 import pytest
 
+from imgtune_jax.data.subset import Subset, evenly_spaced
 from imgtune_jax.evals.captioning import Captioning
-from imgtune_jax.evals.results import result_record
-from imgtune_jax.evals.subset import Subset, spread
+from imgtune_jax.evals.results import evaluator_result
 
 
 def toy(fakes):
@@ -30,12 +30,14 @@ class Records(list):
 
 def test_captions_are_judged_against_all_references_of_the_set(fakes):
     encoders = fakes.Encoders()
-    evaluator = Captioning(toy(fakes), caption_set="de", decoding={"max_length": 4}, language="de")
+    evaluator = Captioning(
+        toy(fakes), caption_set="de", decoding={"max_new_tokens": 4}, language="de"
+    )
     got = evaluator(encoders)
     assert got["exact_match"] == pytest.approx(2 / 3)
     assert got["Bleu_1"] == pytest.approx(math.exp(1 - 5 / 4), rel=1e-6)  # "eine" is missing
     assert (got["num_images"], got["num_broken"]) == (3, 1)
-    assert encoders.asked == [("", {"max_length": 4}, ["ein Hund", None, "Katze", "rot"])]
+    assert encoders.asked == [("", {"max_new_tokens": 4}, ["ein Hund", None, "Katze", "rot"])]
 
 
 def test_perplexity_is_the_exponential_of_the_mean_nats_of_first_references(fakes):
@@ -51,14 +53,14 @@ def test_the_prefix_goes_to_the_model(fakes):
 
 
 def test_a_limit_spreads_over_the_source():
-    assert spread(10, 4) == (0, 2, 5, 7)
-    assert spread(3, 9) == spread(3, None) == (0, 1, 2)
+    assert evenly_spaced(10, 4) == (0, 2, 5, 7)
+    assert evenly_spaced(3, 9) == evenly_spaced(3, None) == (0, 1, 2)
 
 
 def test_a_limited_evaluator_judges_part_and_the_whole_on_demand(fakes):
     evaluator = Captioning(toy(fakes), caption_set="de", limit=2)
-    assert evaluator.chosen().indices == (0, 3)
-    assert evaluator.chosen(whole=True).indices == (0, 2, 3, 4)
+    assert evaluator.selected_images().indices == (0, 3)
+    assert evaluator.selected_images(whole=True).indices == (0, 2, 3, 4)
     assert evaluator(fakes.Encoders())["num_images"] == 2
 
 
@@ -71,7 +73,7 @@ def test_a_subsets_fingerprint_tells_what_is_chosen(fakes):
 
 def test_results_have_clip_benchmarks_schema(fakes):
     evaluator = Captioning(toy(fakes), caption_set="de", language="de")
-    line = result_record("toy_de", evaluator, evaluator(fakes.Encoders()), model="cap", step=3)
+    line = evaluator_result("toy_de", evaluator, evaluator(fakes.Encoders()), model="cap", step=3)
     line = json.loads(json.dumps(line, allow_nan=False))
     assert line["task"] == "captioning" and line["language"] == "de"
     wanted = {f"Bleu_{n}" for n in (1, 2, 3, 4)} | {"ROUGE_L", "CIDEr", "chrF", "exact_match"}

@@ -14,7 +14,7 @@ def test_prediction_solves_the_normal_equations(shots):
     y = np.repeat(np.arange(num_classes), shots)
     x = rng.normal(size=(num_classes, d))[y] + rng.normal(size=(len(y), d))
     test = rng.normal(size=(200, d))
-    got = fewshot.few_shot_predictions(x, y, test, num_classes=num_classes, l2=5.0)
+    got = fewshot.fewshot_predictions(x, y, test, num_classes=num_classes, l2=5.0)
     mean, std = x.mean(0), x.std(0) + 1e-5
     a = np.c_[(x - mean) / std, np.full(len(x), 100.0)]
     targets = np.where(np.arange(num_classes) == y[:, None], 1.0, -1.0)

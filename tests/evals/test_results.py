@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from imgtune_jax.evals.results import append_result, read_results, result, result_record
+from imgtune_jax.evals.results import append_result, evaluator_result, make_result, read_results
 from imgtune_jax.evals.retrieval import Retrieval
 
 
 def test_a_line_has_clip_benchmarks_keys_in_its_order(tmp_path):
-    record = result_record(
+    record = evaluator_result(
         "emoji", Retrieval([], language="de"), {"text_retrieval_recall@1": 1}, model="lit", step=7
     )
     path = tmp_path / "results.jsonl"
@@ -26,7 +26,9 @@ def test_a_line_has_clip_benchmarks_keys_in_its_order(tmp_path):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_number_that_strict_json_lacks_is_refused(bad):
     with pytest.raises(ValueError, match=r"not finite: {'acc5'"):
-        result(dataset="d", model="m", pretrained="p", task="t", metrics={"acc5": bad, "acc1": 1.0})
+        make_result(
+            dataset="d", model="m", pretrained="p", task="t", metrics={"acc5": bad, "acc1": 1.0}
+        )
 
 
 def test_a_missing_key_is_refused(tmp_path):

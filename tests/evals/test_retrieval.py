@@ -6,7 +6,7 @@ import pytest
 
 from imgtune_jax.evals import ranks as ranks_module
 from imgtune_jax.evals.ranks import retrieval_ranks
-from imgtune_jax.evals.retrieval import Retrieval, in_loop_names, retrieval_metrics
+from imgtune_jax.evals.retrieval import Retrieval, curve_names, retrieval_metrics
 
 
 def sort_ranks(image_emb, text_emb, image_of_text, image_group=None):
@@ -151,7 +151,7 @@ def test_k_above_the_number_of_candidates_is_left_out():
 
 
 def test_in_loop_names_are_those_of_training_curves():
-    got = in_loop_names({"text_retrieval_recall@1": 0.25, "image_retrieval_mean_rank": 3.0})
+    got = curve_names({"text_retrieval_recall@1": 0.25, "image_retrieval_mean_rank": 3.0})
     assert got == {"val/image_to_text_R@1": 0.25, "val/text_to_image_mean_rank": 3.0}
 
 

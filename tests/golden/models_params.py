@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from imgtune_jax import models
+from imgtune_jax import models, param_tree
 
 GOLDEN = Path(__file__).with_name("models_params.txt")
 SIZES = dict(width=8, depth=2, mlp_dim=16, num_heads=2)
@@ -35,7 +35,7 @@ MODELS = {
     "heads linear, mlp": dict(image_head={"name": "linear", "use_bias": True},
                               text_head={"name": "mlp", "hidden_dim": 5, "input_norm": True}),
     "cappa": dict(decoder={**DECODER, "parallel_fraction": 0.5, "context_norm": True}),
-    "coca": dict(decoder={**DECODER, "reads": "tokens", "cross": "block"},
+    "coca": dict(decoder={**DECODER, "input_from": "text_tower", "cross": "block"},
                  text={**TEXT, "pool": "class"}, image_pooler=POOLER),
     "coca shared": dict(image_pooler={**POOLER, "layout": "shared"}),
     "heads identity": dict(image_head={"name": "identity"}, text_head={"name": "identity"}),
@@ -45,19 +45,19 @@ MODELS = {
 def lines():
     for name, cfg in TOWERS.items():
         yield f"# {name}"
-        tower = models.abstract_tower(models.build_tower(cfg))
+        tower = models.abstract_tower_params(models.build_tower(cfg))
         yield from listing(tower)
     for name, fields in MODELS.items():
         yield f"# {name}"
         cfg = dict(image=VIT, text=TEXT, embed_dim=8, image_size=8, logit_bias_init=0.0)
-        params = models.build({**cfg, **fields}).abstract_params()
+        params = models.build_model({**cfg, **fields}).abstract_params()
         yield from listing({k: x for k, x in params.items() if k not in ("image", "text")})
 
 
 def listing(params):
 
     shapes = [x.shape for x in jax.tree.leaves(params)]
-    for path, shape in zip(models.param_paths(params), shapes, strict=True):
+    for path, shape in zip(param_tree.param_paths(params), shapes, strict=True):
         yield f"{path} {'x'.join(map(str, shape)) or 'scalar'}"
 
 

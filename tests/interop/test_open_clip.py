@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imgtune_jax import interop, models
+from imgtune_jax import interop, models, param_tree
 from imgtune_jax.types import Batch
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "interop_open_clip.npz")
@@ -38,7 +38,7 @@ def towers(model, params):
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_equal_open_clips(name):
     cfg, _, state = case(name)
-    model = models.build(interop.from_open_clip(cfg))
+    model = models.build_model(interop.config_from_open_clip(cfg))
     params = interop.load_open_clip(state, model)
     image, text = towers(model, params)
     np.testing.assert_allclose(image, GOLDEN[f"{name}/image_features"], **TOLERANCE)
@@ -53,7 +53,7 @@ def test_outputs_equal_open_clips(name):
 @pytest.mark.parametrize("name", CASES)
 def test_round_trip_gives_the_same_weights(name):
     cfg, custom, state = case(name)
-    model = models.build(interop.from_open_clip(cfg))
+    model = models.build_model(interop.config_from_open_clip(cfg))
     back = interop.save_open_clip(interop.load_open_clip(state, model), model, custom_text=custom)
     assert back.keys() == state.keys()
     split = ("visual.class_embedding", "visual.positional_embedding")
@@ -67,11 +67,11 @@ def test_round_trip_gives_the_same_weights(name):
 
 def test_exported_folder_loads_as_the_same_model(tmp_path):
     cfg, _, state = case("quick_gelu")
-    model = models.build(interop.from_open_clip(cfg))
+    model = models.build_model(interop.config_from_open_clip(cfg))
     params = interop.load_open_clip(state, model)
-    interop.save_folder(tmp_path, model, params)
-    again_cfg, again = interop.load_folder(tmp_path)
-    loaded = models.build(again_cfg)
+    interop.save_open_clip_folder(tmp_path, model, params)
+    again_cfg, again = interop.load_open_clip_folder(tmp_path)
+    loaded = models.build_model(again_cfg)
     assert (loaded.image, loaded.text) == (model.image, model.text)
     np.testing.assert_allclose(loaded.image_mean, model.image_mean, rtol=1e-7)
     for ours, theirs in zip(towers(model, params), towers(loaded, again), strict=True):
@@ -81,19 +81,19 @@ def test_exported_folder_loads_as_the_same_model(tmp_path):
 @pytest.mark.parametrize("part", ["image", "text"])
 def test_one_tower_is_taken_out_of_a_whole_model(part, tmp_path):
     cfg, _, state = case("clip")
-    full = interop.from_open_clip(cfg)
+    full = interop.config_from_open_clip(cfg)
     np.savez(tmp_path / "model.npz", **state)
     init = dict(format="open_clip", path=str(tmp_path / "model.npz"))
     tower = interop.load_tower(init, full[part], image_size=8)
-    whole = interop.load_open_clip(state, models.build(full))[part]
-    assert models.param_paths(tower) == models.param_paths(whole)
+    whole = interop.load_open_clip(state, models.build_model(full))[part]
+    assert param_tree.param_paths(tower) == param_tree.param_paths(whole)
     for path, x in interop.rules.flatten(whole).items():
         np.testing.assert_array_equal(interop.rules.flatten(tower)[path], x)
 
 
 def test_all_bad_keys_are_reported_together():
     cfg, _, state = case("clip")
-    model = models.build(interop.from_open_clip(cfg))
+    model = models.build_model(interop.config_from_open_clip(cfg))
     del state["ln_final.weight"]
     state["visual.novelty"] = np.zeros(3)
     state["token_embedding.weight"] = np.zeros((41, 16))
@@ -107,8 +107,8 @@ def test_all_bad_keys_are_reported_together():
 def test_quick_gelu_weights_under_gelu_differ():
     """Why the activation travels with the weights: the wrong one is plausible and wrong."""
     cfg, _, state = case("quick_gelu")
-    right = models.build(interop.from_open_clip(cfg))
-    wrong = models.build(interop.from_open_clip({**cfg, "quick_gelu": False}))
+    right = models.build_model(interop.config_from_open_clip(cfg))
+    wrong = models.build_model(interop.config_from_open_clip({**cfg, "quick_gelu": False}))
     params = interop.load_open_clip(state, right)
     difference = np.abs(np.subtract(towers(right, params)[0], towers(wrong, params)[0])).max()
     assert difference > 1e-3
@@ -118,14 +118,14 @@ def test_a_feature_without_counterpart_is_refused():
     cfg, _, _ = case("clip")
     cfg["vision_cfg"] = {**cfg["vision_cfg"], "ls_init_value": 1e-5, "qk_norm": False}
     with pytest.raises(ValueError, match="ls_init_value=1e-05") as error:
-        interop.from_open_clip(cfg)
+        interop.config_from_open_clip(cfg)
     assert "qk_norm" not in str(error.value)  # switched off: nothing to refuse
 
 
 def test_positions_are_resized_to_another_image_size(tmp_path):
     cfg, _, state = case("clip")
     cfg["vision_cfg"] = {**cfg["vision_cfg"], "image_size": 16}
-    model = models.build(interop.from_open_clip(cfg))
+    model = models.build_model(interop.config_from_open_clip(cfg))
     params = interop.load_open_clip(state, model)
     assert params["image"]["pos_embed"].shape == (16, 16)
     batch = Batch(jnp.ones(1, bool), image=jnp.zeros((1, 16, 16, 3), jnp.uint8))

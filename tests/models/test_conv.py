@@ -20,6 +20,6 @@ def test_shifted_equals_grouped_with_its_gradients(k, size, stride):
         y, pull_back = jax.vjp(lambda x, w: run(x, w, stride), x, kernel)
         return y, *pull_back(jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))
 
-    found, wanted = values(conv.depthwise_shifted), values(conv.depthwise_grouped)
+    found, wanted = values(conv.depthwise_shifted), values(conv.depthwise_conv)
     for got, want in zip(found, wanted, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)

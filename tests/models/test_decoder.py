@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from imgtune_jax import models
-from imgtune_jax.models import parts
+from imgtune_jax.models import components
 from imgtune_jax.types import Batch
 
 SIZES = dict(width=16, depth=2, mlp_dim=24, num_heads=2)
@@ -28,7 +28,7 @@ CASES = {
         **CAP,
         "text": TEXT,
         "embed_dim": 12,
-        "decoder": {**CAP["decoder"], "reads": "tokens", "cross": "block"},
+        "decoder": {**CAP["decoder"], "input_from": "text_tower", "cross": "block"},
     },
 }
 CAPPA = {**CAP, "decoder": {**CAP["decoder"], "parallel_fraction": 0.5}}
@@ -42,7 +42,7 @@ def random_params(model, seed=0):
 
 
 def built(cfg, **decoder):
-    model = models.build({**cfg, "decoder": {**cfg["decoder"], **decoder}})
+    model = models.build_model({**cfg, "decoder": {**cfg["decoder"], **decoder}})
     return model, random_params(model)
 
 
@@ -62,7 +62,7 @@ def batch(lengths=(6, 3, 4), seed=0, pad=0):
 
 def by_embedding(model, params, b, length=LENGTH, **options):
     """Logits as a function of each position's token vector, wherever the tokens are embedded."""
-    owner = "decoder" if model.decoder.reads == "ids" else "text"
+    owner = "decoder" if model.decoder.input_from == "ids" else "text"
     table = params[owner]["token_embed"]["embedding"]
     tokens = model.image_tokens(params, b.image)
     ids = jnp.arange(b.text.size).reshape(b.text.shape)  # a row of the table for each position
@@ -118,8 +118,8 @@ def test_parallel_rows_look_in_both_directions():
 def test_the_stated_share_of_a_batch_is_predicted_in_parallel():
     model, params = built(CAPPA, parallel_fraction=0.75)
     b = batch((6,) * 400)
-    run = jax.jit(lambda key: model.apply(params, b, rng=key, train=True).captions.log_prob)
-    causal = model.apply(params, b).captions.log_prob
+    run = jax.jit(lambda key: model.apply(params, b, rng=key, train=True).token_scores.log_prob)
+    causal = model.apply(params, b).token_scores.log_prob
     share = [(np.abs(run(jax.random.key(i)) - causal) > 1e-5).any(1).mean() for i in (0, 1)]
     np.testing.assert_allclose(share, 0.75, atol=0.08)  # 0.75 ± 4 standard deviations
 
@@ -137,10 +137,10 @@ def test_padding_and_other_rows_change_nothing(name):
     for row, t in ((0, 3), (1, 2)):
         for other in (got, short):
             np.testing.assert_allclose(
-                other.captions.log_prob[row, :t], want.captions.log_prob[row, :t], atol=1e-5
+                other.token_scores.log_prob[row, :t], want.token_scores.log_prob[row, :t], atol=1e-5
             )
     np.testing.assert_allclose(
-        alone.captions.log_prob[0, :3], want.captions.log_prob[0, :3], atol=1e-5
+        alone.token_scores.log_prob[0, :3], want.token_scores.log_prob[0, :3], atol=1e-5
     )
     if want.text_emb is not None:
         for other in (got, short):
@@ -202,7 +202,7 @@ def test_scores_of_captions_are_those_of_the_whole_logits(name):
         log_p = jax.nn.log_softmax(logits)
         want = jnp.take_along_axis(log_p, b.text[:, 1:, None], axis=2)[..., 0]
         for got in (
-            model.apply(params, b).captions,
+            model.apply(params, b).token_scores,
             model.caption_scores(params, tokens, b.text, b.text_mask),
         ):
             np.testing.assert_allclose(got.log_prob, want, rtol=1e-5, atol=1e-5)
@@ -232,7 +232,7 @@ def test_a_captioner_has_no_embeddings_and_a_coca_both():
     model, params = built(CASES["coca"])
     out = model.apply(params, batch())
     assert out.image_emb.shape == out.text_emb.shape == (3, 12)
-    assert set(model.components()) == set(parts.COMPONENTS) - {"image_pooler"}
+    assert set(model.components()) == set(components.COMPONENTS) - {"image_pooler"}
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_a_captioner_has_no_embeddings_and_a_coca_both():
 )
 def test_wrong_models_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        models.build({**CASES["coca"], **changes})
+        models.build_model({**CASES["coca"], **changes})
 
 
 def test_wrong_lengths_are_refused():

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imgtune_jax import models
-from imgtune_jax.models import image_text, parts
-from imgtune_jax.types import Batch
+from imgtune_jax import models, param_tree
+from imgtune_jax.locking import FrozenPrefix
+from imgtune_jax.models import image_text
+from imgtune_jax.types import MODALITIES, Batch
 
 SIZES = dict(width=16, depth=2, mlp_dim=16, num_heads=2)
 CFG = dict(
@@ -27,7 +28,7 @@ CFG = dict(
 
 @pytest.fixture(scope="module")
 def model():
-    return models.build(CFG)
+    return models.build_model(CFG)
 
 
 @pytest.fixture(scope="module")
@@ -162,29 +163,29 @@ def test_unit_norm_of_zero_is_zero_with_a_finite_gradient():
 )
 def test_a_wrong_field_is_named_with_the_right_ones(change, message):
     with pytest.raises(ValueError, match=message):
-        models.build({**CFG, **change})
+        models.build_model({**CFG, **change})
 
 
 def test_missing_fields_are_named():
     with pytest.raises(ValueError, match="no image"):
-        models.build(dict(text=CFG["text"]))
+        models.build_model(dict(text=CFG["text"]))
     with pytest.raises(ValueError, match="neither text nor decoder"):
-        models.build(dict(image=CFG["image"]))
+        models.build_model(dict(image=CFG["image"]))
     with pytest.raises(ValueError, match="no embed_dim"):
-        models.build(dict(image=CFG["image"], text=CFG["text"]))
+        models.build_model(dict(image=CFG["image"], text=CFG["text"]))
 
 
 def test_identity_head_checks_the_width():
     cfg = {**CFG, "text_head": dict(name="identity")}
     with pytest.raises(ValueError, match="gives 16 features, embed_dim is 12"):
-        models.build(cfg).abstract_params()
+        models.build_model(cfg).abstract_params()
 
 
 def test_bf16_model_keeps_float32_parameters_and_outputs(params):
-    low = models.build({**CFG, "dtype": "bfloat16"})
+    low = models.build_model({**CFG, "dtype": "bfloat16"})
     out = low.apply(params, batch())
     assert out.image_emb.dtype == jnp.float32
-    exact = models.build(CFG).apply(params, batch())
+    exact = models.build_model(CFG).apply(params, batch())
     np.testing.assert_allclose(out.image_emb, exact.image_emb, atol=0.05)  # bf16 has 8 bits
     assert np.abs(out.image_emb - exact.image_emb).max() > 0
 
@@ -197,7 +198,7 @@ def test_every_residual_stream_is_constrained():
             seen.append((x.ndim, axes))
             return x
 
-    model = models.build(CFG, Recorder())
+    model = models.build_model(CFG, Recorder())
     abstract = model.abstract_params()
     seen.clear()
     jax.eval_shape(model.apply, abstract, batch())
@@ -206,29 +207,29 @@ def test_every_residual_stream_is_constrained():
 
 def test_a_convolutional_tower_in_parts_gives_what_the_whole_batch_gives(monkeypatch):
     cfg = CFG | dict(image=dict(name="efficientnet_lite", variant="lite0"), image_size=32)
-    model = models.build(cfg)
+    model = models.build_model(cfg)
     params = model.init(jax.random.key(0))
     size = type(model.image).CPU_BATCH
     x = np.random.default_rng(0).integers(0, 256, (3 * size, 32, 32, 3), np.uint8)
-    whole = jax.jit(lambda p, x: model.features_image(p, x))
+    whole = jax.jit(lambda p, x: model.image_features(p, x))
     assert "while" not in whole.lower(params, x).as_text()
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    parts = jax.jit(model.features_image)
-    assert "while" in parts.lower(params, x).as_text()
-    np.testing.assert_allclose(parts(params, x), whole(params, x), rtol=1e-5, atol=1e-6)
+    components = jax.jit(model.image_features)
+    assert "while" in components.lower(params, x).as_text()
+    np.testing.assert_allclose(components(params, x), whole(params, x), rtol=1e-5, atol=1e-6)
 
 
 def test_the_front_and_the_rest_make_the_whole(model):
     """Of a tower whose first layer is locked, on its own and together."""
     locked = model.freeze(lambda path: not re.search("head|blocks_1|final_norm|pool|logit", path))
-    assert [locked.cut(t) for t in parts.TOWERS] == [1, 1]
+    assert [locked.frozen_prefix(t) for t in MODALITIES] == [FrozenPrefix(1)] * 2
     params = model.init(jax.random.key(1))
     b = batch()
-    fronts = {t: locked.front(params, tower=t, batch=b) for t in parts.TOWERS}
+    fronts = {t: locked.apply_frozen_prefix(params, tower=t, batch=b) for t in MODALITIES}
     cached = b.replace(image=None, image_features=fronts["image"], text_features=fronts["text"])
     needed = {
-        t: {k: v for k, v in params[t].items() if not locked.is_front(f"{t}/{k}")}
-        for t in parts.TOWERS
+        t: {k: v for k, v in params[t].items() if not locked.in_frozen_prefix(f"{t}/{k}")}
+        for t in MODALITIES
     }
     assert "blocks_0" not in needed["image"] and "blocks_1" in needed["image"]
     found, wanted = locked.apply(params | needed, cached), locked.apply(params, b)
@@ -246,11 +247,11 @@ def test_the_front_and_the_rest_make_the_whole(model):
     ids=lambda image: image["name"],
 )
 def test_locked_matrices_are_held_in_the_type_of_products_and_give_the_same_values(image):
-    model = models.build({**CFG, "image": image, "image_size": 32, "dtype": "bfloat16"})
+    model = models.build_model({**CFG, "image": image, "image_size": 32, "dtype": "bfloat16"})
     params = model.init(jax.random.key(0))
-    held = model.as_operands(params)
-    types = {path.split("/")[-1]: set() for path in parts.param_paths(params)}
-    for path, x in zip(parts.param_paths(held), jax.tree.leaves(held), strict=True):
+    held = model.cast_frozen_kernels(params)
+    types = {path.split("/")[-1]: set() for path in param_tree.param_paths(params)}
+    for path, x in zip(param_tree.param_paths(held), jax.tree.leaves(held), strict=True):
         types[path.split("/")[-1]].add(x.dtype.name)
     assert "bfloat16" in types.pop("kernel")
     assert set.union(*types.values()) == {"float32"}

@@ -193,7 +193,7 @@ def test_layer_norm_has_the_gradient_of_its_formula():
     def formula(x, scale, bias):
         centred = x - x.mean(-1, keepdims=True)
         y = centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
-        return (g * (y * layers.over_last(scale, y) + layers.over_last(bias, y))).sum()
+        return (g * (y * layers.expand_like(scale, y) + layers.expand_like(bias, y))).sum()
 
     given = (jnp.asarray(2 * x + 3), scale, bias)
     want = jax.grad(formula, (0, 1, 2))(*given)

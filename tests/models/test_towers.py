@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imgtune_jax import models
+from imgtune_jax import models, param_tree
 from imgtune_jax.models import conv, pooling, positions
 
 CLOSE = dict(rtol=1e-5, atol=1e-6)
@@ -27,7 +27,7 @@ def random_params(tower, scale=0.3):
     rng = np.random.default_rng(1)
     return jax.tree.map(
         lambda a: jnp.asarray(rng.normal(0, scale, a.shape), jnp.float32),
-        models.abstract_tower(tower),
+        models.abstract_tower_params(tower),
     )
 
 
@@ -143,7 +143,7 @@ def test_patches_are_what_a_strided_convolution_gives():
                                  final_norm="none")  # fmt: skip
     kernel, bias = (params["patch_embed"][k] for k in ("kernel", "bias"))
     want = jax.lax.conv_general_dilated(
-        image(), kernel, (4, 4), "VALID", dimension_numbers=conv.DIMENSIONS
+        image(), kernel, (4, 4), "VALID", dimension_numbers=conv.DIMENSION_NUMBERS
     ).reshape(2, 4, 8)
     want = np.asarray(want) + np.asarray(bias) + positions.sincos_2d(2, 8)
     np.testing.assert_allclose(run(params, image()).tokens, want, rtol=1e-5, atol=1e-5)
@@ -151,7 +151,7 @@ def test_patches_are_what_a_strided_convolution_gives():
 
 def test_map_head_is_permutation_invariant_and_not_a_mean():
     """Attention pooling has no positions of its own."""
-    pool = pooling.AttentionPool(2, 16)
+    pool = pooling.MAPHead(2, 16)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 8)), jnp.float32)
     laws = jax.eval_shape(functools.partial(pool.init, train=False), jax.random.key(0), x)
     rng = np.random.default_rng(1)
@@ -177,7 +177,7 @@ def test_patch_dropout_keeps_a_random_share_in_training_only():
 @pytest.mark.parametrize("fields", [dict(pool="cls", class_token=False), dict(patch_size=9)])
 def test_contradictory_vit_fields_are_an_error(fields):
     with pytest.raises(ValueError, match=r"class_token=True|smaller than patch_size=9"):
-        models.abstract_tower(models.build_tower({**VIT, **fields}))
+        models.abstract_tower_params(models.build_tower({**VIT, **fields}))
 
 
 def test_pixels_beyond_the_last_whole_patch_are_not_looked_at():
@@ -198,9 +198,9 @@ def test_another_image_size_is_an_error():
 
 def test_positions_resize_keeps_a_constant_and_refuses_no_square():
     constant = np.full((9, 4), 0.5, np.float32)
-    np.testing.assert_allclose(positions.resize(constant, 25), 0.5, rtol=1e-6)
+    np.testing.assert_allclose(positions.resize_pos_embed(constant, 25), 0.5, rtol=1e-6)
     with pytest.raises(ValueError, match="both must be squares"):
-        positions.resize(constant, 24)
+        positions.resize_pos_embed(constant, 24)
 
 
 def test_group_norm_equals_numpy():
@@ -233,7 +233,7 @@ def test_efficientnet_pools_stages_in_the_order_asked():
 @pytest.mark.parametrize("name", ["efficientnet_lite", "resnet"])
 def test_a_cnn_with_group_norm_has_norms_and_no_biases(name):
     tower = models.build_tower(dict(name=name, norm="group", remat=True))
-    paths = models.param_paths(models.abstract_tower(tower))
+    paths = param_tree.param_paths(models.abstract_tower_params(tower))
     assert any(p.endswith("norm/scale") for p in paths)
     assert not any(p.endswith("bias") and "norm/" not in p for p in paths)
 

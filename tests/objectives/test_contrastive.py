@@ -9,17 +9,17 @@ import pytest
 
 from imgtune_jax import config, objectives
 from imgtune_jax.objectives import pairs
-from imgtune_jax.objectives.sigmoid import Sigmoid
-from imgtune_jax.objectives.softmax import Softmax
+from imgtune_jax.objectives.sigmoid import SigmoidLoss
+from imgtune_jax.objectives.softmax import SoftmaxLoss
 from imgtune_jax.partition import Partitioner, make_mesh
 from imgtune_jax.types import Batch, Outputs
 
 LOSSES = {
-    "softmax": Softmax(),
-    "softmax_group": Softmax(positives="group"),
-    "softmax_smooth": Softmax(label_smoothing=0.1),
-    "sigmoid": Sigmoid(),
-    "sigmoid_group": Sigmoid(positives="group"),
+    "softmax": SoftmaxLoss(),
+    "softmax_group": SoftmaxLoss(positives="group"),
+    "softmax_smooth": SoftmaxLoss(label_smoothing=0.1),
+    "sigmoid": SigmoidLoss(),
+    "sigmoid_group": SigmoidLoss(positives="group"),
 }
 BIAS = {"sigmoid": -3.0, "sigmoid_group": -3.0}
 
@@ -132,8 +132,8 @@ def test_blocks_do_not_change_loss_gradients_or_metrics(name, n, monkeypatch):
 def test_the_ring_of_devices_does_not_change_them(name, sizes, monkeypatch):
     outputs, batch = example(16, valid=np.arange(16) % 5 != 2, bias=BIAS.get(name))
     whole = loss_and_all(name)(outputs, batch)
-    part = Partitioner(make_mesh(config.Mesh(*sizes)))
-    place = lambda x: jax.device_put(x, part.by_batch if x.ndim else part.replicated)
+    part = Partitioner(make_mesh(config.MeshConfig(*sizes)))
+    place = lambda x: jax.device_put(x, part.batch_sharding if x.ndim else part.replicated)
     placed = jax.tree.map(place, (outputs, batch))
     monkeypatch.setattr(pairs, "BLOCK_SIZE", 2)  # blocks within a device's part too
     assert_same(loss_and_all(name, mesh=part.mesh)(*placed), whole)
@@ -144,8 +144,8 @@ def test_the_ring_of_devices_does_not_change_them(name, sizes, monkeypatch):
 def test_memory_does_not_grow_with_the_square_of_the_batch(name, sharded, monkeypatch):
     n, d = 2048, 8
     monkeypatch.setattr(pairs, "BLOCK_SIZE", n)
-    part = Partitioner(make_mesh(config.Mesh(8, 1, 1)))
-    by = part.by_batch if sharded else None
+    part = Partitioner(make_mesh(config.MeshConfig(8, 1, 1)))
+    by = part.batch_sharding if sharded else None
     emb = jax.ShapeDtypeStruct((n, d), jnp.float32, sharding=by)
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     outputs = Outputs(emb, emb, scalar, scalar if name in BIAS else None)
@@ -176,7 +176,7 @@ def test_a_collapsed_model_recalls_the_first_example_alone(blocks, sharded, monk
     outputs = jax.tree.map(jnp.ones_like, outputs)
     if blocks:
         monkeypatch.setattr(pairs, "BLOCK_SIZE", 2)
-    mesh = make_mesh(config.Mesh(8, 1, 1)) if sharded else None
+    mesh = make_mesh(config.MeshConfig(8, 1, 1)) if sharded else None
     (_, metrics), _ = loss_and_all("softmax", mesh=mesh)(outputs, batch)
     assert metrics["batch_image_to_text_R@1"][0] == metrics["batch_text_to_image_R@1"][0] == 1
 
@@ -202,20 +202,20 @@ def test_a_batch_without_valid_rows_has_zero_loss_and_finite_gradients(name):
 def test_softmax_refuses_a_model_with_a_bias():
     outputs, batch = example(bias=-10.0)
     with pytest.raises(ValueError, match="sigmoid"):
-        Softmax()(outputs, batch)
+        SoftmaxLoss()(outputs, batch)
 
 
 def test_groups_that_the_data_lacks_are_named():
     outputs, batch = example()
     with pytest.raises(ValueError, match="group"):
-        Softmax(positives="group")(outputs, batch.replace(group=None))
+        SoftmaxLoss(positives="group")(outputs, batch.replace(group=None))
 
 
 def test_total_is_the_weighted_sum_and_terms_keep_their_names():
     outputs, batch = example(bias=None)
-    both = objectives.build({"softmax": {"weight": 2.0}, "sigmoid": {"weight": 0.5}})
+    both = objectives.build_objective({"softmax": {"weight": 2.0}, "sigmoid": {"weight": 0.5}})
     loss, metrics = both(outputs, batch)
-    softmax, sigmoid = Softmax()(outputs, batch)[0], Sigmoid()(outputs, batch)[0]
+    softmax, sigmoid = SoftmaxLoss()(outputs, batch)[0], SigmoidLoss()(outputs, batch)[0]
     np.testing.assert_allclose(loss, 2.0 * softmax + 0.5 * sigmoid, rtol=1e-6)
     assert {"softmax", "sigmoid"} <= metrics.keys()
 
@@ -230,4 +230,4 @@ def test_total_is_the_weighted_sum_and_terms_keep_their_names():
 )
 def test_a_wrong_config_is_named(cfg, says):
     with pytest.raises(ValueError, match=says):
-        objectives.build(cfg)
+        objectives.build_objective(cfg)

@@ -12,14 +12,20 @@ import pytest
 from PIL import Image
 
 from imgtune_jax.evals.captioning import Captioning
-from imgtune_jax.evals.protocol import Written
-from imgtune_jax.evals.results import append_result, result
-from imgtune_jax.report import Gallery, write_report
+from imgtune_jax.evals.protocol import GeneratedCaption
+from imgtune_jax.evals.results import append_result, make_result
+from imgtune_jax.report import RetrievalData, write_report
 from imgtune_jax.report import page as page_module
-from imgtune_jax.report.captions import caption_views
-from imgtune_jax.report.figures import MAX_POINTS, Curve, Panel, describe, panels, svg
-from imgtune_jax.report.gallery import view
-from imgtune_jax.report.run import Column, key_numbers, label, read_run, result_tables
+from imgtune_jax.report.caption_examples import caption_views
+from imgtune_jax.report.figures import MAX_POINTS, Curve, Panel, alt_text, panels, svg
+from imgtune_jax.report.retrieval_examples import sample_examples
+from imgtune_jax.report.run_data import (
+    MetricColumn,
+    key_numbers,
+    metric_label,
+    read_run_data,
+    result_tables,
+)
 
 NASTY = "<script>alert(\"x\")</script> & 'quotes' {{ 7 * 7 }}"
 
@@ -30,10 +36,10 @@ def picture(colour) -> bytes:
     return file.getvalue()
 
 
-def gallery(**changes) -> Gallery:
+def gallery(**changes) -> RetrievalData:
     """Three images, caption i for image i, but image 2's caption looks like image 0."""
     eye = np.eye(3, dtype=np.float32)
-    made = Gallery(
+    made = RetrievalData(
         dataset="toy",
         thumbnails=[picture(c) for c in ("red", "green", "blue")],
         captions=["red", "green", NASTY],
@@ -61,7 +67,7 @@ def workdir(tmp_path):
             "num_images": 40.0,
             "f1/cat": 0.5,
         }
-        record = result(
+        record = make_result(
             dataset="S", model=model, pretrained="p", task="zeroshot_retrieval", metrics=metrics
         )
         append_result(tmp_path / "results.jsonl", record)
@@ -118,15 +124,18 @@ def test_every_picture_and_chart_has_words(workdir):
 
 
 def test_hits_and_misses_are_marked_right():
-    v = view(gallery(), queries=3, answers=2)
+    v = sample_examples(gallery(), queries=3, answers=2)
     by_caption = {q.caption: q for q in v.text_queries}
     assert [a.hit for a in by_caption["red"].answers] == [True, False]
-    assert by_caption["red"].right is None and by_caption["red"].rank == 1
+    assert by_caption["red"].first_positive is None and by_caption["red"].rank == 1
     missed = by_caption[NASTY]  # its image comes second, then third when only two are shown
     assert [a.hit for a in missed.answers] == [False, True] and missed.rank == 2
-    one = view(gallery(), queries=3, answers=1)
+    one = sample_examples(gallery(), queries=3, answers=1)
     missed = next(q for q in one.text_queries if q.caption == NASTY)
-    assert missed.right is not None and (missed.right.rank, missed.right.hit) == (2, True)
+    assert missed.first_positive is not None and (
+        missed.first_positive.rank,
+        missed.first_positive.hit,
+    ) == (2, True)
     assert {q.picture.alt: q.rank for q in v.image_queries} == {"red": 1, "green": 1, NASTY: 1}
     assert v.recalls["image_retrieval_recall@1"] == pytest.approx(2 / 3)
     assert [[c.right for c in row] for row in v.heatmap.cells] == np.eye(3, dtype=bool).tolist()
@@ -134,7 +143,7 @@ def test_hits_and_misses_are_marked_right():
 
 def test_the_head_of_the_page_begins_with_english():
     common = dict(model="m", pretrained="", task="captioning", metrics={"CIDEr": 0.5})
-    records = [result(dataset=f"s_{x}", language=x, **common) for x in ("ar", "en", "zh")]
+    records = [make_result(dataset=f"s_{x}", language=x, **common) for x in ("ar", "en", "zh")]
     run = SimpleNamespace(last_step=None, series={})
     numbers = key_numbers(run, result_tables(records, model="m"))
     assert [n.label for n in numbers] == ["s_en: CIDEr", "s_ar: CIDEr", "s_zh: CIDEr"]
@@ -149,7 +158,7 @@ def test_marks_are_a_colour_and_a_symbol(workdir):
 
 
 def test_images_of_one_group_are_all_right():
-    v = view(gallery(image_group=np.array([0, 1, 0])), queries=3)
+    v = sample_examples(gallery(image_group=np.array([0, 1, 0])), queries=3)
     query = next(q for q in v.text_queries if q.caption == NASTY)
     assert query.rank == 1 and sum(a.hit for a in query.answers) == 2
 
@@ -158,14 +167,16 @@ def test_queries_are_drawn_by_the_seed_and_not_chosen():
     rng = np.random.default_rng(0)
     n = 60
     emb = rng.normal(size=(n, 8))
-    big = Gallery("d", [picture("red")] * n, [f"c{i}" for i in range(n)], emb, emb, np.arange(n))
+    big = RetrievalData(
+        "d", [picture("red")] * n, [f"c{i}" for i in range(n)], emb, emb, np.arange(n)
+    )
 
     def drawn(seed):
-        return [q.caption for q in view(big, queries=5, seed=seed).text_queries]
+        return [q.caption for q in sample_examples(big, queries=5, seed=seed).text_queries]
 
     assert drawn(0) == drawn(0) != drawn(1)
     flipped = dataclasses.replace(big, image_emb=-emb)  # now every query misses
-    assert [q.caption for q in view(flipped, queries=5).text_queries] == drawn(0)
+    assert [q.caption for q in sample_examples(flipped, queries=5).text_queries] == drawn(0)
 
 
 def test_only_thumbnails_that_are_shown_are_made():
@@ -180,7 +191,9 @@ def test_only_thumbnails_that_are_shown_are_made():
             return picture("red")
 
     emb = np.random.default_rng(0).normal(size=(500, 8))
-    view(Gallery("d", Lazy(), ["c"] * 500, emb, emb, np.arange(500)), queries=2, pairs=2)
+    sample_examples(
+        RetrievalData("d", Lazy(), ["c"] * 500, emb, emb, np.arange(500)), queries=2, pairs=2
+    )
     assert len(asked) <= 2 * 6 + 2 + 2
 
 
@@ -200,14 +213,14 @@ def test_half_a_last_line_is_skipped_and_a_broken_one_named(workdir):
     path = workdir / "metrics.jsonl"
     text = path.read_text()
     path.write_text(text + '{"step": 6, "train/lo')
-    assert read_run(workdir).last_step == 5
+    assert read_run_data(workdir).last_step == 5
     path.write_text("nonsense\n" + text)
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1 is not JSON: 'nonsense'"):
-        read_run(workdir)
+        read_run_data(workdir)
 
 
 def test_table_keeps_the_newest_result_and_marks_the_best_of_a_data_set(workdir):
-    (table,) = result_tables(read_run(workdir).results, model="lit")
+    (table,) = result_tables(read_run_data(workdir).results, model="lit")
     assert table.columns == ["image → text R@1", "image → text median rank", "images"]
     ours, baseline = table.rows
     assert (ours.model, ours.ours, baseline.model, baseline.ours) == ("lit", True, "ridge", False)
@@ -217,10 +230,14 @@ def test_table_keeps_the_newest_result_and_marks_the_best_of_a_data_set(workdir)
 
 
 def test_names_are_those_a_reader_knows():
-    assert label("image_retrieval_recall@5") == "text → image R@5"
-    assert label("image_to_text_R@1") == label("text_retrieval_recall@1") == "image → text R@1"
-    assert Column("loss").sign == Column("text_retrieval_mean_rank").sign == -1
-    assert Column("acc5").sign == 1 and Column("num_images").sign == 0
+    assert metric_label("image_retrieval_recall@5") == "text → image R@5"
+    assert (
+        metric_label("image_to_text_R@1")
+        == metric_label("text_retrieval_recall@1")
+        == "image → text R@1"
+    )
+    assert MetricColumn("loss").sign == MetricColumn("text_retrieval_mean_rank").sign == -1
+    assert MetricColumn("acc5").sign == 1 and MetricColumn("num_images").sign == 0
 
 
 def test_charts_pair_losses_and_take_their_colours_from_the_page():
@@ -248,7 +265,7 @@ def test_a_long_curve_keeps_its_ends_and_is_thinned():
     points = [(i, 1.0) for i in range(20_000)]
     long = Panel("Loss", [Curve("training", points)])
     assert len(svg(long, ident="x")) < 120 * MAX_POINTS
-    assert "from 1 at step 0 to 1 at step 19999" in describe(long)
+    assert "from 1 at step 0 to 1 at step 19999" in alt_text(long)
 
 
 def test_gallery_of_unequal_lengths_is_refused():
@@ -285,7 +302,7 @@ def test_report_run_shows_the_retrieval_evaluators_sources(workdir, monkeypatch)
     monkeypatch.setattr(
         evals, "build_evaluators", lambda cfg: {name: Retrieval(source) for name in cfg}
     )
-    words = Page(page_module.report_run(workdir, encoders).read_text("utf-8")).words
+    words = Page(page_module.write_run_report(workdir, encoders).read_text("utf-8")).words
     assert "Retrieval on toy" in words and "Retrieval on zs" not in words
     assert "3 of 3 captions and 3 of 3 images" in words and "caption 1" not in words
 
@@ -300,7 +317,7 @@ def test_captions_are_shown_beside_their_references_one_card_an_image(workdir):
     class Encoders:
         def captions(self, source, *, prefix, decoding):
             images = [source[i].image for i in range(len(source))]
-            written = [[Written(prefix + "red", -1.0)] if x else [] for x in images]
+            written = [[GeneratedCaption(prefix + "red", -1.0)] if x else [] for x in images]
             return written, np.array([x is not None for x in images])
 
     source = Source([record, broken, record])
@@ -324,13 +341,19 @@ def test_captions_are_shown_beside_their_references_one_card_an_image(workdir):
 
 
 def test_caption_scores_are_named_and_compared_as_papers_do():
-    assert (label("Bleu_4"), label("ROUGE_L"), label("exact_match")) == (
+    assert (metric_label("Bleu_4"), metric_label("ROUGE_L"), metric_label("exact_match")) == (
         "BLEU-4",
         "ROUGE-L",
         "exact match",
     )
-    assert Column("CIDEr").format(1.4189) == "141.9" and Column("chrF").format(61.234) == "61.2"
-    assert Column("CIDEr").sign == Column("chrF").sign == 1 and Column("perplexity").sign == -1
+    assert (
+        MetricColumn("CIDEr").format(1.4189) == "141.9"
+        and MetricColumn("chrF").format(61.234) == "61.2"
+    )
+    assert (
+        MetricColumn("CIDEr").sign == MetricColumn("chrF").sign == 1
+        and MetricColumn("perplexity").sign == -1
+    )
     points = [(1, 0.1), (2, 0.2)]
     names = ("Bleu_1", "Bleu_4", "ROUGE_L", "CIDEr", "chrF", "exact_match", "perplexity")
     made = panels({f"val/toy/{name}": points for name in names})

@@ -45,13 +45,13 @@ def test_both_terms_are_reported_and_perplexity_is_that_of_the_nats(whole):
 
 def test_one_and_eight_devices_give_one_loss_curve(whole, tmp_path):
     """With the vocabulary over two of them."""
-    loop.run(settings("coca", **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}), tmp_path)
+    loop.train(settings("coca", **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}), tmp_path)
     np.testing.assert_allclose(losses(tmp_path)[:20], losses(whole)[:20], rtol=1e-5)
 
 
 def test_accumulated_run_equals_whole_run(tmp_path):
     """Microbatches have different numbers of tokens; each token counts alike."""
     changes = {**NO_DROPOUT, "total.steps": 6}
-    loop.run(settings("coca", **changes), tmp_path / "whole")
-    loop.run(settings("coca", **changes, accumulation=4), tmp_path / "parts")
+    loop.train(settings("coca", **changes), tmp_path / "whole")
+    loop.train(settings("coca", **changes, accumulation=4), tmp_path / "parts")
     np.testing.assert_allclose(losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=1e-5)

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from imgtune_jax import models
-from imgtune_jax.data import TooManyBadRecords
-from imgtune_jax.train import checkpoint, feed, loop
+from imgtune_jax.data import TooManyBadRecordsError
+from imgtune_jax.train import batch_source, checkpoint, loop
 from tests.debug_run import ROOT, losses, metrics, settings, signal_after, start
 
 
@@ -46,22 +46,22 @@ def one_device(tmp_path_factory):
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=["data", "fsdp", "mixed"])
 def test_one_and_eight_devices_give_one_loss_curve(one_device, tmp_path, mesh):
     sizes = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh, strict=True))
-    loop.run(settings(**sizes), tmp_path)
+    loop.train(settings(**sizes), tmp_path)
     np.testing.assert_allclose(losses(tmp_path)[:20], one_device[:20], rtol=1e-5)
 
 
 def test_accumulated_run_equals_whole_run(one_device, tmp_path):
     # dropout draws another mask for another microbatch, so it is off in both
     off = {"model.image": dict(name="vit", variant="mu/16", pool="attention"), "total.steps": 8}
-    loop.run(settings(**off), tmp_path / "whole")
-    loop.run(settings(**off, accumulation=4), tmp_path / "parts")
+    loop.train(settings(**off), tmp_path / "whole")
+    loop.train(settings(**off, accumulation=4), tmp_path / "parts")
     a, b = losses(tmp_path / "whole"), losses(tmp_path / "parts")
     np.testing.assert_allclose(b, a, rtol=1e-5)
     assert not np.allclose(a, one_device[:8], rtol=1e-5), "dropout makes no difference"
 
 
 def test_checkpoints_hold_no_locked_parameter(tmp_path):
-    loop.run(settings(**{"lock.image": True, "total.steps": 2}), tmp_path)
+    loop.train(settings(**{"lock.image": True, "total.steps": 2}), tmp_path)
     saved = {p.name for p in (tmp_path / "checkpoints" / "2" / "state").rglob("*")}
     text = " ".join(saved) + (tmp_path / "checkpoints/2/state/_METADATA").read_text()
     assert "patch_embed" not in text and "token_embed" in text
@@ -71,39 +71,39 @@ def test_checkpoints_hold_no_locked_parameter(tmp_path):
 def test_a_relative_workdir_works(tmp_path, monkeypatch):
     os.symlink(ROOT / "corpora", tmp_path / "corpora")
     monkeypatch.chdir(tmp_path)
-    loop.run(settings(**{"total.steps": 1}), Path("runs/here"))
+    loop.train(settings(**{"total.steps": 1}), Path("runs/here"))
     assert checkpoint.saved_steps(tmp_path / "runs" / "here") == [1]
 
 
 def test_another_config_in_the_same_folder_is_refused(tmp_path):
-    loop.run(settings(**{"total.steps": 1}), tmp_path)
+    loop.train(settings(**{"total.steps": 1}), tmp_path)
     with pytest.raises(ValueError, match=r"optim\.lr: 0\.001 there, 0\.5 now"):
-        loop.run(settings(**{"total.steps": 1, "optim.lr": 0.5}), tmp_path)
-    loop.run(settings(**{"total.steps": 1, "log_every": 2}), tmp_path)  # this may change
+        loop.train(settings(**{"total.steps": 1, "optim.lr": 0.5}), tmp_path)
+    loop.train(settings(**{"total.steps": 1, "log_every": 2}), tmp_path)  # this may change
 
 
 def test_a_loss_that_is_not_finite_names_step_and_last_good_checkpoint(tmp_path):
     """The features of the third batch are poisoned."""
 
-    class Poisoned(feed.PlainFeed):
+    class Poisoned(batch_source.PlainFeed):
         def batches(self, start):
             for t, batch in enumerate(super().batches(start), start):
                 poison = jnp.full((64, 32), jnp.nan)
                 yield batch if t < 2 else batch.replace(image=None, image_features=poison)
 
     changes = {"lock.image": True, "checkpoint.every.steps": 1}
-    with pytest.raises(loop.NotFiniteError, match=r"loss is nan at step 3; .*checkpoints/1\."):
-        loop.run(settings(**changes), tmp_path, make_feed=Poisoned.make)
+    with pytest.raises(loop.NonFiniteLossError, match=r"loss is nan at step 3; .*checkpoints/1\."):
+        loop.train(settings(**changes), tmp_path, make_feed=Poisoned.make)
 
 
 def test_locking_everything_is_refused(tmp_path):
     with pytest.raises(ValueError, match="nothing to train"):
-        loop.run(settings(**{"lock.patterns": (".*",)}), tmp_path)
+        loop.train(settings(**{"lock.patterns": (".*",)}), tmp_path)
 
 
 def test_metrics_use_the_names_that_users_know(tmp_path):
     evals = {"toy": dict(name="retrieval", source=heldout(), caption_set="name")}
-    loop.run(settings(**{"total.steps": 2, "evals": evals, "checkpoint.best_metric":
+    loop.train(settings(**{"total.steps": 2, "evals": evals, "checkpoint.best_metric":
                          "val/toy/image_to_text_R@1"}), tmp_path)  # fmt: skip
     first, second, judged = metrics(tmp_path)
     assert {"train/loss", "train/lr", "train/logit_scale"} <= first.keys() & second.keys()
@@ -142,14 +142,14 @@ def test_training_goes_on_over_broken_records_and_counts_them(tmp_path, caplog):
     (tmp_path / "data").mkdir()
     changes = {
         "data.source": broken_folder(tmp_path / "data"),
-        "data.captions": {"caption": 1.0},
+        "data.caption_weights": {"caption": 1.0},
         "batch_size": 40,
         "total.steps": 2,
         "data.max_bad_fraction": 0.2,
-        "data.min_records": 40,
+        "data.max_bad_fraction_after": 40,
     }
     with caplog.at_level("WARNING", logger="imgtune_jax.data"):
-        loop.run(settings(**changes), tmp_path / "run")
+        loop.train(settings(**changes), tmp_path / "run")
     assert np.all(np.isfinite(losses(tmp_path / "run")))
     record = tmp_path / "run" / "checkpoints" / "2" / "record" / "metadata"
     counted = json.loads(record.read_text())["bad_records"]
@@ -158,29 +158,31 @@ def test_training_goes_on_over_broken_records_and_counts_them(tmp_path, caplog):
     assert all(counted[c] == counted["seen"] // 40 for c in causes)
     assert all(f"{i}.jpg" in caplog.text for i in range(5))
     changes["data.max_bad_fraction"] = 0.1
-    with pytest.raises(TooManyBadRecords, match=r"5 of 40 records are broken \(12\.5%, allowed"):
-        loop.run(settings(**changes), tmp_path / "capped")
+    with pytest.raises(
+        TooManyBadRecordsError, match=r"5 of 40 records are broken \(12\.5%, allowed"
+    ):
+        loop.train(settings(**changes), tmp_path / "capped")
 
 
 def test_shorter_padding_trains_alike(tmp_path):
     """… and a text tower that sees its padding is refused."""
     image = dict(settings().model["image"], dropout=0.0)
-    changes = {"model.image": image, "total.steps": 6, "data.captions": {"name": 1.0}}
+    changes = {"model.image": image, "total.steps": 6, "data.caption_weights": {"name": 1.0}}
     buckets = {"data.length_buckets": (8, 10)}
-    loop.run(settings(**changes), tmp_path / "whole")
-    loop.run(settings(**changes, **buckets), tmp_path / "cut")
+    loop.train(settings(**changes), tmp_path / "whole")
+    loop.train(settings(**changes, **buckets), tmp_path / "cut")
     np.testing.assert_allclose(losses(tmp_path / "cut"), losses(tmp_path / "whole"), rtol=1e-5)
     text = dict(settings().model["text"], mask_padding=False, causal=False)
     with pytest.raises(ValueError, match="a text tower that sees its padding"):
-        loop.run(settings(**changes, **buckets, **{"model.text": text}), tmp_path / "refused")
+        loop.train(settings(**changes, **buckets, **{"model.text": text}), tmp_path / "refused")
 
 
 def test_locked_matrices_in_bfloat16_train_alike(tmp_path, monkeypatch):
     """… to the last byte, as every product rounds them to that."""
     changes = {"model.dtype": "bfloat16", "lock.image": True, "total.steps": 4}
-    loop.run(settings(**changes), tmp_path / "held")
+    loop.train(settings(**changes), tmp_path / "held")
     monkeypatch.setattr(models.Model, "as_operands", lambda self, frozen: frozen)
-    loop.run(settings(**changes), tmp_path / "cast")
+    loop.train(settings(**changes), tmp_path / "cast")
     assert (tmp_path / "held/metrics.jsonl").read_bytes() == (
         tmp_path / "cast/metrics.jsonl"
     ).read_bytes()

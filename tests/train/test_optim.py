@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from imgtune_jax import config
-from imgtune_jax.train import optim, state
+from imgtune_jax import config, param_tree
+from imgtune_jax.train import optim
 
 NEVER = config.Duration(None, None, None)
 KERNEL = "image/blocks_0/fc1/kernel"
@@ -20,7 +20,7 @@ def settings(**changes):
         weight_decay=0.0, clip_norm=None, layer_decay=1.0, lr_multipliers=((".*", 1.0),),
         weight_decay_multipliers=((".*/kernel", 1.0), (".*", 0.0)), ema_decay=None,
     )  # fmt: skip
-    return config.Optim(**{**fields, **changes})
+    return config.OptimConfig(**{**fields, **changes})
 
 
 def params():
@@ -35,8 +35,8 @@ def params():
 
 
 def build(cfg, total=10, warmup=0, cooldown=0):
-    paths = state.param_paths(params())
-    return optim.build(cfg, paths, total=total, warmup=warmup, cooldown=cooldown)
+    paths = param_tree.param_paths(params())
+    return optim.build_optimizer(cfg, paths, total=total, warmup=warmup, cooldown=cooldown)
 
 
 def updates(optimizer, steps=3, grad=0.01):
@@ -104,7 +104,7 @@ def test_multipliers_scale_rate_and_decay_by_path():
 
 
 def test_layer_decay_gives_each_layer_its_power():
-    paths = [*state.param_paths(params()), "image_head/kernel", "text/blocks_0/fc1/kernel"]
+    paths = [*param_tree.param_paths(params()), "image_head/kernel", "text/blocks_0/fc1/kernel"]
     found = optim.layer_decay(0.5, paths)
     assert found["image/patch_embed/kernel"] == 0.5**3
     assert found[KERNEL] == 0.5**2

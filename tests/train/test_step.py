@@ -8,11 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from imgtune_jax import config
-from imgtune_jax.objectives.sigmoid import Sigmoid
-from imgtune_jax.objectives.softmax import Softmax
+from imgtune_jax import config, param_tree
+from imgtune_jax.objectives.sigmoid import SigmoidLoss
+from imgtune_jax.objectives.softmax import SoftmaxLoss
 from imgtune_jax.partition import Partitioner, make_mesh
-from imgtune_jax.train import lock, state
 from imgtune_jax.train.optim import Optimizer
 from imgtune_jax.train.step import loss_and_grads, make_train_step
 from imgtune_jax.types import Batch, Outputs, TrainState
@@ -50,7 +49,7 @@ def example(n=16, seed=0):
     )
 
 
-LOSSES = [(Softmax(), False), (Sigmoid(), True)]
+LOSSES = [(SoftmaxLoss(), False), (SigmoidLoss(), True)]
 
 
 @pytest.mark.parametrize(("objective", "bias"), LOSSES)
@@ -78,7 +77,7 @@ def test_accumulation_replays_randomness_in_its_second_pass():
     def f(params, batch, rng):
         return forward(params, batch, rng, noise=0.3)
 
-    loss, grads = loss_and_grads(f, Sigmoid(), params, batch, rng, accumulation=k)[1::-1]
+    loss, grads = loss_and_grads(f, SigmoidLoss(), params, batch, rng, accumulation=k)[1::-1]
 
     def by_hand(params):
         parts = [
@@ -89,7 +88,7 @@ def test_accumulation_replays_randomness_in_its_second_pass():
         image = interleave(*[p.image_emb for p in parts])
         text = interleave(*[p.text_emb for p in parts])
         outputs = Outputs(image, text, parts[0].logit_scale, parts[0].logit_bias)
-        return Sigmoid()(outputs, batch)[0]
+        return SigmoidLoss()(outputs, batch)[0]
 
     wanted_loss, wanted = jax.value_and_grad(by_hand)(params)
     np.testing.assert_allclose(loss, wanted_loss, rtol=1e-6)
@@ -102,19 +101,19 @@ def sgd(lr=0.1):
 
 def test_locked_parameters_get_no_gradient_and_no_optimizer_state():
     params, batch = init(jax.random.key(0)), example()
-    is_frozen = {p: p.startswith("image/") for p in state.param_paths(params)}
-    trainable, frozen = lock.split(params, is_frozen)
+    is_frozen = {p: p.startswith("image/") for p in param_tree.param_paths(params)}
+    trainable, frozen = param_tree.split(params, is_frozen)
     optimizer = Optimizer(optax.adam(0.1), lambda step: jnp.float32(0.1))
     s = TrainState(jnp.int32(0), trainable, optimizer.tx.init(trainable))
-    step = make_train_step(forward, Sigmoid(), optimizer, key=jax.random.key(0))
+    step = make_train_step(forward, SigmoidLoss(), optimizer, key=jax.random.key(0))
     out, _ = jax.jit(step)(s, frozen, batch)
-    assert not any("image/blocks" in p for p in state.param_paths(out.params))
+    assert not any("image/blocks" in p for p in param_tree.param_paths(out.params))
     shapes = [x.size for x in jax.tree.leaves(out.opt_state)]
     assert sum(shapes) == 2 * sum(x.size for x in jax.tree.leaves(trainable)) + 1
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), out.params, trainable)
     assert all(jax.tree.leaves(moved))
     # no gradient of it is even computed: the loss does not differ in what it returns for them
-    whole = lock.merge(out.params, frozen)
+    whole = param_tree.merge(out.params, frozen)
     assert whole["image"] is not None
     np.testing.assert_array_equal(
         whole["image"]["blocks_0"]["fc1"]["kernel"], params["image"]["blocks_0"]["fc1"]["kernel"]
@@ -124,7 +123,7 @@ def test_locked_parameters_get_no_gradient_and_no_optimizer_state():
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
 def test_one_and_eight_devices_take_the_same_steps(mesh):
     params = init(jax.random.key(0))
-    step = make_train_step(forward, Sigmoid(), sgd(), key=jax.random.key(0), accumulation=2)
+    step = make_train_step(forward, SigmoidLoss(), sgd(), key=jax.random.key(0), accumulation=2)
 
     def losses(partitioner):
         batch = jax.tree.map(lambda x: jax.device_put(x, partitioner.by_batch), example())
@@ -136,14 +135,14 @@ def test_one_and_eight_devices_take_the_same_steps(mesh):
             out.append(float(metrics["loss"]))
         return out
 
-    one = Partitioner(make_mesh(config.Mesh(1, 1, 1), jax.devices()[:1]))
-    many = Partitioner(make_mesh(config.Mesh(*mesh)))
+    one = Partitioner(make_mesh(config.MeshConfig(1, 1, 1), jax.devices()[:1]))
+    many = Partitioner(make_mesh(config.MeshConfig(*mesh)))
     np.testing.assert_allclose(losses(many), losses(one), rtol=1e-5)
 
 
 def test_ema_follows_its_recurrence():
     params, batch = init(jax.random.key(0)), example()
-    step = make_train_step(forward, Sigmoid(), sgd(), key=jax.random.key(0), ema_decay=0.9)
+    step = make_train_step(forward, SigmoidLoss(), sgd(), key=jax.random.key(0), ema_decay=0.9)
     s = TrainState(jnp.int32(0), params, sgd().tx.init(params), params)
     out, _ = jax.jit(step)(s, {}, batch)
     wanted = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, params, out.params)
@@ -156,7 +155,7 @@ def test_randomness_depends_on_the_step_alone():
     def noisy(params, batch, rng):
         return forward(params, batch, rng, noise=0.5)
 
-    step = jax.jit(make_train_step(noisy, Sigmoid(), sgd(0.0), key=jax.random.key(3)))
+    step = jax.jit(make_train_step(noisy, SigmoidLoss(), sgd(0.0), key=jax.random.key(3)))
     s = TrainState(jnp.int32(0), params, sgd().tx.init(params))
     s1, m0 = step(s, {}, batch)
     _, m1 = step(s1, {}, batch)

@@ -11,38 +11,38 @@ from imgtune_jax.evals.caption_metrics import java
 from imgtune_jax.evals.caption_metrics.bleu import bleu
 from imgtune_jax.evals.caption_metrics.cider import cider_d
 from imgtune_jax.evals.caption_metrics.rouge import rouge_l
-from imgtune_jax.evals.caption_metrics.text import chrf, exact_match
-from imgtune_jax.evals.caption_metrics.tokens import Tokens, simple
+from imgtune_jax.evals.caption_metrics.string_metrics import chrf, exact_match
+from imgtune_jax.evals.caption_metrics.tokens import Tokens, simple_tokens
 
 TOKENIZATIONS: dict[str, Callable[[Sequence[str]], list[list[str]]]] = {
-    "simple": simple,
-    "ptb": java.ptb,
+    "simple": simple_tokens,
+    "ptb": java.ptb_tokens,
 }
 Scores = dict[str, float]
-ON_TOKENS: dict[str, Callable[[Sequence[Tokens], Sequence[Sequence[Tokens]]], Scores]] = {
+TOKEN_METRICS: dict[str, Callable[[Sequence[Tokens], Sequence[Sequence[Tokens]]], Scores]] = {
     "bleu": bleu,
     "rouge_l": rouge_l,
     "cider": cider_d,
     "meteor": java.meteor,
 }
-ON_TEXT: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], Scores]] = {
+STRING_METRICS: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], Scores]] = {
     "chrf": chrf,
     "exact_match": exact_match,
 }
 
 
-def check(metrics: Collection[str], tokenization: str) -> None:
+def check_metrics(metrics: Collection[str], tokenization: str) -> None:
     """Raise ValueError for a name that is in no table, and for one that needs what is missing."""
-    known = [*ON_TOKENS, *ON_TEXT]
+    known = [*TOKEN_METRICS, *STRING_METRICS]
     if unknown := [name for name in metrics if name not in known]:
         raise ValueError(f"no caption metric {unknown}; known: {', '.join(known)}")
     if tokenization not in TOKENIZATIONS:
         raise ValueError(f"tokenization = {tokenization!r}; known: {', '.join(TOKENIZATIONS)}")
     if tokenization == "ptb" or "meteor" in metrics:
-        java.require()
+        java.require_java()
 
 
-def score_captions(
+def compute_metrics(
     predictions: Sequence[str],
     references: Sequence[Sequence[str]],
     *,
@@ -54,7 +54,7 @@ def score_captions(
     `tokenization` is for those in `ON_TOKENS`, and their values depend on it.
     Raises ValueError for an unknown name, for no image, or for an image without a reference.
     """
-    check(metrics, tokenization)
+    check_metrics(metrics, tokenization)
     bare = [i for i, own in enumerate(references) if not own]
     if not predictions or len(predictions) != len(references) or bare:
         raise ValueError(
@@ -62,14 +62,14 @@ def score_captions(
             f"{len(bare)} are empty; wanted one caption and at least one reference an image"
         )
     scores: Scores = {}
-    if any(name in ON_TOKENS for name in metrics):
+    if any(name in TOKEN_METRICS for name in metrics):
         said, wanted = _tokenized(predictions, references, tokenization)
         for name in metrics:
-            if name in ON_TOKENS:
-                scores |= ON_TOKENS[name](said, wanted)
+            if name in TOKEN_METRICS:
+                scores |= TOKEN_METRICS[name](said, wanted)
     for name in metrics:
-        if name in ON_TEXT:
-            scores |= ON_TEXT[name](predictions, references)
+        if name in STRING_METRICS:
+            scores |= STRING_METRICS[name](predictions, references)
     return scores
 
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from imgtune_jax.evals.caption_metrics.tokens import Tokens, ngrams
 
-ORDERS = (1, 2, 3, 4)
+NGRAM_ORDERS = (1, 2, 3, 4)
 SIGMA = 6.0  # of the Gaussian over the difference of lengths, in tokens
-Weights = dict[tuple[str, ...], float]
+NgramWeights = dict[tuple[str, ...], float]
 
 
 def cider_d(
@@ -25,11 +25,13 @@ def cider_d(
     """
     frequency: Counter[tuple[str, ...]] = Counter()
     for own in references:
-        frequency.update({g for reference in own for n in ORDERS for g in ngrams(reference, n)})
+        frequency.update(
+            {g for reference in own for n in NGRAM_ORDERS for g in ngrams(reference, n)}
+        )
     log_images = math.log(len(references))
 
-    def weigh(tokens: Tokens) -> list[Weights]:
-        counts = (Counter(ngrams(tokens, n)) for n in ORDERS)
+    def weigh(tokens: Tokens) -> list[NgramWeights]:
+        counts = (Counter(ngrams(tokens, n)) for n in NGRAM_ORDERS)
         return [
             {g: c * (log_images - math.log(max(1, frequency[g]))) for g, c in count.items()}
             for count in counts
@@ -42,13 +44,13 @@ def cider_d(
             * sum(map(_clipped_cosine, said, weigh(reference)))
             for reference in own
         ]
-        return 10 * sum(likeness) / len(ORDERS) / len(own)
+        return 10 * sum(likeness) / len(NGRAM_ORDERS) / len(own)
 
     scores = [score(p, own) for p, own in zip(predictions, references, strict=True)]
     return {"CIDEr": sum(scores) / len(scores)}
 
 
-def _clipped_cosine(said: Weights, wanted: Weights) -> float:
+def _clipped_cosine(said: NgramWeights, wanted: NgramWeights) -> float:
     norms = math.hypot(*said.values()) * math.hypot(*wanted.values())
     if not norms:
         return 0.0

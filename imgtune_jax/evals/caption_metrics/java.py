@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from imgtune_jax.evals.caption_metrics.tokens import Tokens
 
 
-def ptb(texts: Sequence[str]) -> list[list[str]]:
+def ptb_tokens(texts: Sequence[str]) -> list[list[str]]:
     """Stanford's PTB tokens (CoreNLP 3.4.1), lower case, without pycocoevalcap's punctuation.
 
     Raises ValueError, saying what to install, where pycocoevalcap or Java is missing.
     """
-    require()
+    require_java()
     from pycocoevalcap.tokenizer.ptbtokenizer import (  # pyright: ignore[reportMissingImports]
         PTBTokenizer,
     )
@@ -35,7 +35,7 @@ def meteor(
 
     Raises ValueError, saying what to install, where pycocoevalcap or Java is missing.
     """
-    require()
+    require_java()
     from pycocoevalcap.meteor.meteor import Meteor  # pyright: ignore[reportMissingImports]
 
     wanted = {i: [" ".join(r) for r in own] for i, own in enumerate(references)}
@@ -43,7 +43,7 @@ def meteor(
     return {"METEOR": float(Meteor().compute_score(wanted, said)[0])}
 
 
-def require() -> None:
+def require_java() -> None:
     """Raise ValueError, saying what to install, where pycocoevalcap or Java is missing."""
     missing = ["Java (a `java` on the path)"] if shutil.which("java") is None else []
     if importlib.util.find_spec("pycocoevalcap") is None:

@@ -18,14 +18,14 @@ def rouge_l(
     ones. A caption without a token counts as one empty token, which another empty one matches.
     Equal to pycocoevalcap 1.2's.
     """
-    scores = [_f(p, own) for p, own in zip(predictions, references, strict=True)]
+    scores = [_f_score(p, own) for p, own in zip(predictions, references, strict=True)]
     return {"ROUGE_L": sum(scores) / len(scores)}
 
 
-def _f(prediction: Tokens, references: Sequence[Tokens]) -> float:
+def _f_score(prediction: Tokens, references: Sequence[Tokens]) -> float:
     said = list(prediction) or [""]
     wanted = [list(reference) or [""] for reference in references]
-    common = [_common(said, reference) for reference in wanted]
+    common = [_lcs_length(said, reference) for reference in wanted]
     precision = max(common) / len(said)
     recall = max(c / len(r) for c, r in zip(common, wanted, strict=True))
     if not common or not precision:
@@ -33,7 +33,7 @@ def _f(prediction: Tokens, references: Sequence[Tokens]) -> float:
     return (1 + BETA**2) * precision * recall / (recall + BETA**2 * precision)
 
 
-def _common(a: Tokens, b: Tokens) -> int:
+def _lcs_length(a: Tokens, b: Tokens) -> int:
     """Length of the longest common subsequence."""
     row = [0] * (len(b) + 1)
     for x in a:

@@ -28,7 +28,7 @@ BEFORE_CLITIC = regex.compile(rf"(?<=\p{{L}})(?={CLITIC})")
 PUNCTUATION = regex.compile(rf"[\p{{P}}--[{SIGNS}]]+", regex.VERSION1)
 
 
-def simple(texts: Sequence[str]) -> list[list[str]]:
+def simple_tokens(texts: Sequence[str]) -> list[list[str]]:
     """Lower case; words as Penn Treebank has them, punctuation dropped; no Java, any language.
 
     A letter of a script that is written without spaces (Han, kana, Thai, Lao, Khmer, Burmese,

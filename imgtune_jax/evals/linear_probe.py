@@ -1,0 +1,227 @@
+"""Linear probe: how well a linear classifier on frozen image features does."""
+
+from __future__ import annotations
+
+import enum
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.optimize
+from jaxtyping import Array, Float, Int
+
+from imgtune_jax.data import Source
+from imgtune_jax.evals.checks import check_finite, checked_labels
+from imgtune_jax.evals.protocol import Predictor
+from imgtune_jax.evals.zeroshot import classification_metrics, true_class_ranks
+
+
+class Logistic(NamedTuple):
+    """A multinomial logistic regression: logits are `features @ weight + bias`."""
+
+    weight: Float[np.ndarray, "d c"]
+    bias: Float[np.ndarray, " c"]
+    converged: bool  # the largest gradient entry is below `tol`
+
+
+def fit_logistic(
+    features: Float[np.ndarray, "n d"],
+    labels: Int[np.ndarray, " n"],
+    *,
+    num_classes: int,
+    l2: float,
+    start: Logistic | None = None,
+    tol: float = 1e-4,
+    max_iterations: int = 1000,
+    dtype: type = np.float32,
+    chunk: int = 16384,
+) -> Logistic:
+    """Minimise mean cross-entropy + l2/2 · ‖weight‖² (the bias is free) by L-BFGS.
+
+    scikit-learn's `LogisticRegression(C=1 / (n * l2))` has the same minimum, and its default `tol`.
+    The sum over the data runs on the default device, `chunk` rows at a time. In float32 gradients
+    below about 5e-5 are noise; a lower `tol` wants float64, which accelerators have slow or not.
+    """
+    shape = (features.shape[1] + 1, num_classes)
+    with jax.enable_x64(dtype == np.float64):
+        data = jax.device_put(_blocks(features.astype(dtype), labels, chunk))
+
+        def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+            value, gradient = _loss_and_gradient(flat.reshape(shape).astype(dtype), *data, l2=l2)
+            return float(value), np.asarray(gradient, np.float64).ravel()
+
+        guess = np.zeros(shape) if start is None else np.vstack([start.weight, start.bias])
+        found = scipy.optimize.minimize(
+            objective,
+            guess.astype(np.float64).ravel(),
+            jac=True,
+            method="L-BFGS-B",
+            options={
+                "maxiter": max_iterations,
+                "maxfun": 2 * max_iterations,
+                "gtol": tol,
+                "ftol": 0.0,  # the gradient decides; at the noise floor the search gives up
+            },
+        )
+    params = found.x.reshape(shape)
+    return Logistic(params[:-1], params[-1], bool(np.abs(found.jac).max() <= tol))
+
+
+def _blocks(
+    features: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"], chunk: int
+) -> tuple[Float[np.ndarray, "k c d"], Int[np.ndarray, "k c"], Float[np.ndarray, "k c"]]:
+    """Rows with a 1 appended, their labels and 1/n weights, in blocks; padding weighs 0."""
+    n = len(features)
+    size = min(chunk, n)
+    pad = -n % size
+    rows = np.pad(np.pad(features, [(0, 0), (0, 1)], constant_values=1), [(0, pad), (0, 0)])
+    weights = np.pad(np.full(n, 1 / n, features.dtype), (0, pad))
+    blocks = -1, size
+    return (
+        rows.reshape(*blocks, rows.shape[1]),
+        np.pad(labels, (0, pad)).reshape(blocks),
+        weights.reshape(blocks),
+    )
+
+
+@jax.jit
+def _loss_and_gradient(
+    params: Float[Array, "d c"],
+    rows: Float[Array, "k n d"],
+    labels: Int[Array, "k n"],
+    weights: Float[Array, "k n"],
+    *,
+    l2: float,
+) -> tuple[Float[Array, ""], Float[Array, "d c"]]:
+    def block_loss(params, x, y, w):
+        logits = jnp.matmul(x, params, precision=jax.lax.Precision.HIGHEST)
+        own = jnp.take_along_axis(logits, y[:, None], axis=1)[:, 0]
+        return jnp.sum(w * (jax.nn.logsumexp(logits, axis=1) - own))
+
+    def add(total, block):
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(block_loss)(params, *block)), None
+
+    weight = params.at[-1].set(0)  # the last row is the bias
+    penalty = l2 / 2 * jnp.sum(weight**2), l2 * weight
+    return jax.lax.scan(add, penalty, (rows, labels, weights))[0]
+
+
+class Scaling(enum.StrEnum):
+    """What happens to features first: nothing, unit rows, or zero mean and unit variance."""
+
+    NONE = "none"
+    UNIT = "unit"
+    STANDARD = "standard"
+
+
+def scale_features(
+    train: Float[np.ndarray, "n d"], *others: Float[np.ndarray, "m d"], scaling: Scaling
+) -> list[Float[np.ndarray, "m d"]]:
+    """All feature sets, scaled; what is measured is measured on `train` alone."""
+    check_finite(train, "training features")
+    if scaling is Scaling.UNIT:
+        return [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (train, *others)]
+    if scaling is Scaling.STANDARD:
+        mean, std = train.mean(0), train.std(0) + 1e-6
+        return [(x - mean) / std for x in (train, *others)]
+    return [train, *others]
+
+
+def sweep_l2(
+    train: tuple[Float[np.ndarray, "n d"], Int[np.ndarray, " n"]],
+    validation: tuple[Float[np.ndarray, "m d"], Int[np.ndarray, " m"]],
+    *,
+    num_classes: int,
+    l2s: Sequence[float],
+    dtype: type = np.float32,
+) -> dict[float, float]:
+    """Validation accuracy of every l2, from the strongest down; each starts from the one before."""
+    accuracy, fit = {}, None
+    for l2 in sorted(l2s, reverse=True):
+        fit = fit_logistic(*train, num_classes=num_classes, l2=l2, start=fit, dtype=dtype)
+        predicted = (validation[0] @ fit.weight + fit.bias).argmax(1)
+        accuracy[l2] = float((predicted == validation[1]).mean())
+    return accuracy
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """Logistic regression on the image tower's pooled output, before the head.
+
+    The l2 strength is the best of `l2s` on `val_source`, or on a `val_fraction` of the training
+    images drawn with `seed` (of equals, the strongest); the final fit is on training and
+    validation images together, and the metrics are `source`'s alone. Names as CLIP_benchmark's.
+    """
+
+    task: ClassVar[str] = "linear_probe"
+
+    source: Source
+    train_source: Source
+    num_classes: int
+    val_source: Source | None = None
+    val_fraction: float = 0.1
+    seed: int = 0
+    l2s: tuple[float, ...] = tuple(10.0**e for e in range(-8, 1))
+    scaling: Scaling = Scaling.UNIT
+    language: str = "en"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scaling", Scaling(self.scaling))
+        if not self.l2s or min(self.l2s) <= 0:
+            raise ValueError(f"l2s = {self.l2s}; give one or more positive strengths")
+        if self.val_source is None and not 0 < self.val_fraction < 1:
+            raise ValueError(
+                f"val_fraction = {self.val_fraction}; give a share between 0 and 1, or a val_source"
+            )
+
+    def __call__(self, encoders: Predictor) -> dict[str, float]:
+        """lp_acc1, lp_acc5, lp_mean_per_class_recall, …; the l2 chosen and its val_acc1."""
+        labelled = functools.partial(
+            labelled_features, encoders=encoders, num_classes=self.num_classes
+        )
+        x_train, y_train = labelled(self.train_source)
+        if self.val_source is None:
+            order = np.random.default_rng(self.seed).permutation(len(x_train))
+            val, kept = np.split(order, [max(1, round(self.val_fraction * len(order)))])
+            (x_val, y_val), (x_train, y_train) = (
+                (x_train[val], y_train[val]),
+                (x_train[kept], y_train[kept]),
+            )
+        else:
+            x_val, y_val = labelled(self.val_source)
+        x_test, y_test = labelled(self.source)
+        x_train, x_val, x_test = scale_features(x_train, x_val, x_test, scaling=self.scaling)
+        fit = functools.partial(fit_logistic, num_classes=self.num_classes)
+        accuracy = sweep_l2(
+            (x_train, y_train), (x_val, y_val), num_classes=self.num_classes, l2s=self.l2s
+        )
+        best = max(accuracy, key=lambda l2: (accuracy[l2], l2))
+        both = np.concatenate([x_train, x_val]), np.concatenate([y_train, y_val])
+        final = fit(*both, l2=best)
+        predicted, ranks = true_class_ranks(
+            _with_ones(x_test), np.vstack([final.weight, final.bias]).T, y_test
+        )
+        metrics = classification_metrics(predicted, ranks, y_test, num_classes=self.num_classes)
+        return {f"lp_{name}": value for name, value in metrics.items()} | {
+            "l2": best,
+            "val_acc1": accuracy[best],
+            "converged": float(final.converged),
+            "num_train": float(len(both[0])),
+            "num_images": float(len(x_test)),
+        }
+
+
+def labelled_features(
+    source: Source, *, encoders: Predictor, num_classes: int
+) -> tuple[Float[np.ndarray, "n d"], Int[np.ndarray, " n"]]:
+    """Features and labels of the readable records."""
+    features, valid = encoders.image_features(source)
+    return features[valid], checked_labels(source, valid, num_classes=num_classes)
+
+
+def _with_ones(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n e"]:
+    return np.pad(x, [(0, 0), (0, 1)], constant_values=1)

@@ -1,0 +1,84 @@
+"""How parameters are drawn."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imgtune_jax import models
+from imgtune_jax.models import initializers
+
+CFG = dict(
+    image=dict(name="vit", variant="mu/8", depth=2),
+    text=dict(name="text_transformer", width=32, depth=2, mlp_dim=64, num_heads=2, vocab_size=50),
+    image_head=dict(name="mlp", hidden_dim=48),
+    embed_dim=24,
+    image_size=16,
+    logit_bias_init=-10.0,
+)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return models.build_model(CFG).init(jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("path", "std"),
+    [
+        ("image/blocks_0/attn/q/kernel", (2 / 64) ** 0.5),  # Xavier
+        ("image/blocks_1/mlp/fc1/kernel", (2 / (32 + 128)) ** 0.5),
+        ("image/patch_embed/kernel", (1 / (8 * 8 * 3)) ** 0.5),  # LeCun
+        ("image/pos_embed", 32**-0.5),
+        ("text/token_embed/embedding", 0.02),
+        ("text_head/kernel", 32**-0.5),
+    ],
+)
+def test_weights_are_normal_with_the_documented_deviation(path, std, params):
+    x = params
+    for key in path.split("/"):
+        x = x[key]
+    x = np.asarray(x)
+    error = 1 / np.sqrt(2 * x.size)  # of an estimated standard deviation
+    assert abs(x.std() / std - 1) < 5 * error
+    assert abs(x.mean()) < 5 * std / np.sqrt(x.size)
+
+
+def test_norms_start_as_identity_and_scalars_where_the_config_says(params):
+    norm = params["image"]["blocks_0"]["norm1"]
+    assert (norm["scale"] == 1).all() and (norm["bias"] == 0).all()
+    assert (params["image"]["class_token"] == 0).all()
+    np.testing.assert_allclose(params["logit_scale"], np.log(1 / 0.07), rtol=1e-6)
+    assert params["logit_bias"] == -10
+
+
+def test_no_two_matrices_share_their_noise(params):
+    leaves = [np.ravel(x)[:8] for x in jax.tree.leaves(params) if x.size > 8 and np.std(x) > 0]
+    firsts = {float(x[0] / np.std(x)) for x in leaves}
+    assert len(firsts) == len(leaves)
+
+
+def test_draws_in_groups_still_follow_the_laws(monkeypatch):
+    """A component too large for one draw is drawn in several."""
+    laws = {f"w{i}": initializers.normal(0.5)(None, (40, 25)) for i in range(5)} | {
+        "b": initializers.ONES(None, (3,))
+    }
+    monkeypatch.setattr(initializers, "MAX_DRAW", 2100)
+    params = initializers.sample_params(laws, jax.random.key(1))
+    values = np.stack([params[f"w{i}"] for i in range(5)])
+    assert abs(values.std() - 0.5) < 0.02 and len(np.unique(values)) > 4990
+    np.testing.assert_array_equal(params["b"], jnp.ones(3))
+
+
+def test_abstract_parameters_match_the_drawn(params):
+    abstract = models.build_model(CFG).abstract_params()
+    assert jax.tree.map(lambda x: x.shape, abstract) == jax.tree.map(lambda x: x.shape, params)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+
+
+def test_the_same_key_gives_the_same_parameters(params):
+    again = models.build_model(CFG).init(jax.random.key(0))
+    other = models.build_model(CFG).init(jax.random.key(1))
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    kernels = [p["image"]["blocks_0"]["attn"]["q"]["kernel"] for p in (params, other)]
+    assert (kernels[0] != kernels[1]).any()

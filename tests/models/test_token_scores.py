@@ -1,0 +1,54 @@
+"""Chunked = whole, in values and gradients; no array of logits is as long as the text."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imgtune_jax.models.token_scores import token_scores
+
+B, T, D, V = 3, 10, 8, 101
+
+
+def inputs(seed=0):
+    rng = np.random.default_rng(seed)
+    hidden, kernel = rng.normal(size=(B, T, D)), rng.normal(size=(D, V))
+    target = jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32)
+    return jnp.asarray(hidden, jnp.float32), jnp.asarray(kernel, jnp.float32), target
+
+
+def whole(hidden, kernel, target):
+    logits = hidden @ kernel
+    log_p = jax.nn.log_softmax(logits)
+    taken = jnp.take_along_axis(log_p, target[..., None], axis=-1)[..., 0]
+    best = logits.argmax(-1) == target
+    return taken, jax.nn.logsumexp(logits, -1), log_p.mean(-1), best.astype(jnp.float32)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 5, 10, 64])
+def test_scores_and_gradients_equal_those_of_whole_logits(chunk):
+    args, weights = inputs(), jnp.asarray(np.random.default_rng(1).normal(size=(3, B, T)))
+
+    def loss(f):
+        def value(hidden, kernel):
+            out = f(hidden, kernel, args[2])
+            return sum((w * x).sum() for w, x in zip(weights, out[:3], strict=True)), out
+
+        return jax.jit(jax.value_and_grad(value, (0, 1), has_aux=True))(*args[:2])
+
+    (_, want), want_grads = loss(whole)
+    (_, got), got_grads = loss(lambda *a: token_scores(*a, chunk=chunk))
+    for x, y in zip((*got, *got_grads), (*want, *want_grads), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_no_array_of_the_compiled_program_holds_all_logits():
+    hidden, kernel, target = inputs()
+
+    def loss(hidden, kernel):
+        return token_scores(hidden, kernel, target, chunk=2).log_prob.sum()
+
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, kernel).compile().as_text()
+    shapes = {f"[{B},{n},{V}]" for n in (T, T // 2)} | {f"[{B * T},{V}]", f"[{T // 2},{B},2,{V}]"}
+    assert f"[{B},2,{V}]" in text or f"[{2 * B},{V}]" in text  # those of a chunk are there
+    assert not any(shape in text for shape in shapes)
