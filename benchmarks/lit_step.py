@@ -22,8 +22,8 @@ from peers import open_clip
 from side_by_side import Run, arguments, in_processes, medians, table, write
 
 from imgtune_jax import models, objectives
-from imgtune_jax.train.optim import Optimizer
-from imgtune_jax.train.step import make_train_step
+from imgtune_jax.training.optim import Optimizer
+from imgtune_jax.training.step import make_train_step
 from imgtune_jax.types import Batch, TrainState
 
 VARIANTS = {  # open_clip's name, image tower, pixels, text width, heads, embedding

@@ -47,8 +47,8 @@ def ours(*, scan: bool, kept: Path | None) -> Stages:
     import optax
 
     from imgtune_jax import models, objectives
-    from imgtune_jax.train.optim import Optimizer
-    from imgtune_jax.train.step import make_train_step
+    from imgtune_jax.training.optim import Optimizer
+    from imgtune_jax.training.step import make_train_step
     from imgtune_jax.types import Batch, TrainState
 
     if kept is not None:

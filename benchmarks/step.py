@@ -22,8 +22,8 @@ from peers import add_big_vision, open_clip
 from side_by_side import Run, arguments, in_processes, table, write
 
 from imgtune_jax import models, objectives
-from imgtune_jax.train.optim import Optimizer
-from imgtune_jax.train.step import make_train_step
+from imgtune_jax.training.optim import Optimizer
+from imgtune_jax.training.step import make_train_step
 from imgtune_jax.types import Batch, TrainState
 
 

@@ -15,7 +15,7 @@ from imgtune_jax import config as config_lib
 from imgtune_jax import data, interop, param_tree
 from imgtune_jax.evals import GeneratedCaption, zeroshot
 from imgtune_jax.evals.predictor import ModelPredictor
-from imgtune_jax.train import checkpoint, experiment, run
+from imgtune_jax.training import checkpoint, experiment, run
 
 Image = Any  # a path, a PIL image, or an array u8[h w] / u8[h w 3] / u8[h w 4]
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")

@@ -19,7 +19,7 @@ import numpy as np
 from imgtune_jax import data, param_tree
 from imgtune_jax.config import Config
 from imgtune_jax.data import image
-from imgtune_jax.train import experiment, loop, optim, run, state
+from imgtune_jax.training import experiment, loop, optim, run, state
 from imgtune_jax.types import Batch
 
 NUM_RECORDS = 256  # whose stages are timed one by one

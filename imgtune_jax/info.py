@@ -10,7 +10,7 @@ from typing import Any
 
 from imgtune_jax import config as config_lib
 from imgtune_jax import data, models, param_tree
-from imgtune_jax.train import checkpoint, experiment
+from imgtune_jax.training import checkpoint, experiment
 
 PARAMETER_GROUPS = (*models.COMPONENTS, "logit_scale", "logit_bias")
 

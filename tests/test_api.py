@@ -13,7 +13,7 @@ from PIL import Image
 
 import imgtune_jax
 from imgtune_jax import cli, config, report
-from imgtune_jax.train import loop
+from imgtune_jax.training import loop
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,7 +13,7 @@ from PIL import Image
 import imgtune_jax
 from imgtune_jax import api, cli, config, data, report
 from imgtune_jax.evals import predictor
-from imgtune_jax.train import loop
+from imgtune_jax.training import loop
 from tests import debug_run
 
 ROOT = Path(__file__).parents[1]

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from imgtune_jax import bench, data
-from imgtune_jax.train import experiment, run
+from imgtune_jax.training import experiment, run
 from tests.debug_run import ROOT, settings
 
 

@@ -17,7 +17,7 @@ LEVELS = (
     {"partition", "locking"},
     {"models", "objectives", "data", "decoding"},
     {"evals", "interop"},
-    {"train"},
+    {"training"},
     {"bench"},
     {"report", "info"},
     {"api"},

@@ -113,7 +113,7 @@ def _train(given: Any) -> None:
     import jax
 
     from imgtune_jax import config, report
-    from imgtune_jax.train import feature_cache, loop
+    from imgtune_jax.training import feature_cache, loop
 
     workdir = Path(given.workdir)
     encoders = loop.train(
@@ -126,7 +126,7 @@ def _train(given: Any) -> None:
 
 def _cache(given: Any) -> None:
     from imgtune_jax import config, data, param_tree
-    from imgtune_jax.train import experiment, feature_cache, run
+    from imgtune_jax.training import experiment, feature_cache, run
 
     exp = experiment.build_experiment(config.parse_config(given.config))
     pipeline = run.training_pipeline(exp, data.build_source(exp.config.data.source))

@@ -5,7 +5,7 @@ import signal
 import numpy as np
 import pytest
 
-from imgtune_jax.train import loop
+from imgtune_jax.training import loop
 from tests.debug_run import ROOT, losses, metrics, settings, signal_after, start
 
 NO_DROPOUT = {

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from imgtune_jax import config, param_tree
-from imgtune_jax.train import optim
+from imgtune_jax.training import optim
 
 NEVER = config.Duration(None, None, None)
 KERNEL = "image/blocks_0/fc1/kernel"

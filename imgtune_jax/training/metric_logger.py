@@ -16,7 +16,7 @@ from typing import Any
 import tensorboardX
 from tqdm import tqdm
 
-from imgtune_jax.train.checkpoint import truncate_jsonl
+from imgtune_jax.training.checkpoint import truncate_jsonl
 
 try:
     import wandb  # pyright: ignore[reportMissingImports]

@@ -14,10 +14,10 @@ import jax
 from imgtune_jax import config as config_lib
 from imgtune_jax import data, param_tree
 from imgtune_jax.config import Config
-from imgtune_jax.train import batch_source, calibrate, checkpoint, experiment, optim, state
+from imgtune_jax.training import batch_source, calibrate, checkpoint, experiment, optim, state
 from imgtune_jax.types import Batch, Params, TrainState
 
-log = logging.getLogger("imgtune_jax.train")
+log = logging.getLogger("imgtune_jax.training")
 
 # A resumed run may change these: they do not change what is learnt.
 MUTABLE_KEYS = (

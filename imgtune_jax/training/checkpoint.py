@@ -22,7 +22,7 @@ from imgtune_jax import config as config_lib
 from imgtune_jax.param_tree import params_digest
 from imgtune_jax.types import Params, PyTree, TrainState
 
-log = logging.getLogger("imgtune_jax.train")
+log = logging.getLogger("imgtune_jax.training")
 
 
 class Checkpointer:

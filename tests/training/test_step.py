@@ -12,8 +12,8 @@ from imgtune_jax import config, param_tree
 from imgtune_jax.objectives.sigmoid import SigmoidLoss
 from imgtune_jax.objectives.softmax import SoftmaxLoss
 from imgtune_jax.partition import Partitioner, make_mesh
-from imgtune_jax.train.optim import Optimizer
-from imgtune_jax.train.step import loss_and_grads, make_train_step
+from imgtune_jax.training.optim import Optimizer
+from imgtune_jax.training.step import loss_and_grads, make_train_step
 from imgtune_jax.types import Batch, Outputs, TrainState
 
 WIDTH = 6

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from imgtune_jax.objectives import Objective
 from imgtune_jax.param_tree import merge
-from imgtune_jax.train.optim import Optimizer
+from imgtune_jax.training.optim import Optimizer
 from imgtune_jax.types import Batch, Metrics, Outputs, Params, TrainState, metric_value
 
 Forward = Callable[[Params, Batch, jax.Array], Outputs]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from imgtune_jax import models
 from imgtune_jax.data import TooManyBadRecordsError
-from imgtune_jax.train import batch_source, checkpoint, loop
+from imgtune_jax.training import batch_source, checkpoint, loop
 from tests.debug_run import ROOT, losses, metrics, settings, signal_after, start
 
 

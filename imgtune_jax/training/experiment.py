@@ -17,7 +17,7 @@ from imgtune_jax import data, evals, interop, locking, models, param_tree
 from imgtune_jax.config import ComponentConfig, Config
 from imgtune_jax.evals.predictor import ModelPredictor
 from imgtune_jax.partition import Partitioner, make_mesh
-from imgtune_jax.train import state
+from imgtune_jax.training import state
 from imgtune_jax.types import MODALITIES, Params
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from imgtune_jax import param_tree
 from imgtune_jax.partition import Partitioner
-from imgtune_jax.train.optim import Optimizer
+from imgtune_jax.training.optim import Optimizer
 from imgtune_jax.types import Params, PyTree, TrainState
 
 

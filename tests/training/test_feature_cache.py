@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from imgtune_jax import data, info, param_tree
-from imgtune_jax.train import experiment, feature_cache, loop, run
+from imgtune_jax.training import experiment, feature_cache, loop, run
 from tests.debug_run import ROOT, losses, settings, signal_after, start
 
 # One view of an image, one caption; three epochs.
@@ -177,7 +177,7 @@ def test_a_second_run_decodes_no_image_and_runs_no_locked_tower(tmp_path, monkey
         raise AssertionError("this is in the cache")
 
     monkeypatch.setattr("imgtune_jax.data.image.peek", fail)
-    monkeypatch.setattr("imgtune_jax.train.feature_cache.CachedFeed._compute_features", fail)
+    monkeypatch.setattr("imgtune_jax.training.feature_cache.CachedFeed._compute_features", fail)
     changes["optim.lr"] = 0.5  # another run, the same key
     loop.train(settings(**changes), tmp_path / "second", make_feed=feature_cache.build_batch_source)
     assert losses(tmp_path / "second")[0] == losses(tmp_path / "first")[0]
@@ -231,7 +231,7 @@ def base_names(tmp_path_factory):
 @pytest.mark.parametrize("change", KEY_PARTS.values(), ids=KEY_PARTS)
 def test_every_part_of_the_image_key_counts(base_names, change, caplog):
     both, base = base_names
-    with caplog.at_level("INFO", logger="imgtune_jax.train.feature_cache"):
+    with caplog.at_level("INFO", logger="imgtune_jax.training.feature_cache"):
         assert names(**(both | change))["image"] != base["image"]
     assert "no cache of these features: new are" in caplog.text
 

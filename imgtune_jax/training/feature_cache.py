@@ -29,11 +29,11 @@ from tqdm import tqdm
 
 from imgtune_jax import data, param_tree
 from imgtune_jax.data.feature_store import differing_keys
-from imgtune_jax.train.batch_source import PlainFeed
-from imgtune_jax.train.experiment import Experiment
+from imgtune_jax.training.batch_source import PlainFeed
+from imgtune_jax.training.experiment import Experiment
 from imgtune_jax.types import Batch, Params
 
-log = logging.getLogger("imgtune_jax.train.feature_cache")
+log = logging.getLogger("imgtune_jax.training.feature_cache")
 
 
 @dataclass(frozen=True)
@@ -238,5 +238,3 @@ def _feature_shape(exp: Experiment, tower: str) -> tuple[int, ...]:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:24]
-
-    ("MODALITIES",)

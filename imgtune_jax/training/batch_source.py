@@ -8,7 +8,7 @@ from typing import Protocol
 
 from imgtune_jax import data
 from imgtune_jax.partition import Partitioner
-from imgtune_jax.train.experiment import Experiment
+from imgtune_jax.training.experiment import Experiment
 from imgtune_jax.types import Batch, Params
 
 
