@@ -1,6 +1,6 @@
 # `make demo` and `make test` first install everything into a virtual environment, once.
 #
-#   PYTHON=python3.12   Use this interpreter, in an environment of its own (.venv-3.12).
+#   PYTHON=python3.12   Use this interpreter, in a separate environment (.venv-3.12).
 #   UNPINNED=1          Install the newest versions that pyproject.toml allows, not the pinned ones.
 #
 # Python 3.11 gets the tested versions in requirements.txt, every other Python the newest ones.
@@ -50,7 +50,7 @@ $(VENV)/.installed: requirements.txt requirements-weights.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
-# The peers depend on PyTorch, so they have an environment of their own.
+# The peers depend on PyTorch, so they have a separate environment.
 $(PEERS)/.installed: requirements.txt tests_peers/requirements.txt pyproject.toml
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet $(REQUIREMENTS)
