@@ -11,12 +11,14 @@ import pytest
 import imgtune_jax
 from imgtune_jax import cli
 from imgtune_jax.config import parse_config
+from tests.test_import_levels import LEVEL_OF
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PYTHON_BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 FOLDERS = r"(?:\.ci|\.github|benchmarks|configs|corpora|docs|imgtune_jax|tests|tests_peers)"
+PATH = re.compile(rf"{FOLDERS}/[\w/.-]*|[\w/-]+/\w+\.py")
 
 
 def python_block(heading):
@@ -82,12 +84,20 @@ def test_commands_and_options_of_the_readme_exist(capsys):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_named_files_exist(page):
+    """Links are relative to the page, other paths to the repository or to the package."""
     text = page.read_text()
-    links = re.findall(r"\]\(([^)#\s]+)(?:#[\w-]*)?\)", text)
-    paths = [page.parent / link for link in links if not link.startswith("http")]
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if not link.startswith("http")]
+    missing = [link for link in links if not (page.parent / link).exists()]
     code = re.findall(r"`([^`\n]+)`", text) + re.findall(r"^(?:python|make|\.venv).*$", text, re.M)
     for word in re.split(r"[\s=]", " ".join(code)):
         path = word.partition(":")[0]
-        if re.fullmatch(rf"{FOLDERS}/[\w/.-]*", path) and "mine" not in path:
-            paths.append(ROOT / path)
-    assert not [str(path) for path in paths if not path.exists()]
+        if PATH.fullmatch(path) and "mine" not in path:
+            found = any((folder / path).exists() for folder in (ROOT, ROOT / "imgtune_jax"))
+            missing += [] if found else [path]
+    assert not missing
+
+
+def test_levels_of_the_architecture_page_are_those_of_the_import_test():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    listed = re.findall(r"^(\d)   (\w+)(?:/|\.py)", page, re.M)
+    assert {name: int(level) - 1 for level, name in listed} == LEVEL_OF
