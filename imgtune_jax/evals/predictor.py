@@ -195,7 +195,7 @@ class ModelPredictor:
         prefix: str = "",
         normalize_length: bool = False,
     ) -> tuple[EmbeddingRows, Bool[np.ndarray, " n"]]:
-        """Return log p(text | image, prefix) in nats, one row per image; and the mask of valid rows.
+        """Return log p(text | image, prefix) in nats, [image, text]; and the mask of valid images.
 
         With `normalize_length`, it is divided by the text's number of tokens. Raises ValueError
         for a model without a decoder.
@@ -205,7 +205,9 @@ class ModelPredictor:
                 "this model has no decoder, so it cannot score texts; train one with "
                 "config.model.decoder"
             )
-        encoded = self.tokenizer.encode_with_prefix([prefix] * len(texts), texts)
+        ids, mask, targets = self.tokenizer.encode_with_prefix([prefix] * len(texts), texts)
+        longest = int(mask.sum(1).max())
+        encoded = tuple(x[:, :longest] for x in (ids, mask, targets))
         name = "score_texts, length-normalized" if normalize_length else "score_texts"
         if name not in self.compiled_fns:
             self.compiled_fns[name] = jax.jit(
