@@ -12,7 +12,7 @@ from sacrebleu.metrics import CHRF
 
 from imgtune_jax.evals import caption_metrics
 from imgtune_jax.evals.caption_metrics import compute_metrics, java
-from imgtune_jax.evals.caption_metrics.tokens import normalised, simple_tokens
+from imgtune_jax.evals.caption_metrics.tokens import normalize_text, simple_tokens
 
 ROOM = Path(caption_metrics.__file__).parent
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/evals_captions.json").read_text("utf-8"))
@@ -100,7 +100,7 @@ def test_chrf_takes_the_best_of_any_number_of_references():
 def test_exact_match_forgives_case_and_punctuation_only(said, wanted, equal):
     got = compute_metrics([said], [["another", wanted]], metrics=["exact_match"])
     assert got == {"exact_match": float(equal)}
-    assert (normalised(said) == normalised(wanted)) is equal
+    assert (normalize_text(said) == normalize_text(wanted)) is equal
 
 
 def test_wrong_names_and_wrong_lengths_are_refused():
@@ -109,7 +109,7 @@ def test_wrong_names_and_wrong_lengths_are_refused():
     with pytest.raises(ValueError, match="tokenization = 'x'; known: simple, ptb"):
         compute_metrics(["a"], [["a"]], metrics=["bleu"], tokenization="x")
     for said, wanted in (([], []), (["a"], [["a"], ["b"]]), (["a"], [[]])):
-        with pytest.raises(ValueError, match="wanted one caption and at least one reference"):
+        with pytest.raises(ValueError, match="expected one caption and at least one reference"):
             compute_metrics(said, wanted, metrics=["bleu"])
 
 

@@ -87,7 +87,7 @@ def test_what_cannot_be_judged_is_refused(fakes):
         Captioning(toy(fakes), metrics=("spice",))
     with pytest.raises(ValueError, match="decoding method 'bean' is unknown"):
         Captioning(toy(fakes), decoding={"method": {"name": "bean"}})
-    with pytest.raises(ValueError, match="limit = 0; wanted None"):
+    with pytest.raises(ValueError, match="limit = 0; expected None"):
         Captioning(toy(fakes), limit=0)
     with pytest.raises(ValueError, match="none of the 1 images could be read"):
         Captioning(Records([fakes.record(None, "x")]))(fakes.Encoders())

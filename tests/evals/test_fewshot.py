@@ -25,16 +25,18 @@ def test_prediction_solves_the_normal_equations(shots):
 
 def test_shots_are_balanced_nested_and_fixed_by_the_seed():
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(5), 12))
-    five = fewshot.draw_shots(labels, shots=5, num_classes=5, seed=1)
-    ten = fewshot.draw_shots(labels, shots=10, num_classes=5, seed=1)
+    five = fewshot.sample_shots(labels, shots=5, num_classes=5, seed=1)
+    ten = fewshot.sample_shots(labels, shots=10, num_classes=5, seed=1)
     assert np.bincount(labels[five]).tolist() == [5] * 5 and set(five) < set(ten)
-    np.testing.assert_array_equal(five, fewshot.draw_shots(labels, shots=5, num_classes=5, seed=1))
-    assert set(five) != set(fewshot.draw_shots(labels, shots=5, num_classes=5, seed=2))
+    np.testing.assert_array_equal(
+        five, fewshot.sample_shots(labels, shots=5, num_classes=5, seed=1)
+    )
+    assert set(five) != set(fewshot.sample_shots(labels, shots=5, num_classes=5, seed=2))
 
 
 def test_too_few_examples_of_a_class_are_refused():
     with pytest.raises(ValueError, match=r"1 of 2 classes have fewer .*\{1: 1\}"):
-        fewshot.draw_shots(np.array([0, 0, 1]), shots=2, num_classes=2, seed=0)
+        fewshot.sample_shots(np.array([0, 0, 1]), shots=2, num_classes=2, seed=0)
 
 
 def test_evaluator_reports_every_draw_and_their_mean(fakes):

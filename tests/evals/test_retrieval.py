@@ -80,12 +80,12 @@ def test_no_block_of_scores_is_larger_than_a_chunk(monkeypatch):
         return out
 
     monkeypatch.setattr(ranks_module, "_scores", spy)
-    ranks_module._programs.cache_clear()
+    ranks_module._compile_fns.cache_clear()
     rng = np.random.default_rng(0)
     retrieval_ranks(
         rng.normal(size=(70, 4)), rng.normal(size=(90, 4)), np.arange(90) % 70, chunk=16
     )
-    ranks_module._programs.cache_clear()
+    ranks_module._compile_fns.cache_clear()
     assert shapes and all(max(shape) <= 16 for shape in shapes)
 
 

@@ -21,7 +21,7 @@ def test_solutions_are_those_of_the_normal_equations_for_every_lambda(n):
 
 def test_lambda_must_be_positive():
     ridge = Ridge.fit(np.eye(2), np.eye(2), intercept=False)
-    with pytest.raises(ValueError, match="needs a positive one"):
+    with pytest.raises(ValueError, match="expected a positive number"):
         list(ridge.predictions(np.eye(2), [0.0]))
 
 
