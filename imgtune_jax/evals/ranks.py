@@ -134,7 +134,7 @@ class _SortedBlocks:
     def from_rows(
         cls, emb: np.ndarray, group: np.ndarray, *, chunk: int, multiple: int
     ) -> _SortedBlocks:
-        """Sort and split into blocks of up to `chunk` rows, rounded up to a multiple of `multiple`."""
+        """Sort, and split into blocks of `chunk` rows rounded up to a multiple of `multiple`."""
         rows = len(emb)
         size = -(-rows // -(-rows // chunk))  # equal blocks, so that the last is not mostly padding
         size = -(-size // multiple) * multiple
@@ -215,7 +215,7 @@ def _scores(texts: _Block, images: _Block) -> Float[Array, "t i"]:
     return jnp.where(_as_column(texts.group >= 0) & _as_row(images.group >= 0), scores, -jnp.inf)
 
 
-def _best(
+def _best_in_block(
     scores: Float[Array, "t i"], texts: _Block, images: _Block
 ) -> tuple[_BestMatch, _BestMatch]:
     """Return the best positive in the block, for each text and for each image."""
@@ -229,7 +229,7 @@ def _best(
     return best_along(1, _as_row(images.index)), best_along(0, _as_column(texts.index))
 
 
-def _count(
+def _count_in_block(
     scores: Float[Array, "t i"],
     texts: _Block,
     images: _Block,
@@ -265,13 +265,15 @@ class _CompiledFns(NamedTuple):
 def _compile_fns(mesh: Mesh | None) -> _CompiledFns:
     if mesh is None:
         put = jax.device_put
-        return _CompiledFns(put, put, jax.jit(_scores), jax.jit(_best), jax.jit(_count))
+        return _CompiledFns(
+            put, put, jax.jit(_scores), jax.jit(_best_in_block), jax.jit(_count_in_block)
+        )
     rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     replicated = NamedSharding(mesh, PartitionSpec())
     return _CompiledFns(
         put_texts=functools.partial(jax.device_put, device=rows),
         put_images=functools.partial(jax.device_put, device=replicated),
         scores=jax.jit(_scores, out_shardings=rows),
-        best=jax.jit(_best, out_shardings=replicated),
-        count=jax.jit(_count, out_shardings=replicated),
+        best=jax.jit(_best_in_block, out_shardings=replicated),
+        count=jax.jit(_count_in_block, out_shardings=replicated),
     )

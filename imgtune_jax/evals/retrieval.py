@@ -37,8 +37,8 @@ def retrieval_metrics(
     )
     queries = ranks.image_to_text[ranks.image_to_text >= 0]
     return {
-        **_summary("image_retrieval", ranks.text_to_image, ks, candidates=len(image_emb)),
-        **_summary("text_retrieval", queries, ks, candidates=len(text_emb)),
+        **_rank_summary("image_retrieval", ranks.text_to_image, ks, candidates=len(image_emb)),
+        **_rank_summary("text_retrieval", queries, ks, candidates=len(text_emb)),
     }
 
 
@@ -60,7 +60,7 @@ def curve_names(metrics: Mapping[str, float], *, prefix: str = "val/") -> dict[s
     return {rename(name): value for name, value in metrics.items()}
 
 
-def _summary(
+def _rank_summary(
     name: str, ranks: Int[np.ndarray, " n"], ks: Sequence[int], *, candidates: int
 ) -> dict[str, float]:
     recalls = {f"{name}_recall@{k}": float((ranks < k).mean()) for k in ks if k <= candidates}

@@ -210,8 +210,8 @@ def class_prompts(name: str, templates: Templates) -> list[str]:
         prompts = [template.format(name, c=name) for template in templates]
         if len(set(prompts)) < len(prompts) or any(name not in p for p in prompts):
             raise ValueError(
-                f"templates = {list(templates)[:3]}…; expected distinct strings that contain {{}} or "
-                "{c} for the class name"
+                f"templates = {list(templates)[:3]}…; expected distinct strings that contain {{}} "
+                "or {c} for the class name"
             )
     if not prompts:
         raise ValueError(f"class {name!r} has no prompts; add at least one")

@@ -293,16 +293,16 @@ def test_report_run_shows_the_retrieval_evaluators_sources(workdir, monkeypatch)
 
     source = [record(i) for i in range(4)]
     eye = np.eye(4, dtype=np.float32)
-    encoders = SimpleNamespace(
-        images=lambda s: (eye, np.array([True, False, True, True])),
-        texts=lambda t: np.stack([eye[int(x.split()[1])] for x in t]),
+    predictor = SimpleNamespace(
+        embed_images=lambda s: (eye, np.array([True, False, True, True])),
+        embed_texts=lambda t: np.stack([eye[int(x.split()[1])] for x in t]),
     )
     config = SimpleNamespace(evals={"toy": {"name": "retrieval"}, "zs": {"name": "zeroshot"}})
-    monkeypatch.setattr(page_module.config_lib, "read", lambda path: config)
+    monkeypatch.setattr(page_module.config_lib, "load_config", lambda path: config)
     monkeypatch.setattr(
         evals, "build_evaluators", lambda cfg: {name: Retrieval(source) for name in cfg}
     )
-    words = Page(page_module.write_run_report(workdir, encoders).read_text("utf-8")).words
+    words = Page(page_module.write_run_report(workdir, predictor).read_text("utf-8")).words
     assert "Retrieval on toy" in words and "Retrieval on zs" not in words
     assert "3 of 3 captions and 3 of 3 images" in words and "caption 1" not in words
 
@@ -314,8 +314,8 @@ def test_captions_are_shown_beside_their_references_one_card_an_image(workdir):
     class Source(list):
         fingerprint = "toy"
 
-    class Encoders:
-        def captions(self, source, *, prefix, decoding):
+    class Predictor:
+        def generate_captions(self, source, *, prefix, decoding):
             images = [source[i].image for i in range(len(source))]
             written = [[GeneratedCaption(prefix + "red", -1.0)] if x else [] for x in images]
             return written, np.array([x is not None for x in images])
@@ -325,7 +325,7 @@ def test_captions_are_shown_beside_their_references_one_card_an_image(workdir):
         "toy_en": Captioning(source, caption_set="en", limit=1),
         "toy_de": Captioning(source, caption_set="de", language="de", prefix="<b>"),
     }
-    (shown,) = caption_views(evaluators, Encoders(), thumbnail=page_module.thumbnail)
+    (shown,) = caption_views(evaluators, Predictor(), thumbnail=page_module.thumbnail)
     assert (shown.dataset, shown.num_images, len(shown.images)) == ("toy", 3, 2)
     lines = shown.images[0].lines
     assert [(x.language, x.prediction, x.hit) for x in lines] == [
