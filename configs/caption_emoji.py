@@ -2,8 +2,8 @@
 
 python train.py --config=configs/caption_emoji.py --workdir=runs/captions
 
-Runtime: 20 minutes on two CPU cores. Expected: exact match of 29 to 31 % for English on emoji_s, less
-for other languages (docs/results.md). The decoder attends to the 16 tokens of the tower's last
+Runtime: 20 minutes on two CPU cores. Expected: exact match of 29 to 31 % for English on emoji_s,
+less for other languages (docs/results.md). The decoder attends to the 16 tokens of the tower's last
 feature map. A caption's first token is its language; half of the sampled captions are English.
 """
 
