@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from imgtune_jax.data import Source, read_metadata
 from imgtune_jax.evals.protocol import CaptionScores, Predictor
-from imgtune_jax.types import Batch, ExpMean, Metric, Metrics, Outputs, metric_value
-
-Objective = Callable[[Outputs, Batch], tuple[Float[Array, ""], Metrics]]
+from imgtune_jax.objectives import Objective
+from imgtune_jax.types import Batch, ExpMean, Metric, Outputs, metric_value
 
 
 def evaluation_loss(

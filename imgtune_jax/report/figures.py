@@ -68,7 +68,7 @@ def panels(series: Mapping[str, Series]) -> list[Panel]:
         metrics = take(lambda n, e=evaluator: n.rsplit("/", 1)[0] == e)
         title = evaluator.removeprefix("val").strip("/") or "validation"
         charts += _evaluator_panels(title, metrics)
-    charts += [_panel(_metric_title(n), {n: x}) for one in optimizer for n, x in one.items()]
+    charts += [_panel(_metric_title(n), {n: x}) for group in optimizer for n, x in group.items()]
     charts += [_panel(_metric_title(n), {n: remaining[n]}) for n in sorted(remaining)]
     return [panel for panel in charts if panel.curves]
 
