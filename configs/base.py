@@ -1,7 +1,14 @@
-"""Every key and its default: a SigLIP-style ViT-B/16 from scratch. A variant states its difference.
+"""All config keys with their defaults: a SigLIP-style ViT-B/16, trained from scratch.
 
-Values are explained where they are checked: the dataclasses in `imgtune_jax/config.py`, and the
-components' own fields (towers in `imgtune_jax/models/`, sources in `imgtune_jax/data/`, …).
+python train.py --config=configs/base.py --workdir=runs/base \
+    --config.data.source.path='data/{00000..09999}.tar' --config.tokenizer.path=clip_bpe.txt.gz
+
+Runtime and scores: not measured; it needs web data and accelerators. The other configs start from
+this one and set only what differs.
+
+Keys are documented where they are checked: in the dataclasses of `imgtune_jax/config.py` and, for
+components, in the fields of their classes (towers in `imgtune_jax/models/`, sources in
+`imgtune_jax/data/`, …).
 """
 
 import math
@@ -12,16 +19,19 @@ from ml_collections.config_dict import placeholder
 
 
 class Settings(ConfigDict):
-    """A ConfigDict whose `lock` is our group, on the command line too, not the method `lock()`."""
+    """A ConfigDict whose attribute `lock` is the config group, not the method `ConfigDict.lock`.
+
+    Command-line flags such as `--config.lock.image=True` need this.
+    """
 
     @property
     def lock(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """What does not train."""
+        """The parameters that do not train."""
         return self["lock"]
 
 
 def duration(steps=None, epochs=None, examples=None) -> Any:
-    """A length in one of three units; all three None means never."""
+    """Return a duration in steps, epochs or examples; if all three are None, it means never."""
     d: Any = ConfigDict()
     d.steps = placeholder(int) if steps is None else steps
     d.epochs = placeholder(float) if epochs is None else float(epochs)
@@ -30,7 +40,7 @@ def duration(steps=None, epochs=None, examples=None) -> Any:
 
 
 def get_config() -> Any:
-    """The base config."""
+    """Return the base config."""
     c: Any = Settings()
     c.name = "base"
     c.seed = 0
@@ -47,9 +57,9 @@ def get_config() -> Any:
     c.model.logit_bias_init = placeholder(float)
     c.model.dtype = "float32"
     c.model.image_size = 224
-    c.model.image_mean = (127.5, 127.5, 127.5)  # in 0..255
+    c.model.image_mean = (127.5, 127.5, 127.5)  # in units of 0 to 255
     c.model.image_std = (127.5, 127.5, 127.5)
-    c.weights = ConfigDict(dict(image={}, text={}))  # {} = random
+    c.weights = ConfigDict(dict(image={}, text={}))  # {}: random initialization
 
     c["lock"] = ConfigDict(
         dict(
@@ -72,8 +82,8 @@ def get_config() -> Any:
     c.data.source = ConfigDict(dict(name="webdataset", path=""))
     c.data.caption_weights = ConfigDict(dict(caption=1.0))
     c.data.prefixes = ConfigDict()
-    c.data.length_buckets = ()  # lengths below the tokenizer's, for batches of short texts
-    c.data.transforms = ()  # () = preprocess alone
+    c.data.length_buckets = ()  # shorter lengths that batches of short texts are padded to
+    c.data.transforms = ()  # (): only `preprocess`
     c.data.num_threads = 4
     c.data.num_workers = 0
     c.data.prefetch = 4

@@ -1,13 +1,14 @@
-"""Cap B/16: a captioner as a vision backbone (Tschannen et al., 2306.07915), web data to be named.
+"""Cap B/16 (Tschannen et al., 2306.07915): pretrain a ViT by captioning web images.
 
 python train.py --config=configs/cap_b16.py --workdir=runs/cap \
     --config.data.source.path='data/{00000..09999}.tar' --config.tokenizer.path=t5_tokenizer
 
-The values are the authors' (big_vision, configs/proj/cappa/pretrain.py): images of 224, ViT-B/16
-whose tokens are all read, a decoder of 6 layers as wide as the encoder, 64 tokens of a vocabulary
-of 32 000, batch 8192 for 366 500 steps, Adafactor, learning rate 1e-3 with 10 000 warmup steps and
-a cosine, weight decay 1e-4, gradients clipped at 1, no dropout, no label smoothing. Theirs caps
-Adafactor's second-moment decay at 0.999; here it goes on to 1 - t^-0.8.
+Runtime and scores: not measured; it needs web data and accelerators. The settings are those of the
+authors (big_vision, configs/proj/cappa/pretrain.py): 224 pixels, ViT-B/16 without a class token, a
+decoder of 6 layers as wide as the encoder, 64 tokens, a vocabulary of 32 000, batch 8192 for
+366 500 steps, Adafactor, learning rate 1e-3 with 10 000 warmup steps and cosine decay, weight decay
+1e-4, gradients clipped at 1, no dropout, no label smoothing. One difference: the authors limit
+Adafactor's second-moment decay to 0.999; here it is 1 - t^-0.8 at every step.
 """
 
 from typing import Any
@@ -20,7 +21,7 @@ LENGTH = 64
 
 
 def get_config() -> Any:
-    """The config of Cap."""
+    """Return the config of Cap."""
     c = base.get_config()
     c.name = "cap_b16"
     c.model.image = ConfigDict(dict(name="vit", variant="B/16", class_token=False, pool="mean"))

@@ -1,12 +1,13 @@
-"""CoCa ViT-L/14, from scratch on web data to be named: open_clip's model, the paper's recipe.
+"""CoCa ViT-L/14 from scratch on web data: open_clip's model, trained by the paper's recipe.
 
 python train.py --config=configs/coca_l14.py --workdir=runs/coca \
     --config.data.source.path='data/{00000..09999}.tar' --config.tokenizer.path=clip_bpe.txt.gz
 
-Sizes are those of open_clip's `coca_ViT-L-14` (both text halves 12 layers of 768, 256 queries), so
-weights go both ways. Training is that of the paper (Yu et al., 2205.01917, section 4.1 and table
-8): captioning weight 2 against 1, batch 65 536, 500 000 steps, images of 288, Adafactor with
-b1 = 0.9, b2 = 0.999, decoupled weight decay 0.01, 2 % warmup to 8e-4, linear decay.
+Runtime and scores: not measured; it needs web data and accelerators. Sizes are those of open_clip's
+`coca_ViT-L-14` (text tower and decoder of 12 layers and width 768, 256 queries), so that weights
+convert in both directions. Training follows the paper (Yu et al., 2205.01917, section 4.1 and table
+8): captioning weight 2, contrastive weight 1, batch 65 536, 500 000 steps, 288 pixels, Adafactor
+with b1 = 0.9, b2 = 0.999, decoupled weight decay 0.01, 2 % warmup to 8e-4, linear decay.
 """
 
 from typing import Any
@@ -19,7 +20,7 @@ LENGTH = 76
 
 
 def get_config() -> Any:
-    """The config of CoCa."""
+    """Return the config of CoCa."""
     c = base.get_config()
     c.name = "coca_l14"
     c.mesh.fsdp = 8
@@ -38,9 +39,9 @@ def get_config() -> Any:
         | sizes
         | common
     )
-    for part in (c.model.image, c.model.text, c.model.decoder):
-        part.update(scan=True, remat=True)
-    c.model.image_size = 280  # the multiple of 14 next to the paper's 288 with patches of 18
+    for component in (c.model.image, c.model.text, c.model.decoder):
+        component.update(scan=True, remat=True)
+    c.model.image_size = 280  # multiple of the patch size 14; the paper has 288 with patches of 18
     c.model.dtype = "bfloat16"
     c.preprocess = (ConfigDict(dict(name="resize", size=c.model.image_size, mode="squash")),)
     c.tokenizer.length = LENGTH

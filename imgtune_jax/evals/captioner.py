@@ -1,4 +1,4 @@
-"""Captions in batches of one size: image tokens in, texts out."""
+"""Caption generation for one batch: image tokens in, captions out."""
 
 from __future__ import annotations
 
@@ -18,43 +18,49 @@ from imgtune_jax.types import Params
 
 @dataclass(frozen=True)
 class Captioner:
-    """Writes behind a prompt: a pure function of parameters, image tokens, prompt and a key.
+    """Generates captions after a prompt: a pure function of parameters, image tokens, prompt, key.
 
-    Equal ones are one compiled program, whatever the prompts say.
+    It is hashable: predictors compile one function per model and settings, and use it for all
+    prompts of one length.
     """
 
-    model: models.Model
+    model: models.ImageTextModel
     settings: decoding.GenerationConfig
 
     @classmethod
     def build(
         cls,
-        model: models.Model,
+        model: models.ImageTextModel,
         tokenizer: data.Tokenizer,
         *,
         prompt_length: int,
         settings: Mapping[str, Any],
     ) -> Captioner:
-        """Of what `decoding.build` takes; a caption may be as long as the model can still write.
+        """Build from the settings that `decoding.build_generation_config` takes.
 
-        Raises ValueError for a model without a decoder, for a tokenizer without an end token, for
-        an unknown setting, or a max_length that the model cannot write.
+        `max_new_tokens` defaults to the number of tokens that fit after the prompt. Raises
+        ValueError for a model without a decoder, a tokenizer without an end token, an unknown
+        setting, and a `max_new_tokens` that does not fit.
         """
         if model.decoder is None:
             raise ValueError(
-                "this model has no decoder, so it writes no captions; it was trained to match "
-                "images and texts (to write, train one with config.model.decoder)"
+                "this model has no decoder, so it cannot generate captions; train one with "
+                "config.model.decoder"
             )
         if not tokenizer.eos_ids:
-            raise ValueError("this tokenizer puts no end token behind a text: captions cannot end")
-        room = min(tokenizer.length, model.decoder.max_length) - prompt_length
-        wanted = settings.get("max_new_tokens", room)
-        if wanted > room:
             raise ValueError(
-                f"max_new_tokens = {wanted}; this model writes at most {room} tokens here"
+                "this tokenizer adds no end token, so generation cannot stop; expected a tokenizer "
+                "that ends each text with a special token"
+            )
+        capacity = min(tokenizer.length, model.decoder.max_length) - prompt_length
+        max_new_tokens = settings.get("max_new_tokens", capacity)
+        if max_new_tokens > capacity:
+            raise ValueError(
+                f"max_new_tokens = {max_new_tokens}; this model generates at most {capacity} "
+                f"tokens after a prompt of {prompt_length}; lower it"
             )
         built = decoding.build_generation_config(
-            {**settings, "max_new_tokens": wanted},
+            {**settings, "max_new_tokens": max_new_tokens},
             stop_ids=tokenizer.eos_ids[:1],
             pad_id=tokenizer.pad_id,
         )
@@ -67,7 +73,7 @@ class Captioner:
         prompt: Int[Array, " p"],
         key: Array,
     ) -> decoding.GeneratedTokens:
-        """`n` captions of each image; the key is for methods that draw."""
+        """Generate `n` sequences per image; `key` is used by sampling only."""
         prompts = jnp.broadcast_to(prompt, (len(image_tokens), len(prompt)))
         generator = decoding.Generator(
             self.model.decoder_cache,
@@ -76,25 +82,31 @@ class Captioner:
             max_positions=self.model.decoder.max_length,
             constrain=self.model.constrain,
         )
-        draws = isinstance(self.settings.method, decoding.Sampling)
+        samples = isinstance(self.settings.method, decoding.Sampling)
         return generator(
-            params, image_tokens, prompts, np.ones(prompts.shape, bool), key=key if draws else None
+            params,
+            image_tokens,
+            prompts,
+            np.ones(prompts.shape, bool),
+            key=key if samples else None,
         )
 
     def to_captions(
-        self, out: decoding.GeneratedTokens, tokenizer: data.Tokenizer
+        self, generated: decoding.GeneratedTokens, tokenizer: data.Tokenizer
     ) -> list[list[GeneratedCaption]]:
-        """The texts of each row, best first, without what a narrow beam left empty."""
-        tokens, mask, score = jax.device_get((out.tokens, out.mask, out.score))
+        """Decode the sequences of each row, without empty hypotheses (score -inf) of a beam."""
+        tokens, mask, scores = jax.device_get((generated.tokens, generated.mask, generated.score))
         return [
             [
-                GeneratedCaption(text, float(x))
-                for text, x in zip(tokenizer.decode(_unpad(t, m)), own, strict=True)
-                if np.isfinite(x)
+                GeneratedCaption(text, float(score))
+                for text, score in zip(
+                    tokenizer.decode(_unpad(row_tokens, row_mask)), row_scores, strict=True
+                )
+                if np.isfinite(score)
             ]
-            for t, m, own in zip(tokens, mask, score, strict=True)
+            for row_tokens, row_mask, row_scores in zip(tokens, mask, scores, strict=True)
         ]
 
 
-def _unpad(tokens: np.ndarray, mask: np.ndarray) -> list[list[int]]:
-    return [row[own].tolist() for row, own in zip(tokens, mask, strict=True)]
+def _unpad(tokens: Int[np.ndarray, "n l"], mask: np.ndarray) -> list[list[int]]:
+    return [ids[valid].tolist() for ids, valid in zip(tokens, mask, strict=True)]

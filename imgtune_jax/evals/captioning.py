@@ -1,4 +1,4 @@
-"""Captioning: what a model writes of images, beside what people wrote."""
+"""Captioning: generated captions compared with reference captions."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from imgtune_jax.evals.protocol import GeneratedCaption, Predictor
 
 @dataclass(frozen=True)
 class Captioning:
-    """Captions of a source's images against those of `caption_set`, all of which are references.
+    """Caption a source's images; the references of an image are its captions in `caption_set`.
 
-    `prefix` is what the model is told first, such as a language (config.data.prefixes).
-    `decoding` is what `decoding.build` takes; {} is greedy. `metrics` and `tokenization` are names
-    of `caption_metrics`' tables: compare scores that count words under one tokenization and over
-    one set of images only, and note that n-grams which captions are too short for count as misses.
-    `limit` judges so many images, evenly spread over the source, while the model trains;
-    `imgtune eval` judges all. Images without a reference are left out; those that cannot be read
-    leave too, as `num_broken`.
+    `prefix` is the start of every caption, such as a language token (config.data.prefixes).
+    `decoding` has the settings for `decoding.build_generation_config`; {} is greedy. `metrics` and
+    `tokenization` are names in the tables of `caption_metrics`. Metrics that count words are
+    comparable under one tokenization and for one set of images only. A caption of fewer than n
+    tokens has no n-gram matches, which lowers BLEU-n and CIDEr. `limit` is the number of images,
+    evenly spaced in the source, that are evaluated during training; `imgtune eval` uses all.
+    Images without a reference are excluded. So are unreadable ones, which `num_broken` counts.
     """
 
     task: ClassVar[str] = "captioning"
@@ -41,65 +41,65 @@ class Captioning:
     language: str = "en"
 
     def __post_init__(self) -> None:
-        """Raise ValueError for an unknown name or setting, before hours of training, not after."""
+        """Raise ValueError for an unknown name or setting now, not after hours of training."""
         caption_metrics.check_metrics(self._text_metrics, self.tokenization)
         decoding.build_generation_config(self.decoding, stop_ids=(0,), pad_id=0)
         if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit = {self.limit}; wanted None for all images, or 1 or more")
+            raise ValueError(f"limit = {self.limit}; expected None (all images) or at least 1")
 
-    def __call__(self, encoders: Predictor) -> dict[str, float]:
-        """`Bleu_1` to `Bleu_4`, `ROUGE_L`, `CIDEr` and the rest, by pycocoevalcap's names.
+    def __call__(self, predictor: Predictor) -> dict[str, float]:
+        """Return `Bleu_1` to `Bleu_4`, `ROUGE_L`, `CIDEr`, …, under pycocoevalcap's names.
 
-        `perplexity` is that of each image's first reference.
+        `perplexity` is that of the first reference of each image.
         """
-        chosen = self.selected_images()
-        written, valid = self.generate_captions(encoders, chosen)
-        rows = np.flatnonzero(valid).tolist()
-        if not rows:
+        images = self.selected_images()
+        captions, valid = self.generate_captions(predictor, images)
+        readable = np.flatnonzero(valid).tolist()
+        if not readable:
             raise ValueError(f"none of the {len(valid)} images could be read")
-        references = [self.references(chosen, i) for i in range(len(chosen))]
+        references = [self.references(images, i) for i in range(len(images))]
         metrics = caption_metrics.compute_metrics(
-            [written[i][0].text for i in rows],
-            [references[i] for i in rows],
+            [captions[i][0].text for i in readable],
+            [references[i] for i in readable],
             metrics=self._text_metrics,
             tokenization=self.tokenization,
         )
         if "perplexity" in self.metrics:
-            metrics["perplexity"] = self._perplexity(encoders, chosen, [r[0] for r in references])
-        return metrics | {"num_images": float(len(rows)), "num_broken": float((~valid).sum())}
+            first = [texts[0] for texts in references]
+            metrics["perplexity"] = self._perplexity(predictor, images, first)
+        return metrics | {"num_images": float(len(readable)), "num_broken": float((~valid).sum())}
 
-    def selected_images(self, *, whole: bool = False) -> Subset:
-        """The images to judge, at most `limit` unless `whole`.
+    def selected_images(self, *, ignore_limit: bool = False) -> Subset:
+        """Return the images to evaluate: those with a reference, at most `limit` of them.
 
-        Raises ValueError when none has a reference.
+        Raises ValueError if no image has a reference.
         """
-        places = range(len(self.source))
-        captioned = [i for i in places if self.references(self.source, i)]
+        captioned = [i for i in range(len(self.source)) if self.references(self.source, i)]
         if not captioned:
             raise ValueError(
                 f"no record of {len(self.source)} has a caption in the set {self.caption_set!r}; "
                 f"the first has {sorted(read_metadata(self.source, 0).captions)}"
             )
-        limit = None if whole else self.limit
+        limit = None if ignore_limit else self.limit
         return Subset(
             self.source, tuple(captioned[i] for i in evenly_spaced(len(captioned), limit))
         )
 
     def references(self, source: Source, index: int) -> tuple[str, ...]:
-        """What people wrote of an image."""
+        """Return the reference captions of image `index`."""
         return tuple(read_metadata(source, index).captions.get(self.caption_set, ()))
 
     def generate_captions(
-        self, encoders: Predictor, source: Source
+        self, predictor: Predictor, source: Source
     ) -> tuple[list[list[GeneratedCaption]], Bool[np.ndarray, " n"]]:
-        """What the model writes as this evaluator asks it to; see `Encoders.captions`."""
-        return encoders.generate_captions(source, prefix=self.prefix, decoding=self.decoding)
+        """Call `Predictor.generate_captions` with this evaluator's prefix and decoding settings."""
+        return predictor.generate_captions(source, prefix=self.prefix, decoding=self.decoding)
 
-    def _perplexity(self, encoders: Predictor, chosen: Subset, texts: list[str]) -> float:
-        found = encoders.caption_scores(chosen, texts, self.prefix)
-        assert found is not None, "a model that writes also scores"
-        counted = found.target_mask[:, 1:] & found.valid[:, None]
-        return float(np.exp(-found.scores.log_prob[counted].mean(dtype=np.float64)))
+    def _perplexity(self, predictor: Predictor, images: Subset, captions: list[str]) -> float:
+        scored = predictor.caption_scores(images, captions, self.prefix)
+        assert scored is not None, "a model that generates captions can score them"
+        counted = scored.target_mask[:, 1:] & scored.valid[:, None]
+        return float(np.exp(-scored.scores.log_prob[counted].mean(dtype=np.float64)))
 
     @property
     def _text_metrics(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What evaluators refuse to score."""
+"""Checks of evaluators' inputs."""
 
 from __future__ import annotations
 
@@ -9,22 +9,28 @@ from imgtune_jax.data import Source, read_metadata
 
 
 def check_finite(rows: Float[np.ndarray, "n d"], what: str) -> None:
-    """Raise ValueError for a row with a NaN: no score compares greater than it, so it would win."""
-    broken = np.flatnonzero(~np.isfinite(rows).all(1))
-    if broken.size:
+    """Raise ValueError for a row with a NaN or an infinity.
+
+    No score compares greater than a NaN, so a NaN would rank first.
+    """
+    bad = np.flatnonzero(~np.isfinite(rows).all(1))
+    if bad.size:
         raise ValueError(
-            f"{broken.size} of {len(rows)} {what} are not finite (the first is row {broken[0]}); "
-            "mask broken images out, or look for the overflow in the model"
+            f"{bad.size} of {len(rows)} {what} are not finite (the first is row {bad[0]}); "
+            "mask unreadable images, or look for an overflow in the model"
         )
 
 
 def checked_labels(
     source: Source, valid: Bool[np.ndarray, " n"], *, num_classes: int
 ) -> Int[np.ndarray, " m"]:
-    """The labels of the readable records; raises ValueError for one that names no class."""
+    """Return the labels of the readable records.
+
+    Raises ValueError for a label outside 0 to num_classes - 1, and if no record is readable.
+    """
     labels = [read_metadata(source, int(i)).label for i in np.flatnonzero(valid)]
-    wrong = [label for label in labels if label is None or not 0 <= label < num_classes]
-    if wrong or not labels:
-        what = f"{len(wrong)} of {len(labels)} records have a label such as {wrong[:1]}"
-        raise ValueError(f"{what}; every record needs one from 0 to {num_classes - 1}")
+    bad = [label for label in labels if label is None or not 0 <= label < num_classes]
+    if bad or not labels:
+        got = f"{len(bad)} of {len(labels)} records have a label such as {bad[:1]}"
+        raise ValueError(f"{got}; every record needs one from 0 to {num_classes - 1}")
     return np.asarray(labels, np.int64)

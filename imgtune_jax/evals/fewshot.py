@@ -1,4 +1,4 @@
-"""Few-shot classification in closed form, as big_vision measures it (`evaluators/fewshot_lsr`)."""
+"""Few-shot classification by ridge regression, as in big_vision (`evaluators/fewshot_lsr`)."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ from jaxtyping import Float, Int
 
 from imgtune_jax.data import Source
 from imgtune_jax.evals.checks import check_finite
-from imgtune_jax.evals.linear_probe import labelled_features
+from imgtune_jax.evals.linear_probe import labeled_features
 from imgtune_jax.evals.protocol import Predictor
 from imgtune_jax.evals.ridge import Ridge
 
-BIAS = 100.0  # a constant feature this large is hardly regularised
+BIAS = 100.0  # a constant feature this large is barely regularized
 
 
-def draw_shots(
+def sample_shots(
     labels: Int[np.ndarray, " n"], *, shots: int, num_classes: int, seed: int
 ) -> Int[np.ndarray, " k"]:
-    """`shots` examples of every class. More shots of one seed hold all those of fewer.
+    """Sample the rows of `shots` examples of every class.
 
-    Raises ValueError naming the classes that have too few.
+    For one seed, a larger sample contains the smaller ones. Raises ValueError that names the
+    classes with fewer than `shots` examples.
     """
     rng = np.random.default_rng(seed)
-    drawn = [rng.permutation(np.flatnonzero(labels == c))[:shots] for c in range(num_classes)]
-    short = {c: len(rows) for c, rows in enumerate(drawn) if len(rows) < shots}
-    if short:
+    by_class = [rng.permutation(np.flatnonzero(labels == c))[:shots] for c in range(num_classes)]
+    too_few = {c: len(rows) for c, rows in enumerate(by_class) if len(rows) < shots}
+    if too_few:
         raise ValueError(
-            f"{shots} shots wanted, but {len(short)} of {num_classes} classes have fewer examples "
-            f"(class: examples = {dict(list(short.items())[:5])}); lower `shots`"
+            f"shots = {shots}, but {len(too_few)} of {num_classes} classes have fewer examples "
+            f"(class: examples = {dict(list(too_few.items())[:5])}); lower `shots`"
         )
-    return np.concatenate(drawn)
+    return np.concatenate(by_class)
 
 
 def fewshot_predictions(
@@ -44,27 +45,29 @@ def fewshot_predictions(
     num_classes: int,
     l2: float,
 ) -> Int[np.ndarray, " m"]:
-    """Ridge regression from standardised features to one-hot labels in {-1, 1}; the largest wins.
+    """Predict classes by ridge regression from standardized features to targets in {-1, 1}.
 
-    Computed in float64. Mean and deviation are those of the shots.
+    The predicted class is the one with the largest output. Features are standardized by the mean
+    and standard deviation of `train`. Computed in float64.
     """
     check_finite(test, "test features")
     mean, std = train.mean(0, dtype=np.float64), train.std(0, dtype=np.float64) + 1e-5
 
-    def prepared(x: np.ndarray) -> np.ndarray:
+    def standardize(x: np.ndarray) -> np.ndarray:
         return np.pad((x - mean) / std, [(0, 0), (0, 1)], constant_values=BIAS)
 
     targets = 2.0 * np.eye(num_classes)[labels] - 1.0
-    ridge = Ridge.fit(prepared(train), targets, intercept=False)
-    (predicted,) = ridge.predictions(prepared(test), [l2])
-    return predicted.argmax(1)
+    ridge = Ridge.fit(standardize(train), targets, intercept=False)
+    (outputs,) = ridge.predictions(standardize(test), [l2])
+    return outputs.argmax(1)
 
 
 @dataclass(frozen=True)
 class FewShot:
-    """Accuracy after a few labelled images a class, on the image tower's pooled output.
+    """Accuracy after training on a few labeled images per class.
 
-    For each number of `shots`: the mean over `seeds` draws, and each draw's own (`…_seed0`).
+    The features are the image tower's pooled output. For each number in `shots`, reports the
+    accuracy of each of `seeds` random samples (`…_seed0`, …) and their mean.
     """
 
     task: ClassVar[str] = "few_shot"
@@ -77,16 +80,16 @@ class FewShot:
     l2: float = 2.0**10
     language: str = "en"
 
-    def __call__(self, encoders: Predictor) -> dict[str, float]:
-        """`5shot_acc1`, `5shot_acc1_seed0`, … in [0, 1]."""
+    def __call__(self, predictor: Predictor) -> dict[str, float]:
+        """Return `5shot_acc1`, `5shot_acc1_seed0`, … in [0, 1]."""
         n = self.num_classes
-        x_train, y_train = labelled_features(self.train_source, encoders=encoders, num_classes=n)
-        x_test, y_test = labelled_features(self.source, encoders=encoders, num_classes=n)
+        x_train, y_train = labeled_features(self.train_source, predictor=predictor, num_classes=n)
+        x_test, y_test = labeled_features(self.source, predictor=predictor, num_classes=n)
         metrics: dict[str, float] = {}
         for shots in self.shots:
             accuracy = []
             for seed in range(self.seeds):
-                rows = draw_shots(y_train, shots=shots, num_classes=n, seed=seed)
+                rows = sample_shots(y_train, shots=shots, num_classes=n, seed=seed)
                 predicted = fewshot_predictions(
                     x_train[rows], y_train[rows], x_test, num_classes=n, l2=self.l2
                 )

@@ -1,4 +1,4 @@
-"""Linear probe: how well a linear classifier on frozen image features does."""
+"""Linear probe: accuracy of a linear classifier on frozen image features."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from imgtune_jax.evals.zeroshot import classification_metrics, true_class_ranks
 
 
 class Logistic(NamedTuple):
-    """A multinomial logistic regression: logits are `features @ weight + bias`."""
+    """A multinomial logistic regression; the logits are `features @ weight + bias`."""
 
     weight: Float[np.ndarray, "d c"]
     bias: Float[np.ndarray, " c"]
@@ -34,17 +34,18 @@ def fit_logistic(
     *,
     num_classes: int,
     l2: float,
-    start: Logistic | None = None,
+    initial: Logistic | None = None,
     tol: float = 1e-4,
     max_iterations: int = 1000,
     dtype: type = np.float32,
     chunk: int = 16384,
 ) -> Logistic:
-    """Minimise mean cross-entropy + l2/2 · ‖weight‖² (the bias is free) by L-BFGS.
+    """Minimize mean cross-entropy + l2/2 · ‖weight‖² by L-BFGS; the bias is not regularized.
 
-    scikit-learn's `LogisticRegression(C=1 / (n * l2))` has the same minimum, and its default `tol`.
-    The sum over the data runs on the default device, `chunk` rows at a time. In float32 gradients
-    below about 5e-5 are noise; a lower `tol` wants float64, which accelerators have slow or not.
+    scikit-learn's `LogisticRegression(C=1 / (n * l2))` has the same minimum and the same default
+    `tol`. The sum over the data runs on the default device, `chunk` rows at a time. `initial` is
+    where the search starts (None: zero). In float32, gradients below about 5e-5 are rounding
+    noise; a lower `tol` needs float64, which is slow or missing on accelerators.
     """
     shape = (features.shape[1] + 1, num_classes)
     with jax.enable_x64(dtype == np.float64):
@@ -54,27 +55,27 @@ def fit_logistic(
             value, gradient = _loss_and_gradient(flat.reshape(shape).astype(dtype), *data, l2=l2)
             return float(value), np.asarray(gradient, np.float64).ravel()
 
-        guess = np.zeros(shape) if start is None else np.vstack([start.weight, start.bias])
-        found = scipy.optimize.minimize(
+        x0 = np.zeros(shape) if initial is None else np.vstack([initial.weight, initial.bias])
+        result = scipy.optimize.minimize(
             objective,
-            guess.astype(np.float64).ravel(),
+            x0.astype(np.float64).ravel(),
             jac=True,
             method="L-BFGS-B",
             options={
                 "maxiter": max_iterations,
                 "maxfun": 2 * max_iterations,
                 "gtol": tol,
-                "ftol": 0.0,  # the gradient decides; at the noise floor the search gives up
+                "ftol": 0.0,  # stop by `gtol`, or when rounding noise lets the line search fail
             },
         )
-    params = found.x.reshape(shape)
-    return Logistic(params[:-1], params[-1], bool(np.abs(found.jac).max() <= tol))
+    params = result.x.reshape(shape)
+    return Logistic(params[:-1], params[-1], bool(np.abs(result.jac).max() <= tol))
 
 
 def _blocks(
     features: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"], chunk: int
 ) -> tuple[Float[np.ndarray, "k c d"], Int[np.ndarray, "k c"], Float[np.ndarray, "k c"]]:
-    """Rows with a 1 appended, their labels and 1/n weights, in blocks; padding weighs 0."""
+    """Split into blocks: rows with a 1 appended, labels, and weights 1/n (0 for padding)."""
     n = len(features)
     size = min(chunk, n)
     pad = -n % size
@@ -99,19 +100,19 @@ def _loss_and_gradient(
 ) -> tuple[Float[Array, ""], Float[Array, "d c"]]:
     def block_loss(params, x, y, w):
         logits = jnp.matmul(x, params, precision=jax.lax.Precision.HIGHEST)
-        own = jnp.take_along_axis(logits, y[:, None], axis=1)[:, 0]
-        return jnp.sum(w * (jax.nn.logsumexp(logits, axis=1) - own))
+        label_logit = jnp.take_along_axis(logits, y[:, None], axis=1)[:, 0]
+        return jnp.sum(w * (jax.nn.logsumexp(logits, axis=1) - label_logit))
 
-    def add(total, block):
+    def add_block(total, block):
         return jax.tree.map(jnp.add, total, jax.value_and_grad(block_loss)(params, *block)), None
 
     weight = params.at[-1].set(0)  # the last row is the bias
     penalty = l2 / 2 * jnp.sum(weight**2), l2 * weight
-    return jax.lax.scan(add, penalty, (rows, labels, weights))[0]
+    return jax.lax.scan(add_block, penalty, (rows, labels, weights))[0]
 
 
 class Scaling(enum.StrEnum):
-    """What happens to features first: nothing, unit rows, or zero mean and unit variance."""
+    """Scaling of the features: none, rows of unit norm, or columns of mean 0 and variance 1."""
 
     NONE = "none"
     UNIT = "unit"
@@ -121,7 +122,7 @@ class Scaling(enum.StrEnum):
 def scale_features(
     train: Float[np.ndarray, "n d"], *others: Float[np.ndarray, "m d"], scaling: Scaling
 ) -> list[Float[np.ndarray, "m d"]]:
-    """All feature sets, scaled; what is measured is measured on `train` alone."""
+    """Return all feature arrays, scaled; mean and deviation are those of `train`."""
     check_finite(train, "training features")
     if scaling is Scaling.UNIT:
         return [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (train, *others)]
@@ -139,10 +140,13 @@ def sweep_l2(
     l2s: Sequence[float],
     dtype: type = np.float32,
 ) -> dict[float, float]:
-    """Validation accuracy of every l2, from the strongest down; each starts from the one before."""
+    """Return the validation accuracy of every l2.
+
+    Fits from the strongest l2 to the weakest; each fit starts from the previous solution.
+    """
     accuracy, fit = {}, None
     for l2 in sorted(l2s, reverse=True):
-        fit = fit_logistic(*train, num_classes=num_classes, l2=l2, start=fit, dtype=dtype)
+        fit = fit_logistic(*train, num_classes=num_classes, l2=l2, initial=fit, dtype=dtype)
         predicted = (validation[0] @ fit.weight + fit.bias).argmax(1)
         accuracy[l2] = float((predicted == validation[1]).mean())
     return accuracy
@@ -152,9 +156,10 @@ def sweep_l2(
 class LinearProbe:
     """Logistic regression on the image tower's pooled output, before the head.
 
-    The l2 strength is the best of `l2s` on `val_source`, or on a `val_fraction` of the training
-    images drawn with `seed` (of equals, the strongest); the final fit is on training and
-    validation images together, and the metrics are `source`'s alone. Names as CLIP_benchmark's.
+    The l2 strength is the one of `l2s` with the best accuracy on `val_source` or, without it, on
+    a `val_fraction` of the training images, sampled with `seed`; ties go to the strongest. The
+    final fit uses training and validation images, and the metrics are those of `source`. Metric
+    names are CLIP_benchmark's.
     """
 
     task: ClassVar[str] = "linear_probe"
@@ -172,28 +177,29 @@ class LinearProbe:
     def __post_init__(self) -> None:
         object.__setattr__(self, "scaling", Scaling(self.scaling))
         if not self.l2s or min(self.l2s) <= 0:
-            raise ValueError(f"l2s = {self.l2s}; give one or more positive strengths")
+            raise ValueError(f"l2s = {self.l2s}; expected one or more positive numbers")
         if self.val_source is None and not 0 < self.val_fraction < 1:
             raise ValueError(
-                f"val_fraction = {self.val_fraction}; give a share between 0 and 1, or a val_source"
+                f"val_fraction = {self.val_fraction}; expected a fraction between 0 and 1, "
+                "or set val_source"
             )
 
-    def __call__(self, encoders: Predictor) -> dict[str, float]:
-        """lp_acc1, lp_acc5, lp_mean_per_class_recall, …; the l2 chosen and its val_acc1."""
-        labelled = functools.partial(
-            labelled_features, encoders=encoders, num_classes=self.num_classes
+    def __call__(self, predictor: Predictor) -> dict[str, float]:
+        """Return lp_acc1, lp_acc5, lp_mean_per_class_recall, …, the selected l2, its val_acc1."""
+        load = functools.partial(
+            labeled_features, predictor=predictor, num_classes=self.num_classes
         )
-        x_train, y_train = labelled(self.train_source)
+        x_train, y_train = load(self.train_source)
         if self.val_source is None:
             order = np.random.default_rng(self.seed).permutation(len(x_train))
-            val, kept = np.split(order, [max(1, round(self.val_fraction * len(order)))])
+            val_rows, train_rows = np.split(order, [max(1, round(self.val_fraction * len(order)))])
             (x_val, y_val), (x_train, y_train) = (
-                (x_train[val], y_train[val]),
-                (x_train[kept], y_train[kept]),
+                (x_train[val_rows], y_train[val_rows]),
+                (x_train[train_rows], y_train[train_rows]),
             )
         else:
-            x_val, y_val = labelled(self.val_source)
-        x_test, y_test = labelled(self.source)
+            x_val, y_val = load(self.val_source)
+        x_test, y_test = load(self.source)
         x_train, x_val, x_test = scale_features(x_train, x_val, x_test, scaling=self.scaling)
         fit = functools.partial(fit_logistic, num_classes=self.num_classes)
         accuracy = sweep_l2(
@@ -215,11 +221,11 @@ class LinearProbe:
         }
 
 
-def labelled_features(
-    source: Source, *, encoders: Predictor, num_classes: int
+def labeled_features(
+    source: Source, *, predictor: Predictor, num_classes: int
 ) -> tuple[Float[np.ndarray, "n d"], Int[np.ndarray, " n"]]:
-    """Features and labels of the readable records."""
-    features, valid = encoders.image_features(source)
+    """Return features and labels of the readable records."""
+    features, valid = predictor.image_features(source)
     return features[valid], checked_labels(source, valid, num_classes=num_classes)
 
 

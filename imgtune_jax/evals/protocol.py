@@ -1,4 +1,4 @@
-"""What an evaluator is, and what it is given: encoders."""
+"""Interfaces of this package: `Evaluator`, and `Predictor`, the model that it evaluates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class CaptionScores(NamedTuple):
-    """What a captioner says of one given caption an image, NumPy rows in order.
+    """Token scores of one given caption per image, as NumPy arrays in source order.
 
     `valid` is False for images that could not be read.
     """
@@ -27,10 +27,11 @@ class CaptionScores(NamedTuple):
 
 
 class GeneratedCaption(NamedTuple):
-    """A caption that a model wrote; `score` orders an image's captions, best first.
+    """A generated caption and its score in nats.
 
-    Beam search: the sum of the tokens' log probabilities over length ** length_penalty; otherwise
-    their mean. In nats.
+    For beam search, which returns an image's captions best first, `score` is the summed log
+    probability of the tokens divided by length ** length_penalty. For greedy decoding and
+    sampling it is the mean log probability of the tokens, and samples are not sorted.
     """
 
     text: str
@@ -38,59 +39,59 @@ class GeneratedCaption(NamedTuple):
 
 
 class Predictor(Protocol):
-    """A trained model, as evaluators see it: images and texts in, NumPy rows out.
+    """A trained model as evaluators use it: images and texts in, NumPy arrays out.
 
-    Rows come in the order of what was asked. Every host gets all rows. A broken image keeps its
-    row, and its entry of the mask is False.
+    Rows are in the order of the inputs. Every host gets all rows. An image that cannot be read
+    has a row too, and the mask that is returned with the rows is False there.
     """
 
     @property
     def logit_scale(self) -> float | None:
-        """The multiplier of the cosine similarities, after exp; None for a mere captioner."""
+        """The factor of the cosine similarities, after exp; None for a captioner-only model."""
         ...
 
     @property
     def logit_bias(self) -> float | None:
-        """What is added to the scaled similarities; None for a model that has no bias."""
+        """The constant added to the scaled similarities; None for a model without a bias."""
         ...
 
     def memoize(self, key: tuple[Any, ...], compute: Callable[[], T], /) -> T:
-        """What `compute` gives, computed once for these parameters and this key."""
+        """Return `compute()`, computed once per `key` and set of parameters."""
         ...
 
     def embed_images(
         self, source: Source, /
     ) -> tuple[Float[np.ndarray, "n d"], Bool[np.ndarray, " n"]]:
-        """Unit-norm image embeddings, and which of them are of images that could be read."""
+        """Return unit-norm image embeddings, and a mask of the images that could be read."""
         ...
 
     def embed_texts(self, texts: Sequence[str], /) -> Float[np.ndarray, "n d"]:
-        """Unit-norm text embeddings."""
+        """Return unit-norm text embeddings."""
         ...
 
     def image_features(
         self, source: Source, /
     ) -> tuple[Float[np.ndarray, "n d"], Bool[np.ndarray, " n"]]:
-        """The image tower's pooled output, before the head, for probes; and the same mask."""
+        """Return the image tower's pooled output, before the head, and the mask of valid rows."""
         ...
 
     def text_features(self, texts: Sequence[str], /) -> Float[np.ndarray, "n d"]:
-        """The text tower's pooled output, before the head."""
+        """Return the text tower's pooled output, before the head."""
         ...
 
     def caption_scores(
         self, source: Source, texts: Sequence[str], prefix: str = "", /
     ) -> CaptionScores | None:
-        """How likely each image's text is, behind a prefix; None for a model without a decoder."""
+        """Score texts[i], after `prefix`, as caption of image i; None without a decoder."""
         ...
 
     def generate_captions(
         self, source: Source, /, *, prefix: str = "", decoding: Mapping[str, Any] | None = None
     ) -> tuple[list[list[GeneratedCaption]], Bool[np.ndarray, " n"]]:
-        """What the model writes of each image behind `prefix`, best first; and the same mask.
+        """Generate captions that follow `prefix` for each image, and return the mask of valid rows.
 
-        `decoding` is what `decoding.build` takes, None is greedy. Raises ValueError for a model
-        that does not write.
+        `decoding` has the settings for `decoding.build_generation_config`; None is greedy. Raises
+        ValueError for a model without a decoder.
         """
         ...
 
@@ -102,21 +103,25 @@ class Predictor(Protocol):
         *,
         prefix: str = "",
         normalize_length: bool = False,
-    ) -> tuple[Float[np.ndarray, "n a"], Bool[np.ndarray, " n"]]:
-        """log p of each text for each image behind `prefix`, in nats; and the same mask.
+    ) -> tuple[Float[np.ndarray, "n m"], Bool[np.ndarray, " n"]]:
+        """Return log p(text | image, prefix) in nats, for every image and text; and the mask.
 
-        A token, if `normalize_length`. Raises ValueError for a model that does not write.
+        With `normalize_length`, it is divided by the text's number of tokens. Raises ValueError
+        for a model without a decoder.
         """
         ...
 
 
 @runtime_checkable
 class Evaluator(Protocol):
-    """A frozen dataclass: its fields say on what and how; a call says how well."""
+    """A frozen dataclass whose fields are its settings.
+
+    Calling it with a predictor returns metrics by name.
+    """
 
     @property
     def task(self) -> str:
-        """The task's name in `results.jsonl` (CLIP_benchmark's, where it has one)."""
+        """The task's name in `results.jsonl`, which is CLIP_benchmark's if it has one."""
         ...
 
     @property
@@ -124,6 +129,6 @@ class Evaluator(Protocol):
         """The language of the texts, for `results.jsonl`."""
         ...
 
-    def __call__(self, encoders: Predictor, /) -> dict[str, float]:
-        """Finite numbers by name; a number that is not defined is left out."""
+    def __call__(self, predictor: Predictor, /) -> dict[str, float]:
+        """Return finite metrics by name. Metrics that are undefined for the data are omitted."""
         ...

@@ -1,4 +1,4 @@
-"""`results.jsonl`: one evaluation a line, in CLIP_benchmark's JSON schema."""
+"""`results.jsonl`: one evaluation per line, in CLIP_benchmark's JSON schema."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def make_result(
     language: str = "en",
     **extra: Any,
 ) -> dict[str, Any]:
-    """One line of `results.jsonl`; `extra` keys follow CLIP_benchmark's six.
+    """Return one line of `results.jsonl`; `extra` keys come after CLIP_benchmark's six.
 
-    Raises ValueError for a number that strict JSON cannot hold.
+    Raises ValueError for a NaN or an infinity, which strict JSON cannot represent.
     """
-    broken = {name: value for name, value in metrics.items() if not math.isfinite(value)}
-    if broken:
+    not_finite = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+    if not_finite:
         raise ValueError(
-            f"metrics of {dataset} are not finite: {broken}; leave out what is not defined"
+            f"metrics of {dataset} are not finite: {not_finite}; omit metrics that are undefined"
         )
-    plain = {name: float(value) for name, value in metrics.items()}
-    values = (dataset, model, pretrained, task, plain, language)
+    floats = {name: float(value) for name, value in metrics.items()}
+    values = (dataset, model, pretrained, task, floats, language)
     return dict(zip(REQUIRED_KEYS, values, strict=True)) | extra
 
 
@@ -46,7 +46,7 @@ def evaluator_result(
     step: int,
     **extra: Any,
 ) -> dict[str, Any]:
-    """The result of one evaluator, called `name` in the config, at one training step."""
+    """Return the result of one evaluator, called `name` in the config, at a training step."""
     return make_result(
         dataset=name,
         model=model,
@@ -60,17 +60,19 @@ def evaluator_result(
 
 
 def append_result(path: str | Path, record: Mapping[str, Any]) -> None:
-    """Append one line. Raises ValueError if a CLIP_benchmark key is missing or JSON has no word."""
+    """Append one line. Raises ValueError for a missing key and for a number that is not finite."""
     missing = [key for key in REQUIRED_KEYS if key not in record]
     if missing:
-        raise ValueError(f"a result needs {missing} beside {sorted(record)}; see `result`")
+        raise ValueError(
+            f"a result needs {missing} in addition to {sorted(record)}; use `make_result`"
+        )
     line = json.dumps(record, allow_nan=False)
     with Path(path).open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
 def read_results(path: str | Path) -> list[dict[str, Any]]:
-    """All lines, oldest first; none if there is no file yet."""
+    """Return all results, oldest first; an empty list if the file does not exist."""
     path = Path(path)
     if not path.exists():
         return []

@@ -1,4 +1,4 @@
-"""Image-text retrieval: recall at k and ranks, both ways, any number of captions an image."""
+"""Image-text retrieval: recall at k and ranks, in both directions, with any number of captions."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ def retrieval_metrics(
     chunk: int = 1024,
     mesh: Mesh | None = None,
 ) -> dict[str, float]:
-    """Recall at k in [0, 1], median and mean rank (1 is best), under CLIP_benchmark's names.
+    """Return recall at k in [0, 1], median and mean rank (1 is best), with CLIP_benchmark's names.
 
-    `image_retrieval_*` is text to image; `text_retrieval_*` is image to text, where any caption of
-    the image is a hit. A k above the number of candidates is left out. See `retrieval_ranks` for
-    the arguments and for ties.
+    `image_retrieval_*` is text to image. `text_retrieval_*` is image to text, where any caption of
+    the image is a hit. Values of k above the number of candidates are omitted. See
+    `retrieval_ranks` for the arguments and for ties.
     """
     ranks = retrieval_ranks(
         image_emb, text_emb, image_of_text, image_group=image_group, chunk=chunk, mesh=mesh
     )
     queries = ranks.image_to_text[ranks.image_to_text >= 0]
     return {
-        **_summary("image_retrieval", ranks.text_to_image, ks, candidates=len(image_emb)),
-        **_summary("text_retrieval", queries, ks, candidates=len(text_emb)),
+        **_rank_summary("image_retrieval", ranks.text_to_image, ks, candidates=len(image_emb)),
+        **_rank_summary("text_retrieval", queries, ks, candidates=len(text_emb)),
     }
 
 
 def curve_names(metrics: Mapping[str, float], *, prefix: str = "val/") -> dict[str, float]:
-    """Rename retrieval metrics to what training curves call them; other names only get the prefix.
+    """Rename retrieval metrics to the names of training curves; other names only get the prefix.
 
     `text_retrieval_recall@1` becomes `val/image_to_text_R@1`, and `image_retrieval_median_rank`
     becomes `val/text_to_image_median_rank`.
@@ -60,7 +60,7 @@ def curve_names(metrics: Mapping[str, float], *, prefix: str = "val/") -> dict[s
     return {rename(name): value for name, value in metrics.items()}
 
 
-def _summary(
+def _rank_summary(
     name: str, ranks: Int[np.ndarray, " n"], ks: Sequence[int], *, candidates: int
 ) -> dict[str, float]:
     recalls = {f"{name}_recall@{k}": float((ranks < k).mean()) for k in ks if k <= candidates}
@@ -72,12 +72,12 @@ def _summary(
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Zero-shot retrieval over a source, both ways.
+    """Zero-shot retrieval over a source, in both directions.
 
-    Every caption of `caption_set` counts (the first `max_captions` of each image, if given). A
-    broken image leaves with its captions, and `num_broken` says how many did; an image without a
-    caption stays as a candidate for the texts. With `use_groups`, images of one `group` share
-    their captions.
+    The texts are all captions of `caption_set` (or the first `max_captions` of each image). An
+    unreadable image is excluded with its captions, and counted by `num_broken`. An image without
+    a caption is a candidate for the texts, but not a query. With `use_groups`, the images of one
+    `group` share their captions.
     """
 
     task: ClassVar[str] = "zeroshot_retrieval"
@@ -91,12 +91,13 @@ class Retrieval:
     chunk: int = 1024
     mesh: Mesh | None = None
 
-    def __call__(self, encoders: Predictor) -> dict[str, float]:
-        image_emb, valid = encoders.embed_images(self.source)
+    def __call__(self, predictor: Predictor) -> dict[str, float]:
+        """Return recalls, median and mean ranks, and the numbers of images and texts."""
+        image_emb, valid = predictor.embed_images(self.source)
         captions, image_of_text, image_group = self.captions_and_groups(valid)
         metrics = retrieval_metrics(
             image_emb[valid],
-            encoders.embed_texts(captions),
+            predictor.embed_texts(captions),
             image_of_text,
             ks=self.ks,
             image_group=image_group,
@@ -113,20 +114,24 @@ class Retrieval:
     def captions_and_groups(
         self, valid: Bool[np.ndarray, " n"]
     ) -> tuple[list[str], Int[np.ndarray, " m"], Int[np.ndarray, " n"] | None]:
-        """Captions, the place of each one's image among the valid ones, and the images' groups."""
+        """Return captions, the index of each one's image among the valid ones, and image groups.
+
+        The groups are None unless `use_groups`. Raises ValueError if there is no caption.
+        """
         captions: list[str] = []
         image_of_text: list[int] = []
         groups: list[int | None] = []
         for image, i in enumerate(np.flatnonzero(valid)):
             record = read_metadata(self.source, int(i))
-            own = record.captions.get(self.caption_set, ())[: self.max_captions]
-            captions += own
-            image_of_text += [image] * len(own)
+            texts = record.captions.get(self.caption_set, ())[: self.max_captions]
+            captions += texts
+            image_of_text += [image] * len(texts)
             groups.append(record.group)
         if not captions:
+            existing = sorted(read_metadata(self.source, 0).captions)
             raise ValueError(
-                f"no record of the {len(groups)} readable ones has a caption in the set "
-                f"{self.caption_set!r}; the first has {sorted(read_metadata(self.source, 0).captions)}"
+                f"none of the {len(groups)} readable records has a caption in the set "
+                f"{self.caption_set!r}; the first has {existing}"
             )
         return captions, np.asarray(image_of_text), _group_numbers(groups, self.use_groups)
 
@@ -137,6 +142,6 @@ def _group_numbers(groups: list[int | None], use_groups: bool) -> Int[np.ndarray
     if None in groups:
         raise ValueError(
             f"use_groups is set, but {groups.count(None)} of {len(groups)} records have no group; "
-            "give every record one, or leave use_groups off"
+            "add the missing groups, or set use_groups to False"
         )
     return np.asarray(groups)

@@ -1,4 +1,4 @@
-"""Ridge regression in closed form, and the retrieval baseline that it makes."""
+"""Ridge regression in closed form, and a retrieval baseline based on it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from imgtune_jax.evals.retrieval import retrieval_metrics
 class Ridge:
     """argmin_w ‖x w - y‖² + λ ‖w‖² for every λ > 0, in float64, from one eigendecomposition.
 
-    Of xᵀx, for (xᵀx + λ)⁻¹ xᵀy (primal), or, with fewer rows than columns, of x xᵀ, for
-    xᵀ (x xᵀ + λ)⁻¹ y (dual): w = left (values + λ)⁻¹ right. The means are taken off before and
-    put back after.
+    The decomposed matrix is xᵀx, for w = (xᵀx + λ)⁻¹ xᵀy (primal), or x xᵀ if x has fewer rows
+    than columns, for w = xᵀ (x xᵀ + λ)⁻¹ y (dual). Both have the form
+    w = left (values + λ)⁻¹ right. Means are subtracted from inputs and added to predictions.
     """
 
     mean_x: Float[np.ndarray, " d"]
@@ -33,7 +33,7 @@ class Ridge:
     def fit(
         cls, x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "n c"], *, intercept: bool
     ) -> Ridge:
-        """Decompose. With an `intercept`, both sides are centred, which frees a bias of the λ."""
+        """Decompose. `intercept` centers x and y, which is a bias without regularization."""
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         check_finite(x, "training features")
         check_finite(y, "training targets")
@@ -48,16 +48,16 @@ class Ridge:
     def predictions(
         self, x: Float[np.ndarray, "m d"], lambdas: Sequence[float]
     ) -> Iterator[Float[np.ndarray, "m c"]]:
-        """What each λ's w predicts of new rows. Raises ValueError for a λ that is not positive."""
+        """Yield the predictions for new rows under each λ. Raises ValueError unless λ > 0."""
         projected = (x - self.mean_x) @ self.left
         for value in lambdas:
             if value <= 0:
-                raise ValueError(f"λ = {value}; ridge regression needs a positive one")
+                raise ValueError(f"λ = {value}; expected a positive number")
             yield (projected / (self.values + value)) @ self.right + self.mean_y
 
 
 class RidgeBaseline(NamedTuple):
-    """The best λ of a sweep, its metrics, and every λ's."""
+    """The best λ of a sweep, its metrics, and the metrics of every λ."""
 
     best_lambda: float
     metrics: dict[str, float]
@@ -76,26 +76,25 @@ def ridge_baseline(
     select: str = "text_retrieval_recall@1",
     mesh: Mesh | None = None,
 ) -> RidgeBaseline:
-    """Retrieve by cosine with a regression of text embeddings on image features: no training.
+    """Evaluate retrieval with a regression from image features to text embeddings.
 
-    A test image's embedding is its predicted text embedding. `image_of_text` is as in
-    `retrieval_metrics`; by default text i is image i's.
-
-    λ is chosen by `select` on the test data itself. That flatters the baseline, never ours.
+    A test image's embedding is its predicted text embedding, and the score is the cosine
+    similarity. `image_of_text` is as in `retrieval_metrics`; by default, text i belongs to image i.
+    The λ with the best metric `select` on the test data is selected, which favors the baseline.
     """
     check_finite(test_features, "test features")
     check_finite(test_text_emb, "test text embeddings")
     if image_of_text is None:
         image_of_text = np.arange(len(test_text_emb))
-    text_emb = _unit(test_text_emb)
+    text_emb = _normalize_rows(test_text_emb)
     by_lambda = {}
     for value, emb in zip(lambdas, ridge.predictions(test_features, lambdas), strict=True):
         by_lambda[float(value)] = retrieval_metrics(
-            _unit(emb), text_emb, image_of_text, ks=ks, image_group=image_group, mesh=mesh
+            _normalize_rows(emb), text_emb, image_of_text, ks=ks, image_group=image_group, mesh=mesh
         )
     best = max(by_lambda, key=lambda value: by_lambda[value][select])
     return RidgeBaseline(best, by_lambda[best], by_lambda)
 
 
-def _unit(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+def _normalize_rows(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
     return x / np.linalg.norm(x, axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""The ridge baseline as an evaluator: what closed-form regression gets from the same features."""
+"""The ridge baseline as an evaluator: closed-form regression on the features of the same towers."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from imgtune_jax.evals.ridge import Ridge, ridge_baseline
 
 @dataclass(frozen=True)
 class RidgeRetrieval:
-    """Regress the text tower's vectors on the image tower's over `train_source`, then retrieve.
+    """Fit a ridge regression from image to text features on `train_source`; retrieve in `source`.
 
-    No head and no training: pooled features and unit-norm text vectors as the towers give them when
-    this runs. Texts are the first caption of `caption_set`. `standardize` divides each feature by
-    its standard deviation over the training images. The best of `lambdas` is chosen on `source`
-    itself, which flatters the baseline.
+    It uses the towers' pooled features with the current parameters, without heads; text features
+    are scaled to unit norm. Training texts are the first caption of `caption_set` of each image,
+    and test texts are all of them. `standardize` divides each image feature by its standard
+    deviation over the training images. The best of `lambdas` is selected on `source` itself, which
+    favors the baseline.
     """
 
     task: ClassVar[str] = "zeroshot_retrieval"
@@ -34,31 +35,32 @@ class RidgeRetrieval:
     language: str = "en"
     mesh: Mesh | None = None
 
-    def __call__(self, encoders: Predictor) -> dict[str, float]:
+    def __call__(self, predictor: Predictor) -> dict[str, float]:
+        """Return retrieval metrics and `best_lambda`."""
         key = ("ridge", self.train_source.fingerprint, self.caption_set, self.standardize)
-        std, ridge = encoders.memoize(key, lambda: self._fit(encoders))
-        x, y, of_text = self._pairs(encoders, self.source, max_captions=None)
-        found = ridge_baseline(
-            ridge, x / std, y, self.lambdas, image_of_text=of_text, mesh=self.mesh
+        std, ridge = predictor.memoize(key, lambda: self._fit(predictor))
+        x, y, image_of_text = self._features(predictor, self.source, max_captions=None)
+        baseline = ridge_baseline(
+            ridge, x / std, y, self.lambdas, image_of_text=image_of_text, mesh=self.mesh
         )
-        return found.metrics | {"best_lambda": found.best_lambda}
+        return baseline.metrics | {"best_lambda": baseline.best_lambda}
 
-    def _fit(self, encoders: Predictor) -> tuple[np.ndarray, Ridge]:
-        """What the features are divided by, and the regression; one serves every test."""
-        x, y, of_text = self._pairs(encoders, self.train_source, max_captions=1)
+    def _fit(self, predictor: Predictor) -> tuple[np.ndarray, Ridge]:
+        """Return the divisor of the features and the regression; all test sets share them."""
+        x, y, image_of_text = self._features(predictor, self.train_source, max_captions=1)
         std = np.ones(x.shape[1])
         if self.standardize:
-            found = x.std(0)
-            std = np.where(found < 1e-6, 1.0, found)
-        return std, Ridge.fit((x / std)[of_text], y, intercept=True)
+            std = x.std(0)
+            std = np.where(std < 1e-6, 1.0, std)
+        return std, Ridge.fit((x / std)[image_of_text], y, intercept=True)
 
-    def _pairs(
-        self, encoders: Predictor, source: Source, max_captions: int | None
+    def _features(
+        self, predictor: Predictor, source: Source, max_captions: int | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(image features, unit-norm text vectors, the image of each text) of what can be read."""
-        features, valid = encoders.image_features(source)
+        """Return features of the readable images, unit-norm text features, each text's image."""
+        features, valid = predictor.image_features(source)
         retrieval = Retrieval(source, caption_set=self.caption_set, max_captions=max_captions)
         captions, image_of_text, _ = retrieval.captions_and_groups(valid)
-        texts = encoders.text_features(captions).astype(np.float64)
-        texts /= np.linalg.norm(texts, axis=1, keepdims=True)
-        return features[valid].astype(np.float64), texts, image_of_text
+        text_emb = predictor.text_features(captions).astype(np.float64)
+        text_emb /= np.linalg.norm(text_emb, axis=1, keepdims=True)
+        return features[valid].astype(np.float64), text_emb, image_of_text

@@ -1,7 +1,8 @@
-"""Prompt templates for zero-shot classification; `{}` stands for the class name.
+"""Prompt templates for zero-shot classification; `{}` is replaced by the class name.
 
 The two lists of ImageNet prompts are OpenAI's (github.com/openai/CLIP, MIT, Copyright (c) 2021
-OpenAI), and so are the class names, both as open_clip 3.3.0 has them (MIT); see LICENSE.prompts.
+OpenAI), and so are the class names. Both are copied from open_clip 3.3.0 (MIT); see
+LICENSE.prompts.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ OPENAI_IMAGENET = (
     "a tattoo of the {}.",
 )
 
-# The seven of OPENAI_IMAGENET that do best together.
+# The seven prompts of OPENAI_IMAGENET that work best as an ensemble, according to OpenAI.
 SIMPLE_IMAGENET = (
     "itap of a {}.",
     "a bad photo of the {}.",
@@ -112,7 +113,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 
 
 def imagenet_classnames() -> tuple[str, ...]:
-    """OpenAI's 1000 names of the ImageNet-1k classes, in the order of the labels."""
+    """Return OpenAI's 1000 names of the ImageNet-1k classes, in the order of the labels."""
     text = (
         resources.files("imgtune_jax.evals").joinpath("imagenet_classnames.txt").read_text("utf-8")
     )

@@ -1,4 +1,4 @@
-"""Zero-shot classification: an image's class is the one whose prompts lie nearest to it."""
+"""Zero-shot classification: the class whose prompts are most similar to the image."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ Templates = Sequence[str] | Mapping[str, Sequence[str]]
 
 
 def class_embeddings(
-    encoders: Predictor,
+    predictor: Predictor,
     classnames: Sequence[str],
     templates: Templates,
 ) -> Float[np.ndarray, "c d"]:
-    """One unit vector per class: the mean of its prompts' unit vectors, normalised again (CLIP).
+    """Return a unit vector per class: the normalized mean of its prompts' embeddings, as in CLIP.
 
-    Prompts are those of `prompts_of`. Every distinct one is encoded once.
+    The prompts are those of `class_prompts`. Each distinct prompt is encoded once.
     """
     per_class = [class_prompts(name, templates) for name in classnames]
     distinct = list(dict.fromkeys(prompt for prompts in per_class for prompt in prompts))
     row_of = {prompt: row for row, prompt in enumerate(distinct)}
-    emb = np.asarray(encoders.embed_texts(distinct), np.float32)
+    emb = np.asarray(predictor.embed_texts(distinct), np.float32)
     means = np.stack([emb[[row_of[p] for p in prompts]].mean(0) for prompts in per_class])
     return means / np.linalg.norm(means, axis=1, keepdims=True)
 
@@ -41,10 +41,10 @@ def true_class_ranks(
     *,
     chunk: int = 4096,
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """The predicted class, and how many classes come before the true one (0: it is predicted).
+    """Return the predicted classes, and the number of classes ranked before the true one.
 
-    Of equal scores the lower class comes first, as in an argmax. Only `chunk` rows of scores exist
-    at a time.
+    Ties go to the lower class, as in an argmax. Only `chunk` rows of scores are in memory at a
+    time.
     """
     predicted, ranks = np.empty(len(emb), np.int64), np.empty(len(emb), np.int64)
     check_finite(emb, "image embeddings")
@@ -58,40 +58,41 @@ def true_class_ranks(
 def ranks_from_scores(
     scores: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " n"]
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """As `true_class_ranks`, of scores that are at hand."""
+    """Return predicted classes and ranks of the true classes, like `true_class_ranks`."""
     label = labels[:, None]
-    own = np.take_along_axis(scores, label, 1)
-    ahead = (scores > own) | ((scores == own) & (np.arange(scores.shape[1]) < label))
+    label_score = np.take_along_axis(scores, label, 1)
+    is_lower = np.arange(scores.shape[1]) < label
+    ahead = (scores > label_score) | ((scores == label_score) & is_lower)
     return scores.argmax(1), ahead.sum(1)
 
 
 class PerClassScores(NamedTuple):
     """Precision, recall and F1 of every class, and its number of examples (support).
 
-    A ratio over nothing (a class that is never predicted, say) is 0, as in scikit-learn's
-    `zero_division=0`.
+    A ratio with denominator 0, such as the precision of a class that is never predicted, is 0, as
+    in scikit-learn with `zero_division=0`.
     """
 
     precision: Float[np.ndarray, " c"]
     recall: Float[np.ndarray, " c"]
     f1: Float[np.ndarray, " c"]
     support: Int[np.ndarray, " c"]
-    predicted: Int[np.ndarray, " c"]  # how often the class was predicted
+    predicted: Int[np.ndarray, " c"]  # number of times the class was predicted
 
 
 def per_class_scores(
     predicted: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"], *, num_classes: int
 ) -> PerClassScores:
-    """Count hits class by class."""
+    """Compute the scores of every class from predicted and true labels."""
     support = np.bincount(labels, minlength=num_classes)
-    claimed = np.bincount(predicted, minlength=num_classes)
+    num_predicted = np.bincount(predicted, minlength=num_classes)
     hits = np.bincount(labels[predicted == labels], minlength=num_classes)
     return PerClassScores(
-        precision=hits / np.maximum(claimed, 1),
+        precision=hits / np.maximum(num_predicted, 1),
         recall=hits / np.maximum(support, 1),
-        f1=2 * hits / np.maximum(support + claimed, 1),
+        f1=2 * hits / np.maximum(support + num_predicted, 1),
         support=support,
-        predicted=claimed,
+        predicted=num_predicted,
     )
 
 
@@ -102,31 +103,32 @@ def classification_metrics(
     *,
     num_classes: int,
 ) -> dict[str, float]:
-    """Accuracy and macro averages, in [0, 1].
+    """Return accuracy and macro averages, in [0, 1].
 
-    `mean_per_class_recall` is over the classes that have examples (scikit-learn's balanced
-    accuracy); the macro F1 and precision are over the classes that have examples or were predicted
-    (scikit-learn's default). With fewer than five classes there is no acc5.
+    `mean_per_class_recall` averages over the classes that have examples (scikit-learn's balanced
+    accuracy). The macro F1 and precision average over the classes that have examples or were
+    predicted (scikit-learn's default). acc5 is omitted for fewer than five classes.
     """
     scores = per_class_scores(predicted, labels, num_classes=num_classes)
-    seen = scores.support > 0
-    named = seen | (scores.predicted > 0)
+    has_examples = scores.support > 0
+    occurs = has_examples | (scores.predicted > 0)
     metrics = {f"acc{k}": float((ranks < k).mean()) for k in (1, 5) if k <= num_classes}
     return metrics | {
-        "mean_per_class_recall": float(scores.recall[seen].mean()),
-        "macro_precision": float(scores.precision[named].mean()),
-        "macro_f1": float(scores.f1[named].mean()),
+        "mean_per_class_recall": float(scores.recall[has_examples].mean()),
+        "macro_precision": float(scores.precision[occurs].mean()),
+        "macro_f1": float(scores.f1[occurs].mean()),
     }
 
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """Zero-shot classification of a labelled source.
+    """Zero-shot classification of a labeled source.
 
-    `classnames` are the names in the order of the labels, or a name of `CLASSNAMES`; `templates`
-    are the prompts (see `prompts_of`), or a name of `TEMPLATES`. With `per_class`, the F1,
-    precision, recall and support of each class are reported too, as `f1/<name>` and so on (classes
-    that share a name get their label appended). Broken images leave; `num_broken` counts them.
+    `classnames` are the names in the order of the labels, or a key of `CLASSNAMES`. `templates`
+    are the prompts (see `class_prompts`), or a key of `TEMPLATES`. With `per_class`, the F1,
+    precision, recall and support of each class are reported as `f1/<name>`, …; if two classes have
+    the same name, their labels are appended. Unreadable images are excluded and counted by
+    `num_broken`.
     """
 
     task: ClassVar[str] = "zeroshot_classification"
@@ -138,33 +140,33 @@ class ZeroShot:
     language: str = "en"
 
     def __post_init__(self) -> None:
-        for what, chosen, table in (
-            ("class names", self.classnames, CLASSNAMES),
-            ("prompt templates", self.templates, TEMPLATES),
+        for field, value, table in (
+            ("classnames", self.classnames, CLASSNAMES),
+            ("templates", self.templates, TEMPLATES),
         ):
-            if isinstance(chosen, str) and chosen not in table:
+            if isinstance(value, str) and value not in table:
                 raise ValueError(
-                    f"no {what} are called {chosen!r}; there are {sorted(table)}, or give your own"
+                    f"{field} = {value!r}; expected one of {sorted(table)}, or a list of strings"
                 )
         if len(self.names) < 2:
-            raise ValueError(f"class names are {self.names}; give two or more to choose from")
+            raise ValueError(f"classnames = {self.names}; expected two or more names")
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The class names themselves."""
-        chosen = self.classnames
-        return CLASSNAMES[chosen]() if isinstance(chosen, str) else tuple(chosen)
+        """The class names, looked up in `CLASSNAMES` if given by key."""
+        names = self.classnames
+        return CLASSNAMES[names]() if isinstance(names, str) else tuple(names)
 
     @property
     def resolved_templates(self) -> Templates:
-        """The prompt templates themselves."""
+        """The prompt templates, looked up in `TEMPLATES` if given by key."""
         return TEMPLATES[self.templates] if isinstance(self.templates, str) else self.templates
 
-    def __call__(self, encoders: Predictor) -> dict[str, float]:
-        """acc1, acc5, mean_per_class_recall and the rest, by name."""
-        image_emb, valid = encoders.embed_images(self.source)
+    def __call__(self, predictor: Predictor) -> dict[str, float]:
+        """Return acc1, acc5, mean_per_class_recall, …, and the numbers of images."""
+        image_emb, valid = predictor.embed_images(self.source)
         labels = checked_labels(self.source, valid, num_classes=len(self.names))
-        class_emb = class_embeddings(encoders, self.names, self.resolved_templates)
+        class_emb = class_embeddings(predictor, self.names, self.resolved_templates)
         predicted, ranks = true_class_ranks(image_emb[valid], class_emb, labels)
         return self.metrics(predicted, ranks, labels, valid)
 
@@ -175,16 +177,18 @@ class ZeroShot:
         labels: Int[np.ndarray, " n"],
         valid: Bool[np.ndarray, " m"],
     ) -> dict[str, float]:
-        """What is reported of predictions for the valid images."""
+        """Return the metrics of predictions and ranks for the valid images."""
         names = self.names
         metrics = classification_metrics(predicted, ranks, labels, num_classes=len(names))
         metrics |= {"num_images": float(len(labels)), "num_broken": float((~valid).sum())}
         if self.per_class:
-            metrics |= _by_class(per_class_scores(predicted, labels, num_classes=len(names)), names)
+            metrics |= _per_class_metrics(
+                per_class_scores(predicted, labels, num_classes=len(names)), names
+            )
         return metrics
 
 
-def _by_class(scores: PerClassScores, names: Sequence[str]) -> dict[str, float]:
+def _per_class_metrics(scores: PerClassScores, names: Sequence[str]) -> dict[str, float]:
     unique = [c if names.count(c) == 1 else f"{c} ({i})" for i, c in enumerate(names)]
     return {
         f"{kind}/{name}": float(value)
@@ -194,10 +198,11 @@ def _by_class(scores: PerClassScores, names: Sequence[str]) -> dict[str, float]:
 
 
 def class_prompts(name: str, templates: Templates) -> list[str]:
-    """A class's prompts: of strings in which `{}` (or `{c}`) stands for its name, or as given.
+    """Return the prompts of a class.
 
-    Templates by class name are finished prompts (CuPL, 2209.03320). Raises ValueError for a class
-    without a prompt, and for templates that leave the name out or are the same.
+    A sequence of templates has `{}` or `{c}` for the class name. A mapping has the complete
+    prompts of each class by class name (CuPL, 2209.03320). Raises ValueError for a class without a
+    prompt, and for templates that omit the name or are not distinct.
     """
     if isinstance(templates, Mapping):
         prompts = list(templates.get(name, ()))
@@ -205,9 +210,9 @@ def class_prompts(name: str, templates: Templates) -> list[str]:
         prompts = [template.format(name, c=name) for template in templates]
         if len(set(prompts)) < len(prompts) or any(name not in p for p in prompts):
             raise ValueError(
-                f"templates {list(templates)[:3]}… do not each give their own prompt with the name "
-                "of the class in it; write {} where it belongs, and each template once"
+                f"templates = {list(templates)[:3]}…; expected distinct strings that contain {{}} "
+                "or {c} for the class name"
             )
     if not prompts:
-        raise ValueError(f"class {name!r} has no prompts; give it one at least")
+        raise ValueError(f"class {name!r} has no prompts; add at least one")
     return prompts

@@ -1,6 +1,6 @@
-"""One page per run, `report.html`: curves, results, and what the model really retrieves.
+"""The report of a run, `report.html`: curves, results, and examples of retrieval and captions.
 
-The page is one file that asks the network for nothing.
+The page is one file that loads nothing from the network.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the model writes of sampled images, beside what people wrote."""
+"""Caption examples: generated captions of randomly sampled images next to their references."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from imgtune_jax.evals.captioning import Captioning
 from imgtune_jax.evals.protocol import Predictor
 from imgtune_jax.report.retrieval_examples import EmbeddedImage, data_uri
 
-SHOWN = 12  # images of a data set
+NUM_IMAGES = 12  # per data set
 
 
 @dataclass(frozen=True)
 class CaptionLine:
-    """A prediction in one language, and the references."""
+    """A generated caption in one language and the image's references."""
 
     language: str
     prediction: str
@@ -29,72 +29,72 @@ class CaptionLine:
 
 @dataclass(frozen=True)
 class CaptionExample:
-    """One image and what is written of it, language by language."""
+    """One image and its captions, one line per language."""
 
-    picture: EmbeddedImage
+    image: EmbeddedImage
     lines: list[CaptionLine]
 
 
 @dataclass(frozen=True)
 class CaptionExamples:
-    """All that the page shows of the captions of one data set."""
+    """Captions of the images sampled from one data set."""
 
     dataset: str
     num_images: int
-    images: list[CaptionExample]
+    examples: list[CaptionExample]
 
 
-def caption_views(
+def sample_caption_examples(
     evaluators: Mapping[str, Captioning],
-    encoders: Predictor,
+    predictor: Predictor,
     *,
     thumbnail: Callable[[object], bytes],
     seed: int = 0,
 ) -> list[CaptionExamples]:
-    """One view for all evaluators of one source, whatever their languages.
+    """Return examples for every source; evaluators of one source, in any language, share them.
 
-    The images are drawn with `seed` among those that every one of them has references for.
+    The images are sampled with `seed` from those that have references for all of its evaluators.
     """
     by_source: dict[str, dict[str, Captioning]] = {}
     for name, evaluator in evaluators.items():
         by_source.setdefault(evaluator.source.fingerprint, {})[name] = evaluator
-    return [_view(group, encoders, thumbnail, seed) for group in by_source.values()]
+    return [_caption_images(group, predictor, thumbnail, seed) for group in by_source.values()]
 
 
-def _view(
-    group: Mapping[str, Captioning],
-    encoders: Predictor,
+def _caption_images(
+    evaluators: Mapping[str, Captioning],
+    predictor: Predictor,
     thumbnail: Callable[[object], bytes],
     seed: int,
 ) -> CaptionExamples:
-    source = next(iter(group.values())).source
-    common = set.intersection(*(set(_captioned(e)) for e in group.values()))
-    drawn = np.random.default_rng(seed).permutation(sorted(common))[:SHOWN]
-    chosen = Subset(source, tuple(drawn.tolist()))
-    lines: list[list[CaptionLine]] = [[] for _ in drawn]
-    readable = np.ones(len(drawn), bool)
-    for evaluator in group.values():
-        written, readable = evaluator.generate_captions(encoders, chosen)
-        for i in np.flatnonzero(readable).tolist():
-            lines[i].append(_line(evaluator, written[i][0].text, chosen, i))
-    shown = [i for i in np.flatnonzero(readable).tolist() if lines[i]]
-    images = [
+    source = next(iter(evaluators.values())).source
+    captioned = set.intersection(*(set(_captioned_indices(e)) for e in evaluators.values()))
+    indices = np.random.default_rng(seed).permutation(sorted(captioned))[:NUM_IMAGES]
+    images = Subset(source, tuple(indices.tolist()))
+    lines: list[list[CaptionLine]] = [[] for _ in indices]
+    valid = np.ones(len(indices), bool)
+    for evaluator in evaluators.values():
+        captions, valid = evaluator.generate_captions(predictor, images)
+        for i in np.flatnonzero(valid).tolist():
+            lines[i].append(_caption_line(evaluator, captions[i][0].text, images, i))
+    examples = [
         CaptionExample(
-            EmbeddedImage(data_uri(thumbnail(chosen[i].image)), _alt_text(lines[i])), lines[i]
+            EmbeddedImage(data_uri(thumbnail(images[i].image)), _alt_text(lines[i])), lines[i]
         )
-        for i in shown
+        for i in np.flatnonzero(valid).tolist()
+        if lines[i]
     ]
-    return CaptionExamples(_common_name(list(group)), len(common), images)
+    return CaptionExamples(_common_name(list(evaluators)), len(captioned), examples)
 
 
-def _captioned(evaluator: Captioning) -> Sequence[int]:
-    return evaluator.selected_images(whole=True).indices
+def _captioned_indices(evaluator: Captioning) -> Sequence[int]:
+    return evaluator.selected_images(ignore_limit=True).indices
 
 
-def _line(evaluator: Captioning, text: str, chosen: Subset, index: int) -> CaptionLine:
-    references = evaluator.references(chosen, index)
-    hit = exact_match([text], [references])["exact_match"] == 1
-    return CaptionLine(evaluator.language, text, references, hit)
+def _caption_line(evaluator: Captioning, caption: str, images: Subset, index: int) -> CaptionLine:
+    references = evaluator.references(images, index)
+    hit = exact_match([caption], [references])["exact_match"] == 1
+    return CaptionLine(evaluator.language, caption, references, hit)
 
 
 def _alt_text(lines: Sequence[CaptionLine]) -> str:
@@ -102,7 +102,7 @@ def _alt_text(lines: Sequence[CaptionLine]) -> str:
 
 
 def _common_name(names: Sequence[str]) -> str:
-    """`emoji_s` of `emoji_s_en` and `emoji_s_zh`; all names where they share no beginning."""
-    places = zip(*names, strict=False)
-    start = "".join(letters[0] for letters in takewhile(lambda x: len(set(x)) == 1, places))
-    return names[0] if len(names) == 1 else start.rstrip("_-/ ") or ", ".join(names)
+    """Return the common prefix, `emoji_s` for `emoji_s_en` and `emoji_s_zh`, or else all names."""
+    columns = zip(*names, strict=False)
+    prefix = "".join(letters[0] for letters in takewhile(lambda x: len(set(x)) == 1, columns))
+    return names[0] if len(names) == 1 else prefix.rstrip("_-/ ") or ", ".join(names)

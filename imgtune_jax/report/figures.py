@@ -1,10 +1,10 @@
-"""Curves as SVG that takes its colours from the page, so it follows light and dark mode."""
+"""Curves as SVG whose colors are CSS variables of the page, for light and dark mode."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -14,26 +14,33 @@ import matplotlib.ticker
 import numpy as np
 from matplotlib.figure import Figure
 
-from imgtune_jax.report.run_data import Series, metric_label
+from imgtune_jax.report.run_data import Series
+from imgtune_jax.report.tables import metric_label
 
-# matplotlib wants literal colours: these stand for the page's CSS variables, and are replaced.
+# matplotlib needs literal colors: these are placeholders, replaced by the page's CSS variables.
 INK, GRID = "#010101", "#020202"
 LINES = tuple(f"#0303{i:02x}" for i in range(6))
 VARIABLES = {INK: "var(--muted)", GRID: "var(--line)"} | {
-    colour: f"var(--series-{i + 1})" for i, colour in enumerate(LINES)
+    color: f"var(--series-{i + 1})" for i, color in enumerate(LINES)
 }
 DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
 MAX_POINTS = 600
-CAPTION_SCORES = ("Bleu_4", "ROUGE_L", "CIDEr", "METEOR", "exact_match")  # the table has the rest
+CAPTION_SCORES = (
+    "Bleu_4",
+    "ROUGE_L",
+    "CIDEr",
+    "METEOR",
+    "exact_match",
+)  # the table has all of them
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a panel."""
+    """One line of a panel: its points, color number and index into DASHES."""
 
     label: str
     points: Series
-    colour: int = 0
+    color: int = 0
     dash: int = 0
 
 
@@ -47,28 +54,27 @@ class Panel:
 
 
 def panels(series: Mapping[str, Series]) -> list[Panel]:
-    """The charts a run's metrics make: the losses, one per evaluator, then one per other metric."""
-    rest = dict(series)
+    """Return the charts of a run: losses, then those of each evaluator, then all other metrics."""
+    remaining = dict(series)
 
-    def take(wanted) -> dict[str, Series]:
-        return {name: rest.pop(name) for name in list(rest) if wanted(name)}
+    def take(condition: Callable[[str], Any]) -> dict[str, Series]:
+        return {name: remaining.pop(name) for name in list(remaining) if condition(name)}
 
     losses = take(lambda n: n == "train/loss" or re.fullmatch(r"val/(.*/)?loss", n))
-    made = [_panel("Loss", losses)]
+    charts = [_panel("Loss", losses)]
     optimizer = [take(name.__eq__) for name in ("train/lr", "train/logit_scale")]
-    evaluators = dict.fromkeys(n.rsplit("/", 1)[0] for n in rest if n.startswith("val"))
+    evaluators = dict.fromkeys(n.rsplit("/", 1)[0] for n in remaining if n.startswith("val"))
     for evaluator in evaluators:
-        own = take(lambda n, e=evaluator: n.rsplit("/", 1)[0] == e)
-        made += _evaluator_panels(evaluator.removeprefix("val").strip("/") or "validation", own)
-    made += [
-        _panel(_metric_title(n), {n: points}) for own in optimizer for n, points in own.items()
-    ]
-    made += [_panel(_metric_title(n), {n: rest[n]}) for n in sorted(rest)]
-    return [panel for panel in made if panel.curves]
+        metrics = take(lambda n, e=evaluator: n.rsplit("/", 1)[0] == e)
+        title = evaluator.removeprefix("val").strip("/") or "validation"
+        charts += _evaluator_panels(title, metrics)
+    charts += [_panel(_metric_title(n), {n: x}) for group in optimizer for n, x in group.items()]
+    charts += [_panel(_metric_title(n), {n: remaining[n]}) for n in sorted(remaining)]
+    return [panel for panel in charts if panel.curves]
 
 
 def svg(panel: Panel, *, ident: str) -> str:
-    """Draw a panel; `ident` keeps the element names of different panels apart."""
+    """Render a panel; `ident` makes its element ids unique in the page."""
     settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": ident,
@@ -84,7 +90,7 @@ def svg(panel: Panel, *, ident: str) -> str:
         figure = Figure(figsize=(4.4, 2.5), layout="constrained")
         axes = figure.add_subplot()
         for curve in panel.curves:
-            _draw(axes, curve)
+            _plot_curve(axes, curve)
         axes.grid(axis="y", color=GRID, linewidth=0.6)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(length=0)
@@ -102,7 +108,7 @@ def svg(panel: Panel, *, ident: str) -> str:
 
 
 def alt_text(panel: Panel) -> str:
-    """The chart in words, for those who do not see it."""
+    """Return a description of the chart for screen readers."""
 
     def number(value: float) -> str:
         return f"{100 * value:.1f} %" if panel.percent else f"{value:.4g}"
@@ -117,7 +123,7 @@ def alt_text(panel: Panel) -> str:
 
 def _panel(title: str, series: Mapping[str, Series]) -> Panel:
     curves = [
-        Curve(_metric_title(name), points, colour=i % len(LINES))
+        Curve(_metric_title(name), points, color=i % len(LINES))
         for i, (name, points) in enumerate(series.items())
     ]
     percent = all(_is_fraction(name) for name in series)
@@ -125,7 +131,7 @@ def _panel(title: str, series: Mapping[str, Series]) -> Panel:
 
 
 def _metric_title(metric: str) -> str:
-    """`train/lr` is `learning rate`, `val/coco/loss` is `validation on coco`."""
+    """Return a title: `learning rate` for `train/lr`, `validation on coco` for `val/coco/loss`."""
     parts = metric.split("/")
     if parts[0] == "val" and parts[-1] == "loss":
         return " on ".join(["validation", *parts[1:-1]])
@@ -133,41 +139,44 @@ def _metric_title(metric: str) -> str:
 
 
 def _evaluator_panels(name: str, series: Mapping[str, Series]) -> list[Panel]:
-    """Recalls (colour: k; dashed: text to image), accuracies, and every other metric by itself."""
-    short = {n.rsplit("/", 1)[-1]: points for n, points in series.items()}
-    short = dict(sorted(short.items(), key=lambda item: _is_text_to_image(item[0])))
-    recalls = {n: p for n, p in short.items() if re.search(r"(recall|R)@\d+$", n)}
-    ks = sorted({int(n.rsplit("@", 1)[1]) for n in recalls})
-    shares = {n: p for n, p in short.items() if n not in recalls and _is_fraction(n)}
-    ranks = {n: p for n, p in short.items() if n.endswith("median_rank")}
-    captions = {n: short[n] for n in CAPTION_SCORES if n in short}
-    taken = recalls | shares | ranks | captions
-    others = {n: p for n, p in short.items() if n not in taken and not _is_in_table_only(n)}
-    curves = [
-        Curve(
-            metric_label(n),
-            points,
-            colour=ks.index(int(n.rsplit("@", 1)[1])) % len(LINES),
-            dash=_is_text_to_image(n),
-        )
-        for n, points in recalls.items()
+    """Return panels of recalls, accuracies, captions and ranks, and one per other metric.
+
+    Recalls have one color per k. The curves of text → image are dashed. Metrics that never change,
+    such as the size of a data set, have no panel.
+    """
+    by_metric = {n.rsplit("/", 1)[-1]: points for n, points in series.items()}
+    by_metric = dict(sorted(by_metric.items(), key=lambda item: _is_text_to_image(item[0])))
+    recalls = {n: p for n, p in by_metric.items() if re.search(r"(recall|R)@\d+$", n)}
+    fractions = {n: p for n, p in by_metric.items() if n not in recalls and _is_fraction(n)}
+    ranks = {n: p for n, p in by_metric.items() if n.endswith("median_rank")}
+    captions = {n: by_metric[n] for n in CAPTION_SCORES if n in by_metric}
+    grouped = recalls | fractions | ranks | captions
+    others = {n: p for n, p in by_metric.items() if n not in grouped and not _is_in_table_only(n)}
+    k_of = {n: int(n.rsplit("@", 1)[1]) for n in recalls}
+    color_of_k = {k: i % len(LINES) for i, k in enumerate(sorted(set(k_of.values())))}
+    recall_curves = [
+        Curve(metric_label(n), p, color=color_of_k[k_of[n]], dash=_is_text_to_image(n))
+        for n, p in recalls.items()
     ]
-    made = [Panel(f"{name}: retrieval", curves, percent=True)]
-    for title, group in (("accuracy", shares), ("captions", captions)):
-        curves = [
-            Curve(metric_label(n), p, colour=i % len(LINES))
-            for i, (n, p) in enumerate(group.items())
-        ]
-        made.append(Panel(f"{name}: {title}", curves, percent=True))
-    median = [
-        Curve(metric_label(n), points, dash=_is_text_to_image(n)) for n, points in ranks.items()
+    rank_curves = [Curve(metric_label(n), p, dash=_is_text_to_image(n)) for n, p in ranks.items()]
+    return [
+        Panel(f"{name}: retrieval", recall_curves, percent=True),
+        Panel(f"{name}: accuracy", _numbered_curves(fractions), percent=True),
+        Panel(f"{name}: captions", _numbered_curves(captions), percent=True),
+        Panel(f"{name}: median rank", rank_curves),
+        *(
+            Panel(f"{name}: {metric_label(n)}", [Curve(metric_label(n), points)])
+            for n, points in others.items()
+            if len({value for _, value in points}) > 1
+        ),
     ]
-    made.append(Panel(f"{name}: median rank", median))
-    for n, points in others.items():
-        changes = len({value for _, value in points}) > 1
-        if changes:  # the sizes of a data set make no chart
-            made.append(Panel(f"{name}: {metric_label(n)}", [Curve(metric_label(n), points)]))
-    return made
+
+
+def _numbered_curves(series: Mapping[str, Series]) -> list[Curve]:
+    return [
+        Curve(metric_label(name), points, color=i % len(LINES))
+        for i, (name, points) in enumerate(series.items())
+    ]
 
 
 def _is_fraction(metric: str) -> bool:
@@ -182,9 +191,9 @@ def _is_text_to_image(metric: str) -> int:
     return int(metric.startswith(("image_retrieval", "text_to_image")))
 
 
-def _draw(axes, curve: Curve) -> None:
+def _plot_curve(axes, curve: Curve) -> None:
     steps, values = (np.array(column, float) for column in zip(*curve.points, strict=True))
-    style = {"color": LINES[curve.colour], "linestyle": DASHES[curve.dash], "linewidth": 1.6}
+    style = {"color": LINES[curve.color], "linestyle": DASHES[curve.dash], "linewidth": 1.6}
     if len(steps) > MAX_POINTS:
         bins = np.array_split(np.arange(len(steps)), MAX_POINTS)
         means = np.array([values[b].mean() for b in bins])
@@ -202,18 +211,18 @@ def _draw(axes, curve: Curve) -> None:
 
 
 def _inline_svg(text: str, description: str) -> str:
-    """Inline SVG: no prolog, no fixed size, CSS variables for colours, words for screen readers."""
+    """Convert to inline SVG without prolog and fixed size, with CSS variables and a description."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     text = re.sub(r"font: (?:\d+ )?([\d.]+px) [^;\"]*", r"font: \1 system-ui, sans-serif", text)
-    for colour, variable in VARIABLES.items():
-        text = text.replace(colour, variable)
-    words = f'<svg role="img" aria-label="{escape(description, quote=True)}"'
-    return text.replace("<svg", words, 1)
+    for color, variable in VARIABLES.items():
+        text = text.replace(color, variable)
+    start = f'<svg role="img" aria-label="{escape(description, quote=True)}"'
+    return text.replace("<svg", start, 1)
 
 
 def legend(panel: Panel) -> Sequence[tuple[str, int, int]]:
-    """(label, colour number from 1, dash) for each curve, for the page to draw."""
-    return [(curve.label, curve.colour + 1, curve.dash) for curve in panel.curves]
+    """Return (label, color number from 1, dash) of each curve, for the page's legend."""
+    return [(curve.label, curve.color + 1, curve.dash) for curve in panel.curves]

@@ -1,4 +1,4 @@
-"""Writing `report.html`."""
+"""Rendering of `report.html`."""
 
 from __future__ import annotations
 
@@ -20,24 +20,26 @@ from imgtune_jax.data import Source, decode_image
 from imgtune_jax.evals.captioning import Captioning
 from imgtune_jax.evals.retrieval import Retrieval
 from imgtune_jax.report import figures
-from imgtune_jax.report.caption_examples import CaptionExamples, caption_views
+from imgtune_jax.report.caption_examples import CaptionExamples, sample_caption_examples
 from imgtune_jax.report.retrieval_examples import RetrievalData, sample_examples
-from imgtune_jax.report.run_data import RunData, key_numbers, read_run_data, result_tables
+from imgtune_jax.report.run_data import RunData, read_run_data
+from imgtune_jax.report.tables import key_numbers, result_tables
 
-THUMBNAIL = 96  # pixels of the longer side: sharp at 48 CSS pixels on a phone
+THUMBNAIL_SIZE = 96  # pixels of the longer side; sharp at 48 CSS pixels on a phone
 
 
 def write_report(
     workdir: str | Path,
     *,
-    galleries: Sequence[RetrievalData] = (),
+    retrieval: Sequence[RetrievalData] = (),
     captions: Sequence[CaptionExamples] = (),
     seed: int = 0,
 ) -> Path:
-    """Write `workdir/report.html` from what the run left there, and return its path.
+    """Write `workdir/report.html` from the files in `workdir`, and return its path.
 
-    Queries are drawn from `galleries` with `seed`, never chosen, and so are the images of
-    `captions`. A part that is missing (no results yet, say) is left out and named.
+    The queries that are shown are sampled from `retrieval` with `seed`, which should also be the
+    seed of `captions`. For a missing section (such as results before the first evaluation), the
+    page has a line that says so.
     """
     workdir = Path(workdir)
     run = read_run_data(workdir)
@@ -54,7 +56,7 @@ def write_report(
         charts=_charts(run),
         tables=tables,
         numbers=key_numbers(run, tables),
-        views=[sample_examples(gallery, seed=seed) for gallery in galleries],
+        retrieval=[sample_examples(data, seed=seed) for data in retrieval],
         captions=captions,
         seed=seed,
     )
@@ -65,41 +67,42 @@ def write_report(
     return path
 
 
-def write_run_report(workdir: str | Path, encoders: evals.Predictor) -> Path:
-    """Write the report with what the run's retrieval and captioning evaluators look at.
+def write_run_report(workdir: str | Path, predictor: evals.Predictor) -> Path:
+    """Write the report with examples from the run's retrieval and captioning evaluators.
 
-    To be called on every host, as encoding is everybody's work; the first one writes.
+    Call it on every host, since encoding is sharded over all of them; only the first one writes.
     """
     workdir = Path(workdir)
     config = config_lib.load_config(workdir / "config.json")
-    shown = ("retrieval", "captioning")
-    wanted = {k: v for k, v in config.evals.items() if v.get("name") in shown}
-    evaluators = evals.build_evaluators(wanted)
-    galleries = [
-        retrieval_data(name, evaluator, encoders)
+    kinds = ("retrieval", "captioning")
+    evaluators = evals.build_evaluators(
+        {k: v for k, v in config.evals.items() if v.get("name") in kinds}
+    )
+    retrieval = [
+        retrieval_data(name, evaluator, predictor)
         for name, evaluator in evaluators.items()
         if isinstance(evaluator, Retrieval)
     ]
-    captions = caption_views(
+    captions = sample_caption_examples(
         {k: e for k, e in evaluators.items() if isinstance(e, Captioning)},
-        encoders,
+        predictor,
         thumbnail=thumbnail,
     )
     if jax.process_index() == 0:
-        return write_report(workdir, galleries=galleries, captions=captions)
+        return write_report(workdir, retrieval=retrieval, captions=captions)
     return workdir / "report.html"
 
 
-def retrieval_data(name: str, evaluator: Retrieval, encoders: evals.Predictor) -> RetrievalData:
-    """What a retrieval evaluator looks at, as a gallery; broken images are left out as it does."""
-    image_emb, valid = encoders.embed_images(evaluator.source)
+def retrieval_data(name: str, evaluator: Retrieval, predictor: evals.Predictor) -> RetrievalData:
+    """Embed the images and captions of a retrieval evaluator, without unreadable images."""
+    image_emb, valid = predictor.embed_images(evaluator.source)
     captions, image_of_text, image_group = evaluator.captions_and_groups(valid)
     return RetrievalData(
         dataset=name,
         thumbnails=Thumbnails(evaluator.source, tuple(np.flatnonzero(valid).tolist())),
         captions=captions,
         image_emb=image_emb[valid],
-        text_emb=encoders.embed_texts(captions),
+        text_emb=predictor.embed_texts(captions),
         image_of_text=image_of_text,
         image_group=image_group,
         language=evaluator.language,
@@ -108,7 +111,7 @@ def retrieval_data(name: str, evaluator: Retrieval, encoders: evals.Predictor) -
 
 @dataclass(frozen=True)
 class Thumbnails(Sequence[bytes]):
-    """Small WebP copies of a source's images, made when asked for."""
+    """WebP thumbnails of a source's images, created on access."""
 
     source: Source
     indices: tuple[int, ...]
@@ -116,14 +119,14 @@ class Thumbnails(Sequence[bytes]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, place: Any) -> Any:
-        return thumbnail(self.source[self.indices[place]].image)
+    def __getitem__(self, index: Any) -> Any:
+        return thumbnail(self.source[self.indices[index]].image)
 
 
 def thumbnail(image: Any) -> bytes:
-    """What the model is shown of an image, at most 96 pixels wide and high, as WebP."""
+    """Return the decoded image as WebP, at most 96 pixels wide and high."""
     opened = Image.fromarray(decode_image(image))
-    opened.thumbnail((THUMBNAIL, THUMBNAIL))
+    opened.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
     file = io.BytesIO()
     opened.save(file, "WEBP", quality=82)
     return file.getvalue()
@@ -131,7 +134,7 @@ def thumbnail(image: Any) -> bytes:
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawn panel and its legend."""
+    """A rendered panel and its legend."""
 
     title: str
     svg: Markup
@@ -140,7 +143,7 @@ class Chart:
 
 def _charts(run: RunData) -> list[Chart]:
     return [
-        # Markup: matplotlib escapes text, and the description is escaped where it is put in.
+        # Markup: matplotlib escapes text, and `figures.svg` escapes the alternative text.
         Chart(panel.title, Markup(figures.svg(panel, ident=f"chart{i}")), figures.legend(panel))
         for i, panel in enumerate(figures.panels(run.series))
     ]

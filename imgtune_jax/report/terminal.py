@@ -1,39 +1,40 @@
-"""The results table for a terminal."""
+"""Result tables as plain text, for the terminal."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from imgtune_jax.report.run_data import Table, read_run_data, result_tables
+from imgtune_jax.report.run_data import read_run_data
+from imgtune_jax.report.tables import Table, result_tables
 
-COUNTS = ("images", "texts", "broken")
+HIDDEN_COLUMNS = ("images", "texts", "broken")
 
 
 def summary(workdir: str | Path) -> str:
-    """All of a run's results as aligned text, baselines beside ours; the best is starred."""
+    """Return a run's results and its baselines as aligned text; a star marks the best ones."""
     run = read_run_data(Path(workdir))
-    return "\n\n".join(_table(t) for t in result_tables(run.results, model=run.name))
+    return "\n\n".join(_format_table(t) for t in result_tables(run.results, model=run.name))
 
 
-def _table(table: Table) -> str:
-    shown = [i for i, name in enumerate(table.columns) if name not in COUNTS]
-    header = ["data set", "model", *(_short(table.columns[i]) for i in shown)]
+def _format_table(table: Table) -> str:
+    shown = [i for i, name in enumerate(table.columns) if name not in HIDDEN_COLUMNS]
+    header = ["data set", "model", *(_abbreviate(table.columns[i]) for i in shown)]
     rows = [header]
     for row in table.rows:
         cells = [row.cells[i] for i in shown]
         texts = ["" if c is None else f"{c.text}{'*' if c.best else ' '}" for c in cells]
         rows.append(["" if row.continues else row.dataset, row.model, *texts])
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = [_line(row, widths) for row in rows]
-    rule = "-" * len(lines[0])
-    return "\n".join([table.title, rule, lines[0], rule, *lines[1:], rule])
+    lines = [_format_row(row, widths) for row in rows]
+    separator = "-" * len(lines[0])
+    return "\n".join([table.title, separator, lines[0], separator, *lines[1:], separator])
 
 
-def _short(label: str) -> str:
+def _abbreviate(label: str) -> str:
     return label.replace("image → text", "i→t").replace("text → image", "t→i")
 
 
-def _line(row: list[str], widths: list[int]) -> str:
+def _format_row(row: list[str], widths: list[int]) -> str:
     left = [f"{cell:<{w}}" for cell, w in zip(row[:2], widths[:2], strict=True)]
     right = [f"{cell:>{w}}" for cell, w in zip(row[2:], widths[2:], strict=True)]
     return "  ".join(left + right)

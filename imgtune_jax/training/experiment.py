@@ -76,7 +76,7 @@ class Experiment:
             preprocess=self.preprocess,
             tokenizer=self.tokenizer,
             partitioner=self.partitioner,
-            image_is_locked=self.image_side_is_frozen(),
+            image_side_is_frozen=self.image_side_is_frozen(),
             use_memo=keep,
         )
 

@@ -1,4 +1,4 @@
-"""Fakes for evaluators: records in a list, and encoders that look embeddings up."""
+"""Fakes for evaluators: sources that are lists of records, and a predictor with fixed outputs."""
 
 from __future__ import annotations
 
@@ -17,58 +17,61 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def unit(x):
-    """Rows of norm 1."""
+    """Scale rows to norm 1."""
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
 @dataclass(frozen=True)
-class FakeEncoders:
-    """A record's `image` is its embedding (None: broken); texts are looked up by their string."""
+class FakePredictor:
+    """A predictor whose image embedding is the record's `image` (None: unreadable).
+
+    Text embeddings are looked up in `text_emb`. `calls` records the arguments of calls.
+    """
 
     text_emb: Mapping[str, np.ndarray] = field(default_factory=dict)
     logit_scale: float = 10.0
     logit_bias: float | None = None
-    asked: list = field(default_factory=list)
-    shared: dict = field(default_factory=dict)
+    calls: list = field(default_factory=list)
+    memo: dict = field(default_factory=dict)
 
-    def once(self, key, compute):
-        if key not in self.shared:
-            self.shared[key] = compute()
-        return self.shared[key]
+    def memoize(self, key, compute):
+        if key not in self.memo:
+            self.memo[key] = compute()
+        return self.memo[key]
 
-    def images(self, source):
-        emb, valid = self.features(source)
+    def embed_images(self, source):
+        emb, valid = self.image_features(source)
         return np.where(valid[:, None], unit(np.where(valid[:, None], emb, 1)), 0), valid
 
-    def texts(self, texts: Sequence[str]):
-        self.asked.append(list(texts))
+    def embed_texts(self, texts: Sequence[str]):
+        self.calls.append(list(texts))
         return unit(np.stack([self.text_emb[t] for t in texts])).astype(np.float32)
 
     def text_features(self, texts: Sequence[str]):
-        return 3.0 * self.texts(texts)
+        return 3.0 * self.embed_texts(texts)
 
-    def features(self, source):
+    def image_features(self, source):
         images = [source[i].image for i in range(len(source))]
         valid = np.array([x is not None for x in images])
         width = next(len(x) for x in images if x is not None)
         rows = [np.zeros(width) if x is None else x for x in images]
         return np.stack(rows).astype(np.float32), valid
 
-    def captions(self, source, *, prefix="", decoding=None):
-        """The prefix and a record's `image`, which is a text here."""
+    def generate_captions(self, source, *, prefix="", decoding=None):
+        """Return the prefix followed by the record's `image`, which is a string here."""
         images = [source[i].image for i in range(len(source))]
-        self.asked.append((prefix, decoding, images))
-        written = [[] if x is None else [GeneratedCaption(prefix + x, -1.0)] for x in images]
-        return written, np.array([x is not None for x in images])
+        self.calls.append((prefix, decoding, images))
+        captions = [[] if x is None else [GeneratedCaption(prefix + x, -1.0)] for x in images]
+        return captions, np.array([x is not None for x in images])
 
-    def answer_scores(self, source, texts, *, prefix="", normalize_length=False):
-        """Inner products of a record's `image` with the text's vector, behind the prefix."""
-        features, valid = self.features(source)
-        self.asked.append((list(texts), normalize_length))
+    def score_texts(self, source, texts, *, prefix="", normalize_length=False):
+        """Return inner products of the records' `image` with the vectors of `prefix` + text."""
+        features, valid = self.image_features(source)
+        self.calls.append((list(texts), normalize_length))
         return features @ np.stack([self.text_emb[prefix + t] for t in texts], 1), valid
 
     def caption_scores(self, source, texts, prefix=""):
-        """Log probabilities -1, -2, … of as many tokens as a text has letters."""
+        """Return log probabilities -1, -2, … for texts with one token per letter."""
         if not isinstance(source[0].image, str):
             return None
         length = 1 + max(map(len, texts))
@@ -80,7 +83,7 @@ class FakeEncoders:
 
 
 class FakeSource(list):
-    """Records, and a fingerprint that tells one list from another."""
+    """A list of records with a fingerprint of its identity."""
 
     @property
     def fingerprint(self):
@@ -88,14 +91,14 @@ class FakeSource(list):
 
 
 def record(image, *captions, label=None, group=None, **sets):
-    """One record; `captions` go into the set called `caption`."""
+    """Return a record; `captions` are its caption set `caption`, `sets` are further sets."""
     named = {"caption": captions} if captions else {}
     return SimpleNamespace(image=image, captions=named | sets, label=label, group=group)
 
 
 @pytest.fixture
 def golden():
-    """Arrays of a stored case: `golden("evals_clip_benchmark", "retrieval")`."""
+    """Loader of a stored case's arrays: `golden("evals_clip_benchmark", "retrieval")`."""
 
     def load(name: str, case: str) -> dict[str, np.ndarray]:
         with np.load(GOLDEN / f"{name}.npz") as file:
@@ -106,5 +109,5 @@ def golden():
 
 @pytest.fixture
 def fakes():
-    """The fakes above, by name."""
-    return SimpleNamespace(Encoders=FakeEncoders, Source=FakeSource, record=record, unit=unit)
+    """The fakes of this file, by name."""
+    return SimpleNamespace(Predictor=FakePredictor, Source=FakeSource, record=record, unit=unit)

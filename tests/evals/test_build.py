@@ -10,21 +10,21 @@ import pytest
 from imgtune_jax import data, evals
 
 
-def test_every_evaluator_is_in_the_table():
-    found = set()
+def test_table_has_every_evaluator():
+    evaluators = set()
     for module in pkgutil.iter_modules(evals.__path__, "imgtune_jax.evals."):
         members = inspect.getmembers(__import__(module.name, fromlist=["x"]), inspect.isclass)
-        found |= {
+        evaluators |= {
             c
             for _, c in members
             if c.__module__ == module.name and isinstance(getattr(c, "task", None), str)
         }
-    assert found == set(evals.EVALUATORS.values())
-    for kind in found:
+    assert evaluators == set(evals.EVALUATORS.values())
+    for kind in evaluators:
         assert dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen
 
 
-def test_config_builds_sources_objectives_and_tuples(monkeypatch):
+def test_config_builds_sources_objectives_tuples_and_mesh(monkeypatch):
     monkeypatch.setattr(data, "build_source", lambda cfg: ("built", cfg["name"]), raising=False)
     mesh = jax.make_mesh((8,), ("data",))
     got = evals.build_evaluators(
@@ -46,7 +46,7 @@ def test_config_builds_sources_objectives_and_tuples(monkeypatch):
     assert got["c"].train_source == ("built", "y")
 
 
-def test_all_mistakes_are_named_at_once():
+def test_error_lists_all_invalid_fields():
     with pytest.raises(ValueError) as error:
         evals.build_evaluators(
             {

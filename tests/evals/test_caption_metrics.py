@@ -1,4 +1,4 @@
-"""BLEU, ROUGE-L and CIDEr-D against pycocoevalcap 1.2, and what our own scores promise."""
+"""BLEU, ROUGE-L and CIDEr-D equal pycocoevalcap 1.2; properties of the other metrics."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from sacrebleu.metrics import CHRF
 
 from imgtune_jax.evals import caption_metrics
 from imgtune_jax.evals.caption_metrics import compute_metrics, java
-from imgtune_jax.evals.caption_metrics.tokens import normalised, simple_tokens
+from imgtune_jax.evals.caption_metrics.tokens import normalize_text, simple_tokens
 
-ROOM = Path(caption_metrics.__file__).parent
+PACKAGE = Path(caption_metrics.__file__).parent
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/evals_captions.json").read_text("utf-8"))
-OF_COCO = ("bleu", "rouge_l", "cider")
+COCO_METRICS = ("bleu", "rouge_l", "cider")
 needs_java = pytest.mark.skipif(
     not (importlib.util.find_spec("pycocoevalcap") and shutil.which("java")),
     reason="the extra [java] is not installed",
@@ -24,16 +24,16 @@ needs_java = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("case", GOLDEN["scored"])
-def test_scores_equal_pycocoevalcaps(case):
+def test_metrics_equal_pycocoevalcap(case):
     stored = GOLDEN["scored"][case]
-    said = [p.split() for p in stored["predictions"]]
-    wanted = [[r.split() for r in own] for own in stored["references"]]
-    for name in OF_COCO:
-        for key, value in caption_metrics.TOKEN_METRICS[name](said, wanted).items():
+    predictions = [p.split() for p in stored["predictions"]]
+    references = [[r.split() for r in row] for row in stored["references"]]
+    for name in COCO_METRICS:
+        for key, value in caption_metrics.TOKEN_METRICS[name](predictions, references).items():
             assert value == pytest.approx(stored["scores"][key], rel=1e-12, abs=1e-15), key
 
 
-def test_simple_tokens_are_ptbs_on_plain_captions():
+def test_simple_tokens_equal_ptb_tokens_on_plain_captions():
     stored = GOLDEN["tokenized"]
     assert dict(zip(stored, simple_tokens(list(stored)), strict=True)) == stored
 
@@ -44,7 +44,7 @@ def test_simple_tokens_are_ptbs_on_plain_captions():
         ("A型血 狐狸。", ["a", "型", "血", "狐", "狸"]),
         ("ラーメン、2杯", ["ラ", "ー", "メ", "ン", "2", "杯"]),
         ("สวัสดี", ["ส", "วั", "ส", "ดี"]),
-        ("खून का प्रकार", ["खून", "का", "प्रकार"]),  # vowel signs belong to their word
+        ("खून का प्रकार", ["खून", "का", "प्रकार"]),  # vowel signs are part of the word
         ("زر A، فئة", ["زر", "a", "فئة"]),
         ("A button (blood type)", ["a", "button", "blood", "type"]),
         ("ONE ✨ star", ["one", "✨", "star"]),
@@ -56,18 +56,18 @@ def test_simple_tokens_of_other_scripts(text, tokens):
 
 
 @needs_java
-def test_with_java_the_whole_evaluation_equals_pycocoevalcaps():
+def test_ptb_tokenization_and_meteor_equal_pycocoevalcap():
     stored = GOLDEN["whole"]
     got = compute_metrics(
         stored["predictions"],
         stored["references"],
-        metrics=(*OF_COCO, "meteor"),
+        metrics=(*COCO_METRICS, "meteor"),
         tokenization="ptb",
     )
     assert got == pytest.approx(stored["scores"], rel=1e-12, abs=1e-15)
 
 
-def test_without_java_or_its_package_the_error_says_what_to_install(monkeypatch):
+def test_missing_java_or_package_error_names_what_to_install(monkeypatch):
     monkeypatch.setattr(java.shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match=r"need Java .a `java` on the path"):
         compute_metrics(["a"], [["a"]], metrics=["bleu"], tokenization="ptb")
@@ -77,17 +77,18 @@ def test_without_java_or_its_package_the_error_says_what_to_install(monkeypatch)
         compute_metrics(["a"], [["a"]], metrics=["meteor"])
 
 
-def test_chrf_takes_the_best_of_any_number_of_references():
-    said = ["A red cat", "собака", "狐狸"]
-    wanted = [["a red cap", "cats", "one red cat"], ["кошка"], ["狐", "白狐狸"]]
-    padded = [[own[i] if i < len(own) else None for own in wanted] for i in range(3)]
-    got = compute_metrics(said, wanted, metrics=["chrf"])
-    assert got == {"chrF": CHRF(lowercase=True).corpus_score(said, padded).score}
-    assert compute_metrics(said, [[s] for s in said], metrics=["chrf"])["chrF"] == 100
+def test_chrf_uses_the_best_of_any_number_of_references():
+    predictions = ["A red cat", "собака", "狐狸"]
+    references = [["a red cap", "cats", "one red cat"], ["кошка"], ["狐", "白狐狸"]]
+    padded = [[row[i] if i < len(row) else None for row in references] for i in range(3)]
+    got = compute_metrics(predictions, references, metrics=["chrf"])
+    assert got == {"chrF": CHRF(lowercase=True).corpus_score(predictions, padded).score}
+    perfect = compute_metrics(predictions, [[p] for p in predictions], metrics=["chrf"])
+    assert perfect["chrF"] == 100
 
 
 @pytest.mark.parametrize(
-    ("said", "wanted", "equal"),
+    ("prediction", "reference", "equal"),
     [
         ("A Button ( blood type )", "a button (blood type)", True),
         ("t - shirt", "T-shirt", True),
@@ -97,26 +98,26 @@ def test_chrf_takes_the_best_of_any_number_of_references():
         ("", "…", True),
     ],
 )
-def test_exact_match_forgives_case_and_punctuation_only(said, wanted, equal):
-    got = compute_metrics([said], [["another", wanted]], metrics=["exact_match"])
+def test_exact_match_ignores_only_case_and_punctuation(prediction, reference, equal):
+    got = compute_metrics([prediction], [["another", reference]], metrics=["exact_match"])
     assert got == {"exact_match": float(equal)}
-    assert (normalised(said) == normalised(wanted)) is equal
+    assert (normalize_text(prediction) == normalize_text(reference)) is equal
 
 
-def test_wrong_names_and_wrong_lengths_are_refused():
+def test_unknown_names_and_mismatched_lengths_raise():
     with pytest.raises(ValueError, match=r"no caption metric \['blue'\]; known: bleu"):
         compute_metrics(["a"], [["a"]], metrics=["blue"])
     with pytest.raises(ValueError, match="tokenization = 'x'; known: simple, ptb"):
         compute_metrics(["a"], [["a"]], metrics=["bleu"], tokenization="x")
-    for said, wanted in (([], []), (["a"], [["a"], ["b"]]), (["a"], [[]])):
-        with pytest.raises(ValueError, match="wanted one caption and at least one reference"):
-            compute_metrics(said, wanted, metrics=["bleu"])
+    for predictions, references in (([], []), (["a"], [["a"], ["b"]]), (["a"], [[]])):
+        with pytest.raises(ValueError, match="expected one caption and at least one reference"):
+            compute_metrics(predictions, references, metrics=["bleu"])
 
 
-def test_every_score_is_in_a_table():
+def test_tables_have_every_metric():
     files = {
         Path(f.__code__.co_filename).name
         for table in (caption_metrics.TOKEN_METRICS, caption_metrics.STRING_METRICS)
         for f in table.values()
     }
-    assert {p.name for p in ROOM.glob("*.py")} - files == {"__init__.py", "tokens.py"}
+    assert {p.name for p in PACKAGE.glob("*.py")} - files == {"__init__.py", "tokens.py"}

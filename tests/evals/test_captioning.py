@@ -5,13 +5,14 @@ import math
 
 import pytest
 
+from imgtune_jax.data import read_metadata
 from imgtune_jax.data.subset import Subset, evenly_spaced
 from imgtune_jax.evals.captioning import Captioning
 from imgtune_jax.evals.results import evaluator_result
 
 
-def toy(fakes):
-    """Five records: one without a German reference, one broken; three to judge."""
+def toy_source(fakes):
+    """Five records: one without a German reference, one unreadable, three to evaluate."""
     record = fakes.record
     return Records(
         [
@@ -28,66 +29,68 @@ class Records(list):
     fingerprint = "toy"
 
 
-def test_captions_are_judged_against_all_references_of_the_set(fakes):
-    encoders = fakes.Encoders()
+def test_metrics_use_all_references_of_the_caption_set(fakes):
+    predictor = fakes.Predictor()
     evaluator = Captioning(
-        toy(fakes), caption_set="de", decoding={"max_new_tokens": 4}, language="de"
+        toy_source(fakes), caption_set="de", decoding={"max_new_tokens": 4}, language="de"
     )
-    got = evaluator(encoders)
+    got = evaluator(predictor)
     assert got["exact_match"] == pytest.approx(2 / 3)
     assert got["Bleu_1"] == pytest.approx(math.exp(1 - 5 / 4), rel=1e-6)  # "eine" is missing
     assert (got["num_images"], got["num_broken"]) == (3, 1)
-    assert encoders.asked == [("", {"max_new_tokens": 4}, ["ein Hund", None, "Katze", "rot"])]
+    assert predictor.calls == [("", {"max_new_tokens": 4}, ["ein Hund", None, "Katze", "rot"])]
 
 
-def test_perplexity_is_the_exponential_of_the_mean_nats_of_first_references(fakes):
-    got = Captioning(toy(fakes), caption_set="de", metrics=("perplexity",))(fakes.Encoders())
-    nats = [n for text in ("ein Hund", "eine Katze", "Rot!") for n in range(1, 1 + len(text))]
-    assert got["perplexity"] == pytest.approx(math.exp(sum(nats) / len(nats)))
+def test_perplexity_is_that_of_first_references(fakes):
+    got = Captioning(toy_source(fakes), caption_set="de", metrics=("perplexity",))(
+        fakes.Predictor()
+    )
+    losses = [n for text in ("ein Hund", "eine Katze", "Rot!") for n in range(1, 1 + len(text))]
+    assert got["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)))
     assert set(got) == {"perplexity", "num_images", "num_broken"}
 
 
-def test_the_prefix_goes_to_the_model(fakes):
+def test_prefix_is_passed_to_the_predictor(fakes):
     source = Records([fakes.record("x", caption=("<de>x",))])
-    assert Captioning(source, prefix="<de>")(fakes.Encoders())["exact_match"] == 1
+    assert Captioning(source, prefix="<de>")(fakes.Predictor())["exact_match"] == 1
 
 
-def test_a_limit_spreads_over_the_source():
+def test_limit_spaces_images_evenly():
     assert evenly_spaced(10, 4) == (0, 2, 5, 7)
     assert evenly_spaced(3, 9) == evenly_spaced(3, None) == (0, 1, 2)
 
 
-def test_a_limited_evaluator_judges_part_and_the_whole_on_demand(fakes):
-    evaluator = Captioning(toy(fakes), caption_set="de", limit=2)
+def test_limit_applies_unless_ignored(fakes):
+    evaluator = Captioning(toy_source(fakes), caption_set="de", limit=2)
     assert evaluator.selected_images().indices == (0, 3)
-    assert evaluator.selected_images(whole=True).indices == (0, 2, 3, 4)
-    assert evaluator(fakes.Encoders())["num_images"] == 2
+    assert evaluator.selected_images(ignore_limit=True).indices == (0, 2, 3, 4)
+    assert evaluator(fakes.Predictor())["num_images"] == 2
 
 
-def test_a_subsets_fingerprint_tells_what_is_chosen(fakes):
-    source = toy(fakes)
-    prints = {Subset(source, indices).fingerprint for indices in ((0, 1), (1, 0), (0, 1, 2))}
-    assert len(prints) == 3
-    assert Subset(source, (3,))[0].image == "Katze" == Subset(source, (3,)).describe(0).image
+def test_subset_fingerprint_depends_on_the_indices(fakes):
+    source = toy_source(fakes)
+    fingerprints = {Subset(source, indices).fingerprint for indices in ((0, 1), (1, 0), (0, 1, 2))}
+    assert len(fingerprints) == 3
+    assert Subset(source, (3,))[0].image == "Katze" == read_metadata(Subset(source, (3,)), 0).image
 
 
-def test_results_have_clip_benchmarks_schema(fakes):
-    evaluator = Captioning(toy(fakes), caption_set="de", language="de")
-    line = evaluator_result("toy_de", evaluator, evaluator(fakes.Encoders()), model="cap", step=3)
+def test_results_have_the_clip_benchmark_schema(fakes):
+    evaluator = Captioning(toy_source(fakes), caption_set="de", language="de")
+    line = evaluator_result("toy_de", evaluator, evaluator(fakes.Predictor()), model="cap", step=3)
     line = json.loads(json.dumps(line, allow_nan=False))
     assert line["task"] == "captioning" and line["language"] == "de"
-    wanted = {f"Bleu_{n}" for n in (1, 2, 3, 4)} | {"ROUGE_L", "CIDEr", "chrF", "exact_match"}
-    assert wanted | {"perplexity", "num_images", "num_broken"} == set(line["metrics"])
+    expected = {f"Bleu_{n}" for n in (1, 2, 3, 4)} | {"ROUGE_L", "CIDEr", "chrF", "exact_match"}
+    assert expected | {"perplexity", "num_images", "num_broken"} == set(line["metrics"])
 
 
-def test_what_cannot_be_judged_is_refused(fakes):
+def test_invalid_settings_and_empty_sources_raise(fakes):
     with pytest.raises(ValueError, match="no record of 5 has a caption in the set 'fr'"):
-        Captioning(toy(fakes), caption_set="fr")(fakes.Encoders())
+        Captioning(toy_source(fakes), caption_set="fr")(fakes.Predictor())
     with pytest.raises(ValueError, match=r"no caption metric \['spice'\]"):
-        Captioning(toy(fakes), metrics=("spice",))
+        Captioning(toy_source(fakes), metrics=("spice",))
     with pytest.raises(ValueError, match="decoding method 'bean' is unknown"):
-        Captioning(toy(fakes), decoding={"method": {"name": "bean"}})
-    with pytest.raises(ValueError, match="limit = 0; wanted None"):
-        Captioning(toy(fakes), limit=0)
+        Captioning(toy_source(fakes), decoding={"method": {"name": "bean"}})
+    with pytest.raises(ValueError, match="limit = 0; expected None"):
+        Captioning(toy_source(fakes), limit=0)
     with pytest.raises(ValueError, match="none of the 1 images could be read"):
-        Captioning(Records([fakes.record(None, "x")]))(fakes.Encoders())
+        Captioning(Records([fakes.record(None, "x")]))(fakes.Predictor())

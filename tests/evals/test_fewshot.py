@@ -19,25 +19,27 @@ def test_prediction_solves_the_normal_equations(shots):
     a = np.c_[(x - mean) / std, np.full(len(x), 100.0)]
     targets = np.where(np.arange(num_classes) == y[:, None], 1.0, -1.0)
     w = np.linalg.solve(a.T @ a + 5.0 * np.eye(d + 1), a.T @ targets)
-    want = (np.c_[(test - mean) / std, np.full(200, 100.0)] @ w).argmax(1)
-    np.testing.assert_array_equal(got, want)
+    expected = (np.c_[(test - mean) / std, np.full(200, 100.0)] @ w).argmax(1)
+    np.testing.assert_array_equal(got, expected)
 
 
-def test_shots_are_balanced_nested_and_fixed_by_the_seed():
+def test_shots_are_balanced_nested_and_determined_by_the_seed():
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(5), 12))
-    five = fewshot.draw_shots(labels, shots=5, num_classes=5, seed=1)
-    ten = fewshot.draw_shots(labels, shots=10, num_classes=5, seed=1)
+    five = fewshot.sample_shots(labels, shots=5, num_classes=5, seed=1)
+    ten = fewshot.sample_shots(labels, shots=10, num_classes=5, seed=1)
     assert np.bincount(labels[five]).tolist() == [5] * 5 and set(five) < set(ten)
-    np.testing.assert_array_equal(five, fewshot.draw_shots(labels, shots=5, num_classes=5, seed=1))
-    assert set(five) != set(fewshot.draw_shots(labels, shots=5, num_classes=5, seed=2))
+    np.testing.assert_array_equal(
+        five, fewshot.sample_shots(labels, shots=5, num_classes=5, seed=1)
+    )
+    assert set(five) != set(fewshot.sample_shots(labels, shots=5, num_classes=5, seed=2))
 
 
-def test_too_few_examples_of_a_class_are_refused():
+def test_too_few_examples_of_a_class_raise():
     with pytest.raises(ValueError, match=r"1 of 2 classes have fewer .*\{1: 1\}"):
-        fewshot.draw_shots(np.array([0, 0, 1]), shots=2, num_classes=2, seed=0)
+        fewshot.sample_shots(np.array([0, 0, 1]), shots=2, num_classes=2, seed=0)
 
 
-def test_evaluator_reports_every_draw_and_their_mean(fakes):
+def test_evaluator_reports_every_sample_and_their_mean(fakes):
     rng = np.random.default_rng(0)
 
     def source(n):
@@ -46,7 +48,7 @@ def test_evaluator_reports_every_draw_and_their_mean(fakes):
             for i in range(n)
         ]
 
-    got = FewShot(source(60), source(60), 3, shots=(1, 10), seeds=2, l2=1.0)(fakes.Encoders())
-    draws = [got["10shot_acc1_seed0"], got["10shot_acc1_seed1"]]
-    assert got["10shot_acc1"] == np.mean(draws) > 0.8
+    got = FewShot(source(60), source(60), 3, shots=(1, 10), seeds=2, l2=1.0)(fakes.Predictor())
+    accuracies = [got["10shot_acc1_seed0"], got["10shot_acc1_seed1"]]
+    assert got["10shot_acc1"] == np.mean(accuracies) > 0.8
     assert set(got) == {f"{k}shot_acc1{s}" for k in (1, 10) for s in ("", "_seed0", "_seed1")}

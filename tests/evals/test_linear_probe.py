@@ -27,7 +27,7 @@ def test_logistic_regression_equals_scikit_learn(golden, case, chunk):
     )
     assert got.converged
     np.testing.assert_allclose(got.weight, g["weight"], rtol=1e-5, atol=1e-6)
-    # The bias is free up to a constant, which L-BFGS from zero leaves at zero.
+    # The bias is determined up to a constant, which stays 0 when L-BFGS starts from 0.
     np.testing.assert_allclose(got.bias - got.bias.mean(), g["bias"] - g["bias"].mean(), atol=1e-6)
 
 
@@ -35,11 +35,11 @@ def test_float32_reaches_the_same_probabilities(golden):
     g = golden("evals_sklearn", "strong")
     fit = fit_logistic(g["features"], g["labels"], num_classes=3, l2=float(g["l2"]))
     got = softmax(g["features"] @ fit.weight + fit.bias)
-    # 1e-3: the default tol stops at gradients of 1e-4, near the noise floor of float32.
+    # 1e-3: the default tol stops at gradients of 1e-4, near the rounding noise of float32.
     np.testing.assert_allclose(got, g["probabilities"], atol=1e-3)
 
 
-def test_stopping_early_is_reported(golden):
+def test_converged_is_false_after_too_few_iterations(golden):
     g = golden("evals_sklearn", "weak")
     fit = fit_logistic(g["features"], g["labels"], num_classes=5, l2=1e-4, max_iterations=2)
     assert not fit.converged
@@ -48,32 +48,32 @@ def test_stopping_early_is_reported(golden):
 def clusters(fakes, seed, n=90, num_classes=3, noise=0.3):
     rng = np.random.default_rng(seed)
     labels = np.arange(n) % num_classes
-    centres = np.eye(num_classes, 6) * 2
-    x = centres[labels] + noise * rng.normal(size=(n, 6))
+    centers = np.eye(num_classes, 6) * 2
+    x = centers[labels] + noise * rng.normal(size=(n, 6))
     return [fakes.record(v, label=int(y)) for v, y in zip(x, labels, strict=True)]
 
 
-def test_probe_separates_clusters_and_uses_cross_validated_l2(fakes):
+def test_probe_separates_clusters_and_selects_l2_on_validation_data(fakes):
     train, test = clusters(fakes, 0), clusters(fakes, 1)
-    train[0] = fakes.record(None, label=0)  # broken: neither trains nor counts
-    got = LinearProbe(test, train, 3, l2s=(1e-4, 1e-2, 1.0))(fakes.Encoders())
+    train[0] = fakes.record(None, label=0)  # unreadable: excluded
+    got = LinearProbe(test, train, 3, l2s=(1e-4, 1e-2, 1.0))(fakes.Predictor())
     assert got["lp_acc1"] > 0.95 and got["num_train"] == 89 and "lp_acc5" not in got
     assert got["l2"] in (1e-4, 1e-2, 1.0) and got["val_acc1"] > 0.8
 
 
-def test_l2_is_chosen_on_the_validation_source_and_never_on_the_test(fakes):
+def test_l2_does_not_depend_on_the_test_source(fakes):
     train, rng = clusters(fakes, 0, noise=1.5), np.random.default_rng(3)
     val = clusters(fakes, 5, noise=1.5)
     shuffled = [fakes.record(r.image, label=int(rng.integers(3))) for r in clusters(fakes, 6)]
     l2s = (1e-6, 1e-3, 1.0, 1e3)
-    chosen = {
-        name: LinearProbe(test, train, 3, val_source=val, l2s=l2s)(fakes.Encoders())["l2"]
+    selected = {
+        name: LinearProbe(test, train, 3, val_source=val, l2s=l2s)(fakes.Predictor())["l2"]
         for name, test in {"same": clusters(fakes, 7), "other": shuffled}.items()
     }
-    assert chosen["same"] == chosen["other"]
+    assert selected["same"] == selected["other"]
 
 
-def test_scaling_measures_the_training_features_alone():
+def test_scaling_uses_statistics_of_the_training_features():
     rng = np.random.default_rng(0)
     train, test = rng.normal(3, 2, (50, 4)), rng.normal(-1, 5, (20, 4))
     a, b = linear_probe.scale_features(train, test, scaling=linear_probe.Scaling.STANDARD)
@@ -83,6 +83,6 @@ def test_scaling_measures_the_training_features_alone():
     np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1)
 
 
-def test_a_probe_without_validation_data_is_refused(fakes):
+def test_probe_without_validation_data_raises(fakes):
     with pytest.raises(ValueError, match="val_fraction = 0"):
         LinearProbe([], [], 3, val_fraction=0.0)

@@ -8,7 +8,7 @@ from imgtune_jax.evals.results import append_result, evaluator_result, make_resu
 from imgtune_jax.evals.retrieval import Retrieval
 
 
-def test_a_line_has_clip_benchmarks_keys_in_its_order(tmp_path):
+def test_line_has_clip_benchmark_keys_in_order(tmp_path):
     record = evaluator_result(
         "emoji", Retrieval([], language="de"), {"text_retrieval_recall@1": 1}, model="lit", step=7
     )
@@ -24,14 +24,14 @@ def test_a_line_has_clip_benchmarks_keys_in_its_order(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_number_that_strict_json_lacks_is_refused(bad):
+def test_metric_that_is_not_finite_raises(bad):
     with pytest.raises(ValueError, match=r"not finite: {'acc5'"):
         make_result(
             dataset="d", model="m", pretrained="p", task="t", metrics={"acc5": bad, "acc1": 1.0}
         )
 
 
-def test_a_missing_key_is_refused(tmp_path):
+def test_missing_key_raises(tmp_path):
     with pytest.raises(ValueError, match=r"needs \['language'\]"):
         append_result(
             tmp_path / "r.jsonl",
@@ -39,5 +39,5 @@ def test_a_missing_key_is_refused(tmp_path):
         )
 
 
-def test_no_file_means_no_results(tmp_path):
+def test_missing_file_has_no_results(tmp_path):
     assert read_results(tmp_path / "results.jsonl") == []

@@ -10,28 +10,28 @@ from imgtune_jax.evals.retrieval import Retrieval, curve_names, retrieval_metric
 
 
 def sort_ranks(image_emb, text_emb, image_of_text, image_group=None):
-    """Ranks by what the definition says: a stable descending sort of the whole matrix."""
+    """Return ranks by the definition: a stable descending sort of the full score matrix."""
     group = np.arange(len(image_emb)) if image_group is None else np.asarray(image_group)
     scores = np.asarray(text_emb, np.float32) @ np.asarray(image_emb, np.float32).T
-    right = group[image_of_text][:, None] == group[None]
+    positive = group[image_of_text][:, None] == group[None]
 
-    def ranks(scores, right):
+    def ranks(scores, positive):
         order = np.argsort(-scores, axis=1, kind="stable")
-        hits = np.take_along_axis(right, order, 1)
+        hits = np.take_along_axis(positive, order, 1)
         return np.where(hits.any(1), hits.argmax(1), -1)
 
-    return ranks(scores.T, right.T), ranks(scores, right)
+    return ranks(scores.T, positive.T), ranks(scores, positive)
 
 
-def integers(rng, n, m, d=3):
-    """Small integers as embeddings: products are exact, and ties are everywhere."""
+def integer_embeddings(rng, n, m, d=3):
+    """Return small integers as embeddings: products are exact, and there are many ties."""
     return rng.integers(-2, 3, (n, d)).astype(np.float32), rng.integers(-2, 3, (m, d)).astype(
         np.float32
     )
 
 
 @pytest.mark.parametrize("case", ["retrieval_small", "retrieval"])
-def test_recalls_equal_clip_benchmark_with_several_captions(golden, fakes, case):
+def test_recalls_equal_clip_benchmark_with_several_captions_per_image(golden, fakes, case):
     g = golden("evals_clip_benchmark", case)
     got = retrieval_metrics(
         fakes.unit(g["image_emb"]), fakes.unit(g["text_emb"]), g["image_of_text"]
@@ -45,15 +45,15 @@ def test_recalls_equal_clip_benchmark_with_several_captions(golden, fakes, case)
 
 @pytest.mark.parametrize("chunk", [1, 4, 7, 64])
 @pytest.mark.parametrize("grouped", [False, True])
-def test_ranks_equal_a_stable_sort_for_any_block_size_ties_included(chunk, grouped):
+def test_ranks_equal_a_stable_sort_for_any_block_size(chunk, grouped):
     rng = np.random.default_rng(chunk)
-    image, text = integers(rng, 17, 41)
+    image, text = integer_embeddings(rng, 17, 41)
     owner = rng.integers(0, 17, 41)
     group = rng.integers(0, 9, 17) if grouped else None
-    want = sort_ranks(image, text, owner, group)
+    expected = sort_ranks(image, text, owner, group)
     got = retrieval_ranks(image, text, owner, image_group=group, chunk=chunk)
-    np.testing.assert_array_equal(got.image_to_text, want[0])
-    np.testing.assert_array_equal(got.text_to_image, want[1])
+    np.testing.assert_array_equal(got.image_to_text, expected[0])
+    np.testing.assert_array_equal(got.text_to_image, expected[1])
 
 
 def test_ranks_do_not_depend_on_the_number_of_devices():
@@ -61,13 +61,13 @@ def test_ranks_do_not_depend_on_the_number_of_devices():
     if len(devices) < 2:
         pytest.skip("one device; run with --xla_force_host_platform_device_count=8")
     rng = np.random.default_rng(0)
-    image, text = integers(rng, 13, 29)  # neither divides over the devices
+    image, text = integer_embeddings(rng, 13, 29)  # neither is a multiple of the number of devices
     owner = rng.integers(0, 13, 29)
     mesh = jax.make_mesh((2, len(devices) // 2), ("data", "fsdp"))
-    want = retrieval_ranks(image, text, owner)
+    expected = retrieval_ranks(image, text, owner)
     got = retrieval_ranks(image, text, owner, mesh=mesh, chunk=10)
-    np.testing.assert_array_equal(got.image_to_text, want.image_to_text)
-    np.testing.assert_array_equal(got.text_to_image, want.text_to_image)
+    np.testing.assert_array_equal(got.image_to_text, expected.image_to_text)
+    np.testing.assert_array_equal(got.text_to_image, expected.text_to_image)
 
 
 def test_no_block_of_scores_is_larger_than_a_chunk(monkeypatch):
@@ -80,16 +80,16 @@ def test_no_block_of_scores_is_larger_than_a_chunk(monkeypatch):
         return out
 
     monkeypatch.setattr(ranks_module, "_scores", spy)
-    ranks_module._programs.cache_clear()
+    ranks_module._compile_fns.cache_clear()
     rng = np.random.default_rng(0)
     retrieval_ranks(
         rng.normal(size=(70, 4)), rng.normal(size=(90, 4)), np.arange(90) % 70, chunk=16
     )
-    ranks_module._programs.cache_clear()
+    ranks_module._compile_fns.cache_clear()
     assert shapes and all(max(shape) <= 16 for shape in shapes)
 
 
-def test_order_of_images_and_captions_does_not_matter_without_ties():
+def test_ranks_without_ties_do_not_depend_on_the_order():
     rng = np.random.default_rng(3)
     image, text = rng.normal(size=(20, 5)), rng.normal(size=(50, 5))
     owner = np.r_[np.arange(20), rng.integers(0, 20, 30)]
@@ -108,7 +108,7 @@ def test_collapsed_embeddings_score_chance():
     assert got["image_retrieval_recall@10"] == 10 / n
 
 
-def test_duplicates_tie_exactly_whatever_block_they_fall_in():
+def test_duplicates_in_different_blocks_tie():
     rng = np.random.default_rng(5)
     image = np.repeat(rng.normal(size=(1, 300)), 33, 0)
     got = retrieval_ranks(image, image, np.arange(33), chunk=10)
@@ -124,14 +124,14 @@ def test_any_caption_of_the_image_is_a_hit():
     assert got["image_retrieval_recall@1"] == 1 / 3
 
 
-def test_image_without_a_caption_is_a_candidate_but_no_query():
+def test_image_without_a_caption_is_a_candidate_but_not_a_query():
     image = np.eye(3, dtype=np.float32)
     got = retrieval_ranks(image, np.array([[0.0, 0.5, 1.0]], np.float32), np.array([1]))
     assert got.image_to_text.tolist() == [-1, 0, -1]
     assert got.text_to_image.tolist() == [1]
 
 
-def test_not_finite_embeddings_are_refused_rather_than_ranked_first():
+def test_embeddings_that_are_not_finite_raise():
     image, text = np.eye(3), np.eye(3)
     text[1, 1] = np.nan
     with pytest.raises(ValueError, match=r"1 of 3 text embeddings are not finite .* row 1"):
@@ -139,43 +139,45 @@ def test_not_finite_embeddings_are_refused_rather_than_ranked_first():
 
 
 @pytest.mark.parametrize("owner", [[0, 1], [0, 1, 3], [0, 1, -1]])
-def test_captions_of_no_image_are_refused(owner):
+def test_invalid_image_of_text_raises(owner):
     with pytest.raises(ValueError, match="index of one of the 3 images"):
         retrieval_metrics(np.eye(3), np.eye(3), np.array(owner))
 
 
-def test_k_above_the_number_of_candidates_is_left_out():
+def test_k_above_the_number_of_candidates_is_omitted():
     got = retrieval_metrics(np.eye(7), np.eye(7)[:3], np.arange(3))
     assert "image_retrieval_recall@5" in got and "image_retrieval_recall@10" not in got
     assert "text_retrieval_recall@5" not in got
 
 
-def test_in_loop_names_are_those_of_training_curves():
+def test_curve_names():
     got = curve_names({"text_retrieval_recall@1": 0.25, "image_retrieval_mean_rank": 3.0})
     assert got == {"val/image_to_text_R@1": 0.25, "val/text_to_image_mean_rank": 3.0}
 
 
-def test_evaluator_drops_broken_images_with_their_captions(fakes):
+def test_evaluator_excludes_unreadable_images_and_their_captions(fakes):
     rng = np.random.default_rng(0)
     vectors = fakes.unit(rng.normal(size=(6, 8)))
     source = [fakes.record(v, f"a{i}", f"b{i}") for i, v in enumerate(vectors)]
     texts = {f"{x}{i}": v + 0.01 for i, v in enumerate(vectors) for x in "ab"}
     source[2] = fakes.record(None, "a2", "b2")
-    got = Retrieval(source)(fakes.Encoders(texts))
+    got = Retrieval(source)(fakes.Predictor(texts))
     assert (got["num_images"], got["num_texts"], got["num_broken"]) == (5, 10, 1)
     assert got["image_retrieval_recall@1"] == got["text_retrieval_recall@1"] == 1
 
 
-def test_evaluator_counts_groups_only_when_told(fakes):
+def test_evaluator_uses_groups_only_if_set(fakes):
     v = np.eye(4)
     source = [fakes.record(v[i], f"c{i}", group=i // 2) for i in range(4)]
-    swapped = {f"c{i}": v[i ^ 1] for i in range(4)}  # each caption fits the group's other image
-    assert Retrieval(source)(fakes.Encoders(swapped))["image_retrieval_recall@1"] == 0
-    grouped = Retrieval(source, use_groups=True)(fakes.Encoders(swapped))
+    swapped = {
+        f"c{i}": v[i ^ 1] for i in range(4)
+    }  # each caption matches the other image of its group
+    assert Retrieval(source)(fakes.Predictor(swapped))["image_retrieval_recall@1"] == 0
+    grouped = Retrieval(source, use_groups=True)(fakes.Predictor(swapped))
     assert grouped["image_retrieval_recall@1"] == grouped["text_retrieval_recall@1"] == 1
 
 
-def test_evaluator_without_captions_says_which_sets_there_are(fakes):
+def test_missing_caption_set_error_lists_the_existing_ones(fakes):
     source = [fakes.record(np.ones(2), en=("one",))]
     with pytest.raises(ValueError, match=r"set 'caption'; the first has \['en'\]"):
-        Retrieval(source)(fakes.Encoders())
+        Retrieval(source)(fakes.Predictor())

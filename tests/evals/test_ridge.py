@@ -9,23 +9,23 @@ from imgtune_jax.evals.ridge_retrieval import RidgeRetrieval
 
 
 @pytest.mark.parametrize("n", [7, 40])  # dual, primal
-def test_solutions_are_those_of_the_normal_equations_for_every_lambda(n):
+def test_solution_satisfies_the_normal_equations_for_every_lambda(n):
     rng = np.random.default_rng(n)
     x, y = rng.normal(size=(n, 12)), rng.normal(size=(n, 3))
     lambdas = [1e-3, 1.0, 50.0]
     got = Ridge.fit(x, y, intercept=False).predictions(np.eye(12), lambdas)
     for value, weight in zip(lambdas, got, strict=True):
-        want = np.linalg.solve(x.T @ x + value * np.eye(12), x.T @ y)
-        np.testing.assert_allclose(weight, want, rtol=1e-8, atol=1e-10)
+        expected = np.linalg.solve(x.T @ x + value * np.eye(12), x.T @ y)
+        np.testing.assert_allclose(weight, expected, rtol=1e-8, atol=1e-10)
 
 
-def test_lambda_must_be_positive():
+def test_lambda_that_is_not_positive_raises():
     ridge = Ridge.fit(np.eye(2), np.eye(2), intercept=False)
-    with pytest.raises(ValueError, match="needs a positive one"):
+    with pytest.raises(ValueError, match="expected a positive number"):
         list(ridge.predictions(np.eye(2), [0.0]))
 
 
-def test_a_row_that_is_not_finite_is_refused():
+def test_row_that_is_not_finite_raises():
     x = np.eye(3)
     x[1, 2] = np.nan
     for features, targets, what in ((x, np.eye(3), "features"), (np.eye(3), x, "targets")):
@@ -37,7 +37,7 @@ def test_baseline_recovers_a_linear_map_and_reports_the_best_lambda():
     rng = np.random.default_rng(0)
     w = rng.normal(size=(10, 6))
     x, x_test = rng.normal(2, 1, (200, 10)), rng.normal(2, 1, (30, 10))
-    y, y_test = x @ w + 5, x_test @ w + 5  # an offset that only centring can follow
+    y, y_test = x @ w + 5, x_test @ w + 5  # an offset that only an intercept can fit
     got = ridge_baseline(Ridge.fit(x, y, intercept=True), x_test, y_test, (1e-6, 1e6))
     assert got.best_lambda == 1e-6 and set(got.by_lambda) == {1e-6, 1e6}
     assert got.metrics == got.by_lambda[1e-6]
@@ -57,7 +57,7 @@ def test_baseline_is_retrieval_on_predicted_text_embeddings(fakes):
     assert got.metrics == retrieval_metrics(fakes.unit(predicted), fakes.unit(y_test), owner)
 
 
-def test_evaluator_fits_the_training_source_and_scores_the_other(fakes):
+def test_evaluator_fits_on_the_training_source_and_evaluates_on_the_other(fakes):
     rng = np.random.default_rng(2)
     w = rng.normal(size=(6, 4))
 
@@ -70,14 +70,14 @@ def test_evaluator_fits_the_training_source_and_scores_the_other(fakes):
     train, test = source("train", 80), source("test", 20)
     train[5] = fakes.record(None, "train5")
     test[3] = fakes.record(None, "test3")
-    encoders = fakes.Encoders(texts)
-    got = RidgeRetrieval(train, test, lambdas=(1e-3, 1e9))(encoders)
-    # The texts' unit norm bends the linear map: nearly all are found, by the weak λ.
+    predictor = fakes.Predictor(texts)
+    got = RidgeRetrieval(train, test, lambdas=(1e-3, 1e9))(predictor)
+    # Unit-norm texts are not exactly linear in the images: most are retrieved, with the small λ.
     assert got["best_lambda"] == 1e-3 and got["text_retrieval_recall@5"] > 0.9
 
-    assert RidgeRetrieval(train, train, lambdas=(1e-3,))(encoders)["text_retrieval_recall@5"] > 0.9
-    asked = [texts[0] for texts in encoders.asked]
-    assert asked == ["train0", "test0", "train0"]  # a second test fits nothing anew
-    one_caption = RidgeRetrieval(train, test, standardize=True)
-    one_caption(encoders)
-    assert [texts[0] for texts in encoders.asked][3:] == ["train0", "test0"]
+    assert RidgeRetrieval(train, train, lambdas=(1e-3,))(predictor)["text_retrieval_recall@5"] > 0.9
+    encoded = [texts[0] for texts in predictor.calls]
+    assert encoded == ["train0", "test0", "train0"]  # the second evaluation reuses the fit
+    standardized = RidgeRetrieval(train, test, standardize=True)
+    standardized(predictor)
+    assert [texts[0] for texts in predictor.calls][3:] == ["train0", "test0"]

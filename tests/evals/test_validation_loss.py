@@ -9,51 +9,52 @@ from imgtune_jax.objectives.sigmoid import SigmoidLoss
 from imgtune_jax.objectives.softmax import SoftmaxLoss
 
 
-def pairs(fakes, n=10, d=6, seed=0):
+def random_pairs(fakes, n=10, d=6, seed=0):
     rng = np.random.default_rng(seed)
     image = fakes.unit(rng.normal(size=(n, d))).astype(np.float32)
     return image, fakes.unit(image + 0.5 * rng.normal(size=(n, d))).astype(np.float32)
 
 
-def softmax_nats(image, text, scale):
+def softmax_losses(image, text, scale):
+    """Return the loss of each pair, averaged over the two directions."""
     logits = scale * image.astype(np.float64) @ text.T.astype(np.float64)
 
-    def nats(z):
+    def cross_entropy(z):
         return np.log(np.exp(z).sum(1)) - np.diag(z)
 
-    return (nats(logits) + nats(logits.T)) / 2
+    return (cross_entropy(logits) + cross_entropy(logits.T)) / 2
 
 
-def test_whole_set_loss_is_the_objective_over_all_pairs(fakes):
-    image, text = pairs(fakes)
+def test_loss_without_batch_size_is_the_objective_over_all_pairs(fakes):
+    image, text = random_pairs(fakes)
     got = evaluation_loss(SoftmaxLoss(), image, text, np.ones(10, bool), logit_scale=7.0)
-    want = softmax_nats(image, text, 7.0).mean()
-    np.testing.assert_allclose([got["loss"], got["softmax"]], want, rtol=1e-5)
+    expected = softmax_losses(image, text, 7.0).mean()
+    np.testing.assert_allclose([got["loss"], got["softmax"]], expected, rtol=1e-5)
 
 
-def test_batched_loss_weighs_every_example_alike_in_an_uneven_last_batch(fakes):
-    image, text = pairs(fakes)
+def test_batched_loss_weights_examples_equally_with_an_uneven_last_batch(fakes):
+    image, text = random_pairs(fakes)
     got = evaluation_loss(
         SoftmaxLoss(), image, text, np.ones(10, bool), logit_scale=7.0, batch_size=4
     )
-    cuts = [softmax_nats(image[i : i + 4], text[i : i + 4], 7.0) for i in (0, 4, 8)]
+    losses = [softmax_losses(image[i : i + 4], text[i : i + 4], 7.0) for i in (0, 4, 8)]
     np.testing.assert_allclose(
-        [got["loss"], got["softmax"]], np.concatenate(cuts).mean(), rtol=1e-5
+        [got["loss"], got["softmax"]], np.concatenate(losses).mean(), rtol=1e-5
     )
 
 
-def test_masked_rows_change_nothing_even_where_a_whole_batch_is_masked(fakes):
-    image, text = pairs(fakes)
+def test_masked_rows_and_fully_masked_batches_are_ignored(fakes):
+    image, text = random_pairs(fakes)
     mask = np.ones(10, bool)
     mask[4:8] = False
     got = evaluation_loss(SigmoidLoss(), image, text, mask, logit_scale=5.0, batch_size=4)
-    kept = [evaluation_loss(SigmoidLoss(), image[r], text[r], mask[r], logit_scale=5.0)["loss"]
+    losses = [evaluation_loss(SigmoidLoss(), image[r], text[r], mask[r], logit_scale=5.0)["loss"]
             for r in (slice(0, 4), slice(8, 10))]  # fmt: skip
-    np.testing.assert_allclose(got["loss"], (4 * kept[0] + 2 * kept[1]) / 6, rtol=1e-6)
+    np.testing.assert_allclose(got["loss"], (4 * losses[0] + 2 * losses[1]) / 6, rtol=1e-6)
 
 
 def test_evaluator_uses_scale_bias_group_and_first_caption(fakes):
-    image, text = pairs(fakes, 6)
+    image, text = random_pairs(fakes, 6)
     names = [f"c{i}" for i in range(6)]
     source = [
         fakes.record(v, n, "second", group=i // 2)
@@ -61,8 +62,8 @@ def test_evaluator_uses_scale_bias_group_and_first_caption(fakes):
     ]
     source[3] = fakes.record(image[3], group=1)  # no caption: masked
     texts = {**dict(zip(names, text, strict=True)), "": np.ones(6)}
-    encoders = fakes.Encoders(texts, logit_scale=9.0, logit_bias=-4.0)
-    got = ValidationLoss(source, SigmoidLoss(positives="group"))(encoders)
+    predictor = fakes.Predictor(texts, logit_scale=9.0, logit_bias=-4.0)
+    got = ValidationLoss(source, SigmoidLoss(positives="group"))(predictor)
     rows = [0, 1, 2, 4, 5]
     group = np.array([0, 0, 1, 2, 2])
     logits = 9.0 * image[rows] @ text[rows].T - 4.0
@@ -71,7 +72,7 @@ def test_evaluator_uses_scale_bias_group_and_first_caption(fakes):
     assert (got["num_examples"], got["num_masked"]) == (5, 1)
 
 
-def test_nothing_valid_is_an_error(fakes):
+def test_no_valid_example_raises(fakes):
     with pytest.raises(ValueError, match="none of the 3 examples is valid"):
         evaluation_loss(
             lambda o, b: (jnp.float32(0), {}),

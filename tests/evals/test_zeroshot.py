@@ -14,13 +14,13 @@ def test_metrics_equal_clip_benchmark_and_scikit_learn(golden, fakes, case):
     names = tuple(f"c{i}" for i in range(num_classes))
     by_class = {c: [f"{c} {p}" for p in range(prompts)] for c in names}
     texts = {f"c{i} {p}": g["prompt_emb"][i, p] for i in range(num_classes) for p in range(prompts)}
-    encoders = fakes.Encoders(texts)
-    class_emb = zeroshot.class_embeddings(encoders, names, by_class)
+    predictor = fakes.Predictor(texts)
+    class_emb = zeroshot.class_embeddings(predictor, names, by_class)
     np.testing.assert_allclose(class_emb, g["class_emb"], rtol=1e-5, atol=1e-7)
     source = [
         fakes.record(x, label=int(y)) for x, y in zip(g["image_emb"], g["labels"], strict=True)
     ]
-    got = ZeroShot(source, names, by_class, per_class=True)(encoders)
+    got = ZeroShot(source, names, by_class, per_class=True)(predictor)
     for name in ("acc1", "acc5", "mean_per_class_recall", "macro_f1", "macro_precision"):
         assert (name in got) == (name in g), name
         if name in g:
@@ -29,7 +29,7 @@ def test_metrics_equal_clip_benchmark_and_scikit_learn(golden, fakes, case):
         np.testing.assert_allclose([got[f"{kind}/{c}"] for c in names], row, rtol=1e-12)
 
 
-def test_acc5_is_absent_below_five_classes(golden):
+def test_acc5_is_omitted_below_five_classes(golden):
     assert "acc5" in golden("evals_clip_benchmark", "classes_12")
     ranks = np.zeros(3, int)
     labels = np.array([0, 1, 2])
@@ -38,19 +38,19 @@ def test_acc5_is_absent_below_five_classes(golden):
     assert "acc5" in zeroshot.classification_metrics(labels, ranks, labels, num_classes=5)
 
 
-def test_ensemble_is_the_normalised_mean_of_unit_vectors(fakes):
+def test_class_embedding_is_the_normalized_mean_of_unit_vectors(fakes):
     texts = {"a cat": np.array([3.0, 0]), "the cat": np.array([0, 0.5])}
-    got = zeroshot.class_embeddings(fakes.Encoders(texts), ["cat"], ["a {}", "the {c}"])
+    got = zeroshot.class_embeddings(fakes.Predictor(texts), ["cat"], ["a {}", "the {c}"])
     np.testing.assert_allclose(got, [[0.5**0.5, 0.5**0.5]], rtol=1e-6)
 
 
 def test_shared_prompts_are_encoded_once(fakes):
-    encoders = fakes.Encoders({"x": np.ones(2), "y": np.ones(2)})
-    zeroshot.class_embeddings(encoders, ["a", "b"], {"a": ["x", "y"], "b": ["y"]})
-    assert encoders.asked == [["x", "y"]]
+    predictor = fakes.Predictor({"x": np.ones(2), "y": np.ones(2)})
+    zeroshot.class_embeddings(predictor, ["a", "b"], {"a": ["x", "y"], "b": ["y"]})
+    assert predictor.calls == [["x", "y"]]
 
 
-def test_ranks_do_not_depend_on_chunks_and_ties_go_to_the_lower_class():
+def test_ranks_do_not_depend_on_chunk_and_ties_go_to_the_lower_class():
     rng = np.random.default_rng(0)
     emb, classes = rng.integers(-1, 2, (31, 3)) * 1.0, rng.integers(-1, 2, (9, 3)) * 1.0
     labels = rng.integers(0, 9, 31)
@@ -61,31 +61,31 @@ def test_ranks_do_not_depend_on_chunks_and_ties_go_to_the_lower_class():
         np.testing.assert_array_equal(ranks, (order == labels[:, None]).argmax(1))
 
 
-def test_not_finite_embeddings_are_refused():
+def test_embeddings_that_are_not_finite_raise():
     emb = np.array([[np.nan, 1.0]])
     with pytest.raises(ValueError, match="image embeddings are not finite"):
         zeroshot.true_class_ranks(emb, np.eye(2), np.array([0]))
 
 
-@pytest.mark.parametrize("wrong", [["a photo"], ["{}", "{}"], []])
-def test_templates_that_do_not_name_the_class_are_refused(fakes, wrong):
+@pytest.mark.parametrize("bad_templates", [["a photo"], ["{}", "{}"], []])
+def test_templates_without_the_class_name_raise(fakes, bad_templates):
     with pytest.raises(ValueError, match=r"templates|no prompts"):
-        zeroshot.class_embeddings(fakes.Encoders(), ["cat", "dog"], wrong)
+        zeroshot.class_embeddings(fakes.Predictor(), ["cat", "dog"], bad_templates)
 
 
-def test_label_outside_the_class_names_is_refused(fakes):
+def test_label_outside_the_class_names_raises(fakes):
     source = [fakes.record(np.ones(2), label=2)]
-    encoders = fakes.Encoders({"a": np.ones(2), "b": np.ones(2)})
+    predictor = fakes.Predictor({"a": np.ones(2), "b": np.ones(2)})
     with pytest.raises(ValueError, match=r"such as \[2\]; every record needs one from 0 to 1"):
-        ZeroShot(source, ("a", "b"), "name")(encoders)
+        ZeroShot(source, ("a", "b"), "name")(predictor)
 
 
-def test_unknown_template_name_lists_the_known_ones():
+def test_unknown_template_error_lists_the_known_ones():
     with pytest.raises(ValueError, match="openai_imagenet"):
         ZeroShot([], ("a", "b"), "openai")
 
 
-def test_openai_prompts_are_eighty_and_the_names_a_thousand():
+def test_openai_lists_have_80_prompts_and_1000_names():
     prompts = templates.TEMPLATES["openai_imagenet"]
     assert len(set(prompts)) == 80 and all(p.count("{}") == 1 for p in prompts)
     assert set(templates.SIMPLE_IMAGENET) <= set(prompts)

@@ -1,10 +1,10 @@
-"""Make `evals_captions.json`: what pycocoevalcap 1.2 says of captions, and of their tokens.
+"""Generate `evals_captions.json`: scores and PTB tokens of captions by pycocoevalcap 1.2.
 
     python -m venv peers && peers/bin/pip install "numpy<3"
     peers/bin/pip install --no-deps pycocoevalcap==1.2
     peers/bin/python tests/golden/evals_captions.py        (needs Java)
 
-Captions of `scored` are tokens joined by spaces; those of `tokenized` are as people write them.
+Captions in `scored` are tokens joined by spaces; those in `tokenized` and `whole` are plain text.
 """
 
 from __future__ import annotations
@@ -62,17 +62,18 @@ CAPTIONS = {
 
 
 def scores(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
-    """The three scores, under the names that pycocoevalcap's own evaluation reports."""
-    said = {i: [p] for i, p in enumerate(predictions)}
-    wanted = dict(enumerate(references))
-    bleus = Bleu(4).compute_score(wanted, said, verbose=0)[0]
+    """Return BLEU, ROUGE-L and CIDEr, under the names that pycocoevalcap reports."""
+    candidates = {i: [p] for i, p in enumerate(predictions)}
+    by_image = dict(enumerate(references))
+    bleus = Bleu(4).compute_score(by_image, candidates, verbose=0)[0]
     out = {f"Bleu_{n}": value for n, value in enumerate(bleus, 1)}
-    out["ROUGE_L"] = float(Rouge().compute_score(wanted, said)[0])
-    out["CIDEr"] = float(Cider().compute_score(wanted, said)[0])
+    out["ROUGE_L"] = float(Rouge().compute_score(by_image, candidates)[0])
+    out["CIDEr"] = float(Cider().compute_score(by_image, candidates)[0])
     return out
 
 
 def case(predictions: list[str], references: list[list[str]]) -> dict:
+    """Return the inputs and their scores."""
     return {
         "predictions": predictions,
         "references": references,
@@ -80,55 +81,56 @@ def case(predictions: list[str], references: list[list[str]]) -> dict:
     }
 
 
-def drawn(seed: int, images: int, *, empty: float = 0.0) -> dict:
-    """References that share words with what is said of their image; one to five of them."""
+def random_case(seed: int, images: int, *, empty: float = 0.0) -> dict:
+    """Sample images with one prediction and one to five references that share words with it."""
     rng = random.Random(seed)
 
     def sentence() -> list[str]:
         return rng.choices(WORDS, k=rng.randint(1, 12))
 
-    def near(words: list[str]) -> str:
+    def perturb(words: list[str]) -> str:
         if rng.random() < empty:
             return ""
-        kept = [w for w in words if rng.random() < 0.8]
-        return " ".join(kept + rng.choices(WORDS, k=rng.randint(0, 3)))
+        shared = [w for w in words if rng.random() < 0.8]
+        return " ".join(shared + rng.choices(WORDS, k=rng.randint(0, 3)))
 
-    said = [sentence() for _ in range(images)]
-    wanted = [[near(words) for _ in range(rng.randint(1, 5))] for words in said]
-    return case([near(words) for words in said], wanted)
+    sentences = [sentence() for _ in range(images)]
+    references = [[perturb(words) for _ in range(rng.randint(1, 5))] for words in sentences]
+    return case([perturb(words) for words in sentences], references)
 
 
-def tokens(texts: list[str]) -> list[list[str]]:
+def tokenize(texts: list[str]) -> list[list[str]]:
+    """Return PTB tokens. The last line "end" is needed because trailing empty lines are dropped."""
     lines = dict(enumerate([*texts, "end"]))
-    found = PTBTokenizer().tokenize({i: [{"caption": t}] for i, t in lines.items()})
-    return [found[i][0].split() for i in range(len(texts))]
+    tokens = PTBTokenizer().tokenize({i: [{"caption": t}] for i, t in lines.items()})
+    return [tokens[i][0].split() for i in range(len(texts))]
 
 
 def with_meteor() -> dict:
-    """As written, through the PTB tokenizer."""
-    said = [" ".join(t) for t in tokens(list(CAPTIONS))]
-    wanted = [[" ".join(t) for t in tokens(own)] for own in CAPTIONS.values()]
-    found = case(said, wanted)["scores"]
-    meteor = Meteor().compute_score(dict(enumerate(wanted)), {i: [s] for i, s in enumerate(said)})
+    """Return CAPTIONS and their scores with METEOR, tokenized by the PTB tokenizer."""
+    predictions = [" ".join(t) for t in tokenize(list(CAPTIONS))]
+    references = [[" ".join(t) for t in tokenize(row)] for row in CAPTIONS.values()]
+    candidates = {i: [p] for i, p in enumerate(predictions)}
+    meteor = Meteor().compute_score(dict(enumerate(references)), candidates)
     return {
         "predictions": list(CAPTIONS),
         "references": list(CAPTIONS.values()),
-        "scores": found | {"METEOR": float(meteor[0])},
+        "scores": scores(predictions, references) | {"METEOR": float(meteor[0])},
     }
 
 
 if __name__ == "__main__":
     golden = {
         "scored": {
-            "many": drawn(0, 40),
-            "some_empty": drawn(1, 30, empty=0.2),
-            "one_image": drawn(2, 1),
+            "many": random_case(0, 40),
+            "some_empty": random_case(1, 30, empty=0.2),
+            "one_image": random_case(2, 1),
             "nothing_said": case(["", ""], [["a cat", ""], ["a red dog on the sand"]]),
             "repeated": case(["the the the the the", "a cat"], [["the cat", "a"], ["a cat"]]),
             "perfect": case(["a red cat sits", "two dogs of café"], [["a red cat sits"],
                                                                     ["two dogs of café"]]),
         },
-        "tokenized": dict(zip(PLAIN, tokens(list(PLAIN)), strict=True)),
+        "tokenized": dict(zip(PLAIN, tokenize(list(PLAIN)), strict=True)),
         "whole": with_meteor(),
     }  # fmt: skip
     path = Path(__file__).with_suffix(".json")

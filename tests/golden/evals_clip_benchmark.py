@@ -1,10 +1,10 @@
-"""Make `evals_clip_benchmark.npz`: what CLIP_benchmark 1.6.2 says of random embeddings.
+"""Generate `evals_clip_benchmark.npz`: metrics of random embeddings by CLIP_benchmark 1.6.2.
 
     python -m venv peers && peers/bin/pip install torch==2.13.0 "numpy<2.4" scikit-learn tqdm
     peers/bin/pip install --no-deps clip-benchmark==1.6.2
     peers/bin/python tests/golden/evals_clip_benchmark.py
 
-The inputs are stored beside the answers, so the test needs neither torch nor this script.
+The file has inputs and outputs, so the test needs neither torch nor this script.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sklearn.metrics import precision_recall_fscore_support
 
 
 class Lookup:
-    """A CLIP whose images and texts are embeddings already (not of unit norm)."""
+    """A CLIP model whose inputs are embeddings already (not of unit norm)."""
 
     def encode_image(self, images):
         return images
@@ -28,7 +28,7 @@ class Lookup:
 
 
 def retrieval(seed: int, n: int, batch_size: int) -> dict[str, np.ndarray]:
-    """Each image has 1 to 6 captions; the last batch is smaller than the others."""
+    """Evaluate retrieval with 1 to 6 captions per image and a smaller last batch."""
     rng = np.random.default_rng(seed)
     captions = rng.integers(1, 7, n)
     image_of_text = np.repeat(np.arange(n), captions)
@@ -52,7 +52,7 @@ def retrieval(seed: int, n: int, batch_size: int) -> dict[str, np.ndarray]:
 
 
 def classification(seed: int, n: int, num_classes: int, prompts: int) -> dict[str, np.ndarray]:
-    """Unbalanced classes, the last of them without an example."""
+    """Evaluate classification with unbalanced classes, the last of them without examples."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, num_classes - 1, n) // rng.integers(1, 3, n)
     text_emb = rng.normal(size=(num_classes, prompts, 10)).astype(np.float32)

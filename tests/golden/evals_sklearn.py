@@ -1,4 +1,4 @@
-"""Make `evals_sklearn.npz`: multinomial logistic regressions by scikit-learn 1.9.1.
+"""Generate `evals_sklearn.npz`: multinomial logistic regressions by scikit-learn 1.9.1.
 
 pip install scikit-learn && python tests/golden/evals_sklearn.py
 """
@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 
 
 def case(seed: int, n: int, d: int, num_classes: int, l2: float) -> dict[str, np.ndarray]:
-    """Overlapping clusters away from the origin, so that the bias matters."""
+    """Fit overlapping clusters whose mean is not the origin, so that the bias matters."""
     rng = np.random.default_rng(seed)
     labels = np.r_[np.arange(num_classes), rng.integers(0, num_classes, n - num_classes)]
     features = rng.normal(size=(num_classes, d))[labels] + 1.2 * rng.normal(size=(n, d)) + 0.7

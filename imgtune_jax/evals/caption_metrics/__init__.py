@@ -1,6 +1,6 @@
-"""How good captions are: each score a pure function of predictions and references.
+"""Caption metrics: pure functions of predictions and references.
 
-A new score is a function and a line in `ON_TOKENS` or in `ON_TEXT`.
+To add a metric, add a function and a line in `TOKEN_METRICS` or `STRING_METRICS`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STRING_METRICS: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], Sco
 
 
 def check_metrics(metrics: Collection[str], tokenization: str) -> None:
-    """Raise ValueError for a name that is in no table, and for one that needs what is missing."""
+    """Raise ValueError for an unknown name, and for one that needs Java where it is missing."""
     known = [*TOKEN_METRICS, *STRING_METRICS]
     if unknown := [name for name in metrics if name not in known]:
         raise ValueError(f"no caption metric {unknown}; known: {', '.join(known)}")
@@ -49,36 +49,35 @@ def compute_metrics(
     metrics: Collection[str],
     tokenization: str = "simple",
 ) -> Scores:
-    """All `metrics` of one prediction an image against its references, by name.
+    """Compute `metrics` for one prediction per image and its references.
 
-    `tokenization` is for those in `ON_TOKENS`, and their values depend on it.
-    Raises ValueError for an unknown name, for no image, or for an image without a reference.
+    `tokenization` is used by the metrics in `TOKEN_METRICS`, whose values depend on it. Raises
+    ValueError for an unknown name, for an empty list, and for an image without a reference.
     """
     check_metrics(metrics, tokenization)
-    bare = [i for i, own in enumerate(references) if not own]
-    if not predictions or len(predictions) != len(references) or bare:
+    num_empty = sum(not texts for texts in references)
+    if not predictions or len(predictions) != len(references) or num_empty:
         raise ValueError(
-            f"{len(predictions)} captions and {len(references)} lists of references, of which "
-            f"{len(bare)} are empty; wanted one caption and at least one reference an image"
+            f"got {len(predictions)} captions and {len(references)} lists of references, of which "
+            f"{num_empty} are empty; expected one caption and at least one reference per image"
         )
     scores: Scores = {}
     if any(name in TOKEN_METRICS for name in metrics):
-        said, wanted = _tokenized(predictions, references, tokenization)
+        candidates, tokenized_references = _tokenize(predictions, references, tokenization)
         for name in metrics:
             if name in TOKEN_METRICS:
-                scores |= TOKEN_METRICS[name](said, wanted)
+                scores |= TOKEN_METRICS[name](candidates, tokenized_references)
     for name in metrics:
         if name in STRING_METRICS:
             scores |= STRING_METRICS[name](predictions, references)
     return scores
 
 
-def _tokenized(
+def _tokenize(
     predictions: Sequence[str], references: Sequence[Sequence[str]], tokenization: str
 ) -> tuple[list[list[str]], list[list[list[str]]]]:
-    """One call for all texts: a tokenizer may be a process that takes long to start."""
-    rows = iter(
-        TOKENIZATIONS[tokenization]([*predictions, *(r for own in references for r in own)])
-    )
-    said = [next(rows) for _ in predictions]
-    return said, [[next(rows) for _ in own] for own in references]
+    """Tokenize all texts in one call, because a tokenizer may run in a slow-starting process."""
+    texts = [*predictions, *(text for row in references for text in row)]
+    tokens = iter(TOKENIZATIONS[tokenization](texts))
+    candidates = [next(tokens) for _ in predictions]
+    return candidates, [[next(tokens) for _ in row] for row in references]

@@ -1,4 +1,4 @@
-"""BLEU of captions."""
+"""BLEU for captions."""
 
 from __future__ import annotations
 
@@ -9,32 +9,34 @@ from collections.abc import Sequence
 from imgtune_jax.evals.caption_metrics.tokens import Tokens, ngrams
 
 NGRAM_ORDERS = (1, 2, 3, 4)
-# What pycocoevalcap adds in the place of a special case for nothing matched or nothing said.
+# Added by pycocoevalcap so that counts of 0 need no special case.
 TINY, SMALL = 1e-15, 1e-9
 
 
 def bleu(predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> dict[str, float]:
-    """`Bleu_1` to `Bleu_4` of a corpus, in [0, 1] (Papineni et al., P02-1040).
+    """Return corpus-level `Bleu_1` to `Bleu_4`, in [0, 1] (Papineni et al., P02-1040).
 
-    Clipped n-gram counts, summed over images before they are divided; the brevity penalty is
-    against the closest reference length of each image, the shorter one of a tie. Equal to
-    pycocoevalcap 1.2's.
+    Clipped n-gram counts are summed over images before the division. The brevity penalty uses the
+    reference length of each image that is closest to the prediction's; ties go to the shorter one.
+    Equal to pycocoevalcap 1.2.
     """
-    matched, said = dict.fromkeys(NGRAM_ORDERS, 0), dict.fromkeys(NGRAM_ORDERS, 0)
-    length = wanted = 0
-    for prediction, own in zip(predictions, references, strict=True):
+    matched, predicted = dict.fromkeys(NGRAM_ORDERS, 0), dict.fromkeys(NGRAM_ORDERS, 0)
+    length = reference_length = 0
+    for prediction, image_references in zip(predictions, references, strict=True):
         length += len(prediction)
-        wanted += min((abs(len(r) - len(prediction)), len(r)) for r in own)[1]
+        reference_length += min((abs(len(r) - len(prediction)), len(r)) for r in image_references)[
+            1
+        ]
         for n in NGRAM_ORDERS:
-            counts, most = Counter(ngrams(prediction, n)), Counter()
-            for reference in own:
-                most |= Counter(ngrams(reference, n))
-            matched[n] += (counts & most).total()
-            said[n] += counts.total()
-    ratio = (length + TINY) / (wanted + SMALL)
+            counts, max_counts = Counter(ngrams(prediction, n)), Counter()
+            for reference in image_references:
+                max_counts |= Counter(ngrams(reference, n))
+            matched[n] += (counts & max_counts).total()
+            predicted[n] += counts.total()
+    ratio = (length + TINY) / (reference_length + SMALL)
     brevity = math.exp(min(0.0, 1 - 1 / ratio))
     scores, product = {}, 1.0
     for n in NGRAM_ORDERS:
-        product *= (matched[n] + TINY) / (said[n] + SMALL)
+        product *= (matched[n] + TINY) / (predicted[n] + SMALL)
         scores[f"Bleu_{n}"] = product ** (1 / n) * brevity
     return scores

@@ -1,4 +1,4 @@
-"""CIDEr-D of captions."""
+"""CIDEr-D for captions."""
 
 from __future__ import annotations
 
@@ -16,47 +16,53 @@ NgramWeights = dict[tuple[str, ...], float]
 def cider_d(
     predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
 ) -> dict[str, float]:
-    """`CIDEr`, 0 to 10: cosine of tf-idf n-gram vectors, mean over images (1411.5726, CIDEr-D).
+    """Return `CIDEr`, 0 to 10: cosine of tf-idf n-gram vectors, mean over images (1411.5726).
 
-    An n-gram's document frequency is the number of images that have it in a reference, so the
-    score belongs to its set of images, and of a single image it is 0. Weights are clipped at the
-    reference's; lengths are compared in bigrams. Equal to pycocoevalcap 1.2's, whose `Cider` is
-    this CIDEr-D.
+    This is the paper's CIDEr-D. The document frequency of an n-gram is the number of images that
+    have it in a reference, so the score depends on the set of images, and it is 0 for a single
+    image. Weights are clipped to those of the reference; the length penalty compares the numbers
+    of bigrams. Equal to pycocoevalcap 1.2, whose `Cider` is CIDEr-D.
     """
     frequency: Counter[tuple[str, ...]] = Counter()
-    for own in references:
+    for image_references in references:
         frequency.update(
-            {g for reference in own for n in NGRAM_ORDERS for g in ngrams(reference, n)}
+            {
+                g
+                for reference in image_references
+                for n in NGRAM_ORDERS
+                for g in ngrams(reference, n)
+            }
         )
     log_images = math.log(len(references))
 
-    def weigh(tokens: Tokens) -> list[NgramWeights]:
+    def tf_idf(tokens: Tokens) -> list[NgramWeights]:
         counts = (Counter(ngrams(tokens, n)) for n in NGRAM_ORDERS)
         return [
             {g: c * (log_images - math.log(max(1, frequency[g]))) for g, c in count.items()}
             for count in counts
         ]
 
-    def score(prediction: Tokens, own: Sequence[Tokens]) -> float:
-        said = weigh(prediction)
-        likeness = [
-            _length_penalty(prediction, reference)
-            * sum(map(_clipped_cosine, said, weigh(reference)))
-            for reference in own
+    def score(candidate: Tokens, image_references: Sequence[Tokens]) -> float:
+        weights = tf_idf(candidate)
+        similarities = [
+            _length_penalty(candidate, reference)
+            * sum(map(_clipped_cosine, weights, tf_idf(reference)))
+            for reference in image_references
         ]
-        return 10 * sum(likeness) / len(NGRAM_ORDERS) / len(own)
+        return 10 * sum(similarities) / len(NGRAM_ORDERS) / len(image_references)
 
-    scores = [score(p, own) for p, own in zip(predictions, references, strict=True)]
+    scores = [score(c, rs) for c, rs in zip(predictions, references, strict=True)]
     return {"CIDEr": sum(scores) / len(scores)}
 
 
-def _clipped_cosine(said: NgramWeights, wanted: NgramWeights) -> float:
-    norms = math.hypot(*said.values()) * math.hypot(*wanted.values())
+def _clipped_cosine(candidate: NgramWeights, reference: NgramWeights) -> float:
+    norms = math.hypot(*candidate.values()) * math.hypot(*reference.values())
     if not norms:
         return 0.0
-    return sum(min(w, wanted[g]) * wanted[g] for g, w in said.items() if g in wanted) / norms
+    common = ((w, reference[g]) for g, w in candidate.items() if g in reference)
+    return sum(min(w, r) * r for w, r in common) / norms
 
 
-def _length_penalty(said: Tokens, wanted: Tokens) -> float:
-    difference = max(len(said) - 1, 0) - max(len(wanted) - 1, 0)
+def _length_penalty(candidate: Tokens, reference: Tokens) -> float:
+    difference = max(len(candidate) - 1, 0) - max(len(reference) - 1, 0)
     return math.exp(-(difference**2) / (2 * SIGMA**2))

@@ -1,4 +1,4 @@
-"""ROUGE-L of captions."""
+"""ROUGE-L for captions."""
 
 from __future__ import annotations
 
@@ -6,38 +6,38 @@ from collections.abc import Sequence
 
 from imgtune_jax.evals.caption_metrics.tokens import Tokens
 
-BETA = 1.2  # recall counts that much more than precision
+BETA = 1.2  # of the F score: weight of recall relative to precision
 
 
 def rouge_l(
     predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
 ) -> dict[str, float]:
-    """`ROUGE_L` in [0, 1]: F of the longest common subsequence, mean over images (Lin, W04-1013).
+    """Return `ROUGE_L` in [0, 1]: F of the longest common subsequence (Lin, W04-1013).
 
-    Of an image's references, the best precision and the best recall count, be they of different
-    ones. A caption without a token counts as one empty token, which another empty one matches.
-    Equal to pycocoevalcap 1.2's.
+    It is the mean over images. The best precision and the best recall over an image's references
+    are combined, also if they come from different references. A caption without tokens counts as
+    one empty token, which matches another empty caption. Equal to pycocoevalcap 1.2.
     """
-    scores = [_f_score(p, own) for p, own in zip(predictions, references, strict=True)]
+    scores = [_f_score(p, rs) for p, rs in zip(predictions, references, strict=True)]
     return {"ROUGE_L": sum(scores) / len(scores)}
 
 
 def _f_score(prediction: Tokens, references: Sequence[Tokens]) -> float:
-    said = list(prediction) or [""]
-    wanted = [list(reference) or [""] for reference in references]
-    common = [_lcs_length(said, reference) for reference in wanted]
-    precision = max(common) / len(said)
-    recall = max(c / len(r) for c, r in zip(common, wanted, strict=True))
+    candidate = list(prediction) or [""]
+    nonempty_references = [list(reference) or [""] for reference in references]
+    common = [_lcs_length(candidate, reference) for reference in nonempty_references]
+    precision = max(common) / len(candidate)
+    recall = max(c / len(r) for c, r in zip(common, nonempty_references, strict=True))
     if not common or not precision:
         return 0.0
     return (1 + BETA**2) * precision * recall / (recall + BETA**2 * precision)
 
 
 def _lcs_length(a: Tokens, b: Tokens) -> int:
-    """Length of the longest common subsequence."""
+    """Return the length of the longest common subsequence."""
     row = [0] * (len(b) + 1)
     for x in a:
-        corner = 0
+        diagonal = 0
         for j, y in enumerate(b, 1):
-            corner, row[j] = row[j], corner + 1 if x == y else max(row[j], row[j - 1])
+            diagonal, row[j] = row[j], diagonal + 1 if x == y else max(row[j], row[j - 1])
     return row[-1]

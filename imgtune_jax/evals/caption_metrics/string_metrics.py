@@ -1,31 +1,32 @@
-"""Scores that read captions as they are written, so that no tokenization enters."""
+"""Metrics on strings, which do not depend on a tokenization into words."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from imgtune_jax.evals.caption_metrics.tokens import normalised
+from imgtune_jax.evals.caption_metrics.tokens import normalize_text
 
 
 def chrf(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """`chrF`, 0 to 100: F2 of character 1- to 6-grams of the corpus, by sacrebleu (W15-3049).
+    """Return `chrF`, 0 to 100: corpus-level F2 of character 1- to 6-grams (W15-3049), by sacrebleu.
 
-    Of an image's references the best one counts. Neither case nor white space matters
-    (sacrebleu's case:lc, space:no).
+    The best reference of each image is used. Case and white space are ignored (sacrebleu's
+    case:lc, space:no).
     """
-    from sacrebleu.metrics.chrf import CHRF  # only who asks for it waits for its import
+    from sacrebleu.metrics.chrf import CHRF  # imported here because the import is slow
 
-    most = max(map(len, references))
-    streams = [[own[min(i, len(own) - 1)] for own in references] for i in range(most)]
+    # sacrebleu expects the same number of references for every image: repeat the last one.
+    max_references = max(map(len, references))
+    streams = [[row[min(i, len(row) - 1)] for row in references] for i in range(max_references)]
     return {"chrF": CHRF(lowercase=True).corpus_score(list(predictions), streams).score}
 
 
 def exact_match(
     predictions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> dict[str, float]:
-    """`exact_match`: the share of captions that equal a reference, after `normalised`."""
+    """Return `exact_match`: the fraction of captions equal to a reference, by `normalize_text`."""
     hits = [
-        normalised(p) in map(normalised, own)
-        for p, own in zip(predictions, references, strict=True)
+        normalize_text(p) in map(normalize_text, row)
+        for p, row in zip(predictions, references, strict=True)
     ]
     return {"exact_match": sum(hits) / len(hits)}

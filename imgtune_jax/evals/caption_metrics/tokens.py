@@ -1,4 +1,4 @@
-"""Captions into tokens, for the scores that count words."""
+"""Tokenization of captions, for the metrics that count words."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import regex
 
 Tokens = Sequence[str]
 
-# Scripts written without spaces between words: a letter is a token by itself.
+# Scripts written without spaces between words: every letter is a token.
 SPACELESS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
-SIGNS = "&%#@*"  # punctuation to Unicode, words to a caption ("keycap: #")
+SIGNS = "&%#@*"  # punctuation in Unicode, but tokens in a caption ("keycap: #")
 WORD = rf"[[\p{{L}}\p{{M}}\p{{N}}]--[{SPACELESS}]]+"
 CLITIC = r"(?:n't|'(?:s|ll|re|ve|d|m))(?!\p{L})"
 TOKEN = regex.compile(
@@ -29,24 +29,25 @@ PUNCTUATION = regex.compile(rf"[\p{{P}}--[{SIGNS}]]+", regex.VERSION1)
 
 
 def simple_tokens(texts: Sequence[str]) -> list[list[str]]:
-    """Lower case; words as Penn Treebank has them, punctuation dropped; no Java, any language.
+    """Split into lower-case words like those of the Penn Treebank; needs no Java, any language.
 
-    A letter of a script that is written without spaces (Han, kana, Thai, Lao, Khmer, Burmese,
-    Tibetan) is a token by itself. Words keep inner hyphens and apostrophes, numbers their points;
-    English 's, n't, 'll, 're, 've, 'd and 'm are tokens of their own; so is a sign (& % # @ * $ +
-    or an emoji). On plain English this is what `ptb` gives, except that it also drops brackets
-    (there `-lrb-`), keeps "cannot" and cuts at the points of titles and addresses ("Mr.").
+    Punctuation is dropped. In scripts written without spaces (Han, kana, Thai, Lao, Khmer,
+    Burmese, Tibetan), every letter is a token. Words keep inner hyphens and apostrophes, numbers
+    keep their points. English 's, n't, 'll, 're, 've, 'd and 'm are separate tokens, and so are
+    signs (& % # @ * $ + and emoji). On plain English, the tokens are those of `ptb`, except that
+    brackets are dropped (`-lrb-` in `ptb`), "cannot" is one token, and titles and addresses are
+    split at their points ("Mr." is "mr").
     """
     return [TOKEN.findall(BEFORE_CLITIC.sub(" ", _lower(text))) for text in texts]
 
 
-def normalised(text: str) -> str:
-    """NFKC, lower case, punctuation to space (but not & % # @ *), white space collapsed."""
+def normalize_text(text: str) -> str:
+    """Apply NFKC and lower case, replace punctuation but & % # @ *, and collapse white space."""
     return " ".join(PUNCTUATION.sub(" ", unicodedata.normalize("NFKC", text).lower()).split())
 
 
 def ngrams(tokens: Tokens, n: int) -> Iterator[tuple[str, ...]]:
-    """All runs of n tokens, in order."""
+    """Return all sequences of n consecutive tokens, in order."""
     return zip(*(tokens[i:] for i in range(n)), strict=False)
 
 

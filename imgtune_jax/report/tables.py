@@ -1,0 +1,202 @@
+"""Tables of results, one per task, and the key numbers at the top of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from imgtune_jax.report.run_data import RunData
+
+# Metrics whose names contain one of these are shown in percent, as papers do for caption metrics.
+FRACTIONS = ("recall", "R@", "acc", "f1", "precision", "Bleu", "ROUGE", "METEOR", "CIDEr", "exact")
+
+
+class MetricColumn:
+    """Label, number format and direction of a metric in a table."""
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+        self.label = metric_label(metric)
+
+    @property
+    def sign(self) -> int:
+        """1 if higher is better, -1 if lower is better, 0 if neither."""
+        if self.metric.startswith("num_") or self.metric in ("l2", "best_lambda", "converged"):
+            return 0
+        lower_is_better = "rank" in self.metric or not (
+            self._is_fraction() or self.metric == "chrF"
+        )
+        return -1 if lower_is_better else 1
+
+    def format(self, value: float) -> str:
+        """Format fractions (and chrF, which goes to 100) in percent, and counts as integers."""
+        if self._is_fraction() or self.metric == "chrF":
+            return f"{value if self.metric == 'chrF' else 100 * value:.1f}"
+        return f"{value:,.0f}" if value == int(value) and abs(value) >= 1 else f"{value:.4g}"
+
+    def _is_fraction(self) -> bool:
+        return any(part in self.metric for part in FRACTIONS)
+
+
+def metric_label(metric: str) -> str:
+    """Return a metric's name for readers: `image_retrieval_recall@5` is `text → image R@5`."""
+    if metric == "lr":
+        return "learning rate"
+    replacements = {
+        "text_retrieval_": "image → text ",
+        "image_retrieval_": "text → image ",
+        "image_to_text_": "image → text ",
+        "text_to_image_": "text → image ",
+        "recall@": "R@",
+        "num_": "",
+        "lp_": "",
+        "Bleu_": "BLEU-",
+        "ROUGE_L": "ROUGE-L",
+        "acc1": "accuracy",
+        "acc5": "top-5 accuracy",
+        "f1": "F1",
+        "logit_scale": "logit scale",
+        "grad_norm": "gradient norm",
+        "_": " ",
+    }
+    for old, new in replacements.items():
+        metric = metric.replace(old, new)
+    return metric
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table."""
+
+    text: str
+    best: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """One result, of the run or of a baseline."""
+
+    dataset: str
+    model: str
+    pretrained: str
+    language: str
+    is_run: bool  # False: a baseline
+    continues: bool  # the row above has the same data set
+    cells: list[Cell | None]
+
+
+@dataclass(frozen=True)
+class Table:
+    """The newest results of one task, grouped by data set, with the best ones marked."""
+
+    task: str
+    columns: list[str]
+    rows: list[Row]
+
+    @property
+    def title(self) -> str:
+        """The task's name for readers."""
+        return self.task.replace("zeroshot", "zero-shot").replace("_", " ").capitalize()
+
+
+def result_tables(results: Sequence[Mapping[str, Any]], *, model: str) -> list[Table]:
+    """Return one table per task, with the last result of each model on each data set.
+
+    `model` is the run's name; all other models are baselines. Metrics per class and per sample
+    (`f1/cat`, `5shot_acc1_seed0`) are omitted; `results.jsonl` has them.
+    """
+    newest: dict[tuple[str, str, str, str], Mapping[str, Any]] = {}
+    for result in results:
+        key = result["task"], result["dataset"], result["language"], result["model"]
+        newest[key] = result
+    tasks = dict.fromkeys(task for task, *_ in newest)
+    return [
+        _task_table(task, [r for r in newest.values() if r["task"] == task], model=model)
+        for task in tasks
+    ]
+
+
+def _task_table(task: str, results: Sequence[Mapping[str, Any]], *, model: str) -> Table:
+    names = dict.fromkeys(name for r in results for name in r["metrics"] if "/" not in name)
+    shown = [name for name in names if "mean_rank" not in name and "_seed" not in name]
+    columns = [MetricColumn(name) for name in sorted(shown, key=_column_order)]
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for result in results:
+        groups.setdefault((result["dataset"], result["language"]), []).append(result)
+    rows = []
+    for (dataset, language), group in groups.items():
+        for i, result in enumerate(sorted(group, key=lambda r: r["model"] != model)):
+            is_run = result["model"] == model
+            rows.append(
+                Row(
+                    dataset=dataset,
+                    model=model if is_run else result["model"].replace("_", " "),
+                    pretrained=result["pretrained"],
+                    language=language,
+                    is_run=is_run,
+                    continues=i > 0,
+                    cells=[_cell(column, result, group) for column in columns],
+                )
+            )
+    return Table(task, [column.label for column in columns], rows)
+
+
+def _cell(
+    column: MetricColumn, result: Mapping[str, Any], group: Sequence[Mapping[str, Any]]
+) -> Cell | None:
+    """Return the cell of a result; `group` has all results on its data set."""
+    value = result["metrics"].get(column.metric)
+    if value is None:
+        return None
+    values = [r["metrics"][column.metric] for r in group if column.metric in r["metrics"]]
+    has_worse = any(column.sign * v < column.sign * value for v in values)
+    best = has_worse and value == max(values, key=lambda v: column.sign * v)
+    return Cell(column.format(value), best)
+
+
+def _column_order(metric: str) -> tuple[int, int]:
+    """Sort key: recalls, ranks, sizes; in each, image → text, text → image, other metrics."""
+    family = 0 if metric.startswith(("text_retrieval", "image_to_text")) else 1
+    family = 2 if not metric.startswith(("text_", "image_")) else family
+    kind = 3 if MetricColumn(metric).sign == 0 else 1 if "rank" in metric else 0
+    return kind, family
+
+
+@dataclass(frozen=True)
+class KeyNumber:
+    """A number shown at the top of the page."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+def key_numbers(run: RunData, tables: Sequence[Table], *, limit: int = 8) -> list[KeyNumber]:
+    """Return steps, training loss, and the run's R@1, accuracy, CIDEr or exact match per data set.
+
+    Results in English, the default language of results, come before other languages.
+    """
+    numbers = [] if run.last_step is None else [KeyNumber("training steps", f"{run.last_step:,}")]
+    if "train/loss" in run.series:
+        numbers.append(KeyNumber("training loss", f"{run.series['train/loss'][-1][1]:.3g}"))
+    for table in tables:
+        key_metrics = ("accuracy", "CIDEr", "exact match")
+        columns = [i for i, c in enumerate(table.columns) if c.endswith("R@1") or c in key_metrics]
+        for row in sorted(table.rows, key=lambda row: row.language != "en"):
+            if row.is_run:
+                numbers += [_key_number(table, row, i) for i in columns if row.cells[i]]
+    return numbers[:limit]
+
+
+def _key_number(table: Table, row: Row, column: int) -> KeyNumber:
+    unit = "" if table.columns[column] == "CIDEr" else " %"
+
+    def text(r: Row) -> str:
+        cell = r.cells[column]
+        return f"{cell.text}{unit}" if cell else "–"
+
+    data = row.dataset, row.language
+    baselines = [r for r in table.rows if not r.is_run and (r.dataset, r.language) == data]
+    note = ", ".join(f"{r.model}: {text(r)}" for r in baselines[:1])
+    return KeyNumber(f"{row.dataset}: {table.columns[column]}", text(row), note)
