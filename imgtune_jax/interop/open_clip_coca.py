@@ -150,7 +150,7 @@ def coca_fields_to(model: ImageTextModel) -> dict[str, dict[str, Any]]:
         return {}
     if decoder is None or pooler is None or not model.text.shifted_class_mask:
         raise ValueError(
-            "only a full CoCa can be exported to open_clip; expected a decoder, an image_pooler, and "
+            "open_clip's CoCa cannot express this model; expected a decoder, an image_pooler and "
             "a text tower with pool='class' and shifted_class_mask=True"
         )
     _check_decoder_and_pooler(model)

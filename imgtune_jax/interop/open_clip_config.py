@@ -205,9 +205,9 @@ def _check_expressible(model: models.ImageTextModel, image: ViT, text: TextTrans
         errors.append("quick_gelu in one tower only")
     if text.mask_padding and not text.causal:
         errors.append("a bidirectional text tower with a padding mask")
-    norm_in_pooler = getattr(model.image_pooler, "layout", None) == "shared"
-    if (image.final_norm == "none") != norm_in_pooler:
-        errors.append(f"final_norm={image.final_norm!r} with image_pooler={model.image_pooler}")
+    layout = getattr(model.image_pooler, "layout", None)
+    if (image.final_norm == "none") != (layout == "shared"):
+        errors.append(f"final_norm={image.final_norm!r} with image_pooler.layout={layout!r}")
     if errors:
         raise ValueError(f"open_clip cannot express: {'; '.join(errors)}")
 
@@ -262,7 +262,7 @@ def save_open_clip_folder(
 
 
 def load_open_clip_folder(path: str | Path) -> tuple[dict[str, Any], Params]:
-    """Return (config for `build_model`, parameters) of a folder that open_clip's `local-dir:` reads.
+    """Return a model's config, for `build_model`, and parameters from an open_clip folder.
 
     Raises ValueError if a file is missing or the model is not supported.
     """
