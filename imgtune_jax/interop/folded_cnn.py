@@ -38,7 +38,7 @@ def folded_cnn_rules(
             f"norm = {tower.norm!r} in a {type(tower).__name__} with pretrained weights; expected "
             "'folded': set norm='folded'"
         )
-    rules = [weight_map.folded_conv(*names, epsilon=epsilon) for names in convolutions]
+    rules = [weight_map.folded_conv_rule(*names, epsilon=epsilon) for names in convolutions]
     return rules + weight_map.linear_rules(classifier, "classifier") if tower.num_classes else rules
 
 

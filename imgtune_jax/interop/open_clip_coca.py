@@ -46,7 +46,7 @@ def residual_block_rules(
     norm1, attn, norm2, mlp = (f"{ours}/{name}" for name in names)
     return [
         *weight_map.norm_rules(f"{theirs}.ln_1", norm1),
-        *weight_map.packed_attention(f"{theirs}.attn", attn),
+        *weight_map.packed_attention_rules(f"{theirs}.attn", attn),
         *weight_map.norm_rules(f"{theirs}.ln_2", norm2),
         *weight_map.linear_rules(f"{theirs}.mlp.c_fc", f"{mlp}/fc1"),
         *weight_map.linear_rules(f"{theirs}.mlp.c_proj", f"{mlp}/fc2"),
@@ -71,7 +71,7 @@ def _query_rules(theirs: str, ours: str, *, packed: bool) -> list[weight_map.Rul
 
     `packed`: PyTorch stores q, k and v in one matrix, as it does if their inputs have one width.
     """
-    attention = weight_map.packed_attention if packed else _split_attention
+    attention = weight_map.packed_attention_rules if packed else _split_attention_rules
     return [
         weight_map.copy_rule(f"{theirs}.query", f"{ours}/query"),
         *weight_map.norm_rules(f"{theirs}.ln_q", f"{ours}/query_norm"),
@@ -80,7 +80,7 @@ def _query_rules(theirs: str, ours: str, *, packed: bool) -> list[weight_map.Rul
     ]
 
 
-def _split_attention(theirs: str, ours: str) -> list[weight_map.Rule]:
+def _split_attention_rules(theirs: str, ours: str) -> list[weight_map.Rule]:
     """Return the rules of a torch.nn.MultiheadAttention with separate q, k and v matrices."""
     biases = tuple(f"{ours}/{n}/bias" for n in "qkv")
     return [

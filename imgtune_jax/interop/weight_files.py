@@ -55,17 +55,19 @@ def save_params(params: Params, path: str | Path, *, metadata: Mapping[str, str]
     save_file(flat, Path(path), metadata=dict(metadata or {}))
 
 
-def load_params(path: str | Path, part: str | None = None) -> Params:
-    """Return the tree that `save_params` wrote, or its subtree at `part` (such as "image/stem").
+def load_params(path: str | Path, subtree: str | None = None) -> Params:
+    """Return the tree that `save_params` wrote, or its subtree at a path such as "image/blocks_0".
 
-    Raises ValueError if the file has no parameter under `part`.
+    Raises ValueError if the file has no parameter in `subtree`.
     """
     state = read_state_dict(path)
-    if part is None:
+    if subtree is None:
         return unflatten(state)
-    prefix = part.strip("/") + "/"
-    subtree = {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix)}
-    if not subtree:
+    prefix = subtree.strip("/") + "/"
+    flat = {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix)}
+    if not flat:
         roots = ", ".join(sorted({name.partition("/")[0] for name in state}))
-        raise ValueError(f"{path} has no parameter under part = {part!r}; expected one of: {roots}")
-    return unflatten(subtree)
+        raise ValueError(
+            f"{path} has no parameter in subtree = {subtree!r}; expected a path in one of: {roots}"
+        )
+    return unflatten(flat)

@@ -76,7 +76,7 @@ def conv_rule(theirs: str, ours: str) -> Rule:
     return Rule((theirs,), (ours,), _oihw_to_hwio, _hwio_to_oihw)
 
 
-def packed_attention(theirs: str, ours: str) -> list[Rule]:
+def packed_attention_rules(theirs: str, ours: str) -> list[Rule]:
     """Return the rules of a torch.nn.MultiheadAttention whose `in_proj_weight` is [3d d]."""
     names = ("q", "k", "v")
 
@@ -101,7 +101,7 @@ def packed_attention(theirs: str, ours: str) -> list[Rule]:
     ]
 
 
-def folded_conv(theirs: str, batch_norm: str, ours: str, *, epsilon: float) -> Rule:
+def folded_conv_rule(theirs: str, batch_norm: str, ours: str, *, epsilon: float) -> Rule:
     """Return the rule that folds a convolution without bias and the BatchNorm after it into one.
 
     The result is a kernel and a bias such that, computed in float64,

@@ -56,7 +56,7 @@ def test_folded_convolution_equals_convolution_then_batch_norm():
     weight, bias, mean = rng.normal(size=(3, 5))
     variance = rng.uniform(0.1, 2, 5)
     x = rng.normal(size=(7, 3))
-    rule = weight_map.folded_conv("conv", "bn", "stem", epsilon=1e-3)
+    rule = weight_map.folded_conv_rule("conv", "bn", "stem", epsilon=1e-3)
     folded, shift = rule.forward(kernel, weight, bias, mean, variance)
     expected = (x @ kernel[:, :, 0, 0].T - mean) / np.sqrt(variance + 1e-3) * weight + bias
     np.testing.assert_allclose(x @ folded[0, 0] + shift, expected, rtol=1e-5, atol=1e-6)

@@ -29,7 +29,9 @@ def test_subtree_loads_alone_and_a_missing_one_is_an_error(tmp_path):
     interop.save_params(tree(), tmp_path / "p.safetensors")
     block = interop.load_params(tmp_path / "p.safetensors", "image/blocks_0")
     assert list(block) == ["attn"]
-    with pytest.raises(ValueError, match="part = 'text'; expected one of: image, logit_scale"):
+    with pytest.raises(
+        ValueError, match="subtree = 'text'; expected a path in one of: image, logit"
+    ):
         interop.load_params(tmp_path / "p.safetensors", "text")
 
 
