@@ -12,4 +12,4 @@ class UserError(Exception):
 
 
 class NonFiniteLossError(UserError, RuntimeError):
-    """The training loss is NaN or infinite."""
+    """The training loss became NaN or infinite."""

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +153,27 @@ def test_commands_summarize_search_classify_and_embed(run, photos, capsys, tmp_p
     with np.load(out) as stored:
         assert stored["image_features"].shape[0] == 3 and stored["text_features"].shape[0] == 2
     assert hits == imgtune(capsys, "search", "--model", run, "--query", photos / "a.png", out)
+
+
+def test_commands_need_no_checkout_and_eval_names_the_missing_corpus(run, photos):
+    code = """
+import sys
+sys.modules["configs"] = None  # as in an installed package
+from imgtune_jax.cli import main
+run, photo = sys.argv[1:]
+main(["info", run])
+main(["classify", "--model", run, "--labels", "cat", "dog", "--images", photo])
+main(["eval", "--workdir", run])
+"""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, str(run), "a.png"],
+        capture_output=True,
+        text=True,
+        cwd=photos,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert "saved steps: 1, 2" in done.stdout and "a.png: " in done.stdout, done.stderr
+    assert f"corpora/ not found in {photos}" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_eval_command_repeats_the_results_of_training(run, capsys):

@@ -64,7 +64,7 @@ def test_error_names_the_package_to_install():
 
 
 def test_error_lists_the_files_of_an_ambiguous_pattern():
-    with pytest.raises(ValueError, match=r"\d+ files fit '\*\.py'.* exactly one"):
+    with pytest.raises(ValueError, match=r"\d+ files .*'\*\.py'.* exactly one"):
         package_file("safetensors", "*.py")
 
 
