@@ -185,4 +185,4 @@ def _check_decoder_and_pooler(model: ImageTextModel) -> None:
         f"{k} = {got!r}; expected {want!r}" for k, (got, want) in expected.items() if got != want
     ]
     if errors:
-        raise ValueError("open_clip's CoCa cannot express:\n  " + "\n  ".join(errors))
+        raise ValueError("this model is not an open_clip CoCa:\n  " + "\n  ".join(errors))
