@@ -1,4 +1,4 @@
-"""Train: `python train.py --config=FILE.py --workdir=DIR [--config.key=value]`."""
+"""Train a model: `python train.py --config=FILE.py --workdir=DIR [--config.key=value]`."""
 
 from imgtune_jax.cli import train
 

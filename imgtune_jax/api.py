@@ -1,4 +1,7 @@
-"""Using a trained model: `model = imgtune_jax.load("runs/demo")`."""
+"""The Python interface: train a model, load a trained one, and use it.
+
+`imgtune_jax.train` and `imgtune_jax.load` return a `TunedModel`.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +13,29 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
+from ml_collections import ConfigDict
 
 from imgtune_jax import config as config_lib
 from imgtune_jax import data, interop, param_tree
+from imgtune_jax.data.folder import IMAGE_SUFFIXES
 from imgtune_jax.evals import GeneratedCaption, zeroshot
 from imgtune_jax.evals.predictor import ModelPredictor
-from imgtune_jax.training import checkpoint, experiment, run
+from imgtune_jax.training import checkpoint, feature_cache, loop, run
+from imgtune_jax.training.experiment import Experiment, build_experiment
 
 Image = Any  # a path, a PIL image, or an array u8[h w] / u8[h w 3] / u8[h w 4]
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+PARAMS_FILE = "params.safetensors"  # only in a folder that TunedModel.save wrote
 
 
 class Hit(NamedTuple):
-    """One search result: position in the gallery and cosine similarity."""
+    """One search result: index in the gallery, and cosine similarity to the query."""
 
     index: int
     score: float
 
 
 class Label(NamedTuple):
-    """One classification: the label and its probability among the labels given."""
+    """One prediction: a label, and its probability among the labels of the call."""
 
     name: str
     probability: float
@@ -37,24 +43,24 @@ class Label(NamedTuple):
 
 @dataclass(frozen=True)
 class TunedModel:
-    """Both towers, ready to use. `step` is the training step the weights come from."""
+    """A trained model. `step` is the training step of its parameters, -1 if not known."""
 
     predictor: ModelPredictor
-    experiment: experiment.Experiment
+    experiment: Experiment
     step: int
 
     def encode_image(self, images: Image | Sequence[Image]) -> Float[np.ndarray, "n d"]:
-        """Unit-norm embeddings of images: paths, PIL images or uint8 arrays, one or many.
+        """Return the unit-norm embeddings of one or more paths, PIL images or uint8 arrays.
 
-        Raises ValueError naming every image that could not be read, with the cause.
+        Raises ValueError naming every unreadable image, with the cause.
         """
-        source = _ImageSource.of(images)
-        rows, valid = self.predictor.embed_images(source)
-        source.check(valid)
-        return rows
+        source = _ImageSource.from_images(images)
+        embeddings, valid = self.predictor.embed_images(source)
+        source.check_readable(valid)
+        return embeddings
 
     def encode_text(self, texts: str | Sequence[str]) -> Float[np.ndarray, "n d"]:
-        """Unit-norm embeddings of texts."""
+        """Return the unit-norm embeddings of one or more texts."""
         return self.predictor.embed_texts([texts] if isinstance(texts, str) else texts)
 
     def classify(
@@ -65,19 +71,19 @@ class TunedModel:
         *,
         top: int = 5,
     ) -> list[list[Label]]:
-        """Zero-shot: for each image the `top` labels, best first.
+        """Classify images zero-shot: return each image's `top` labels, the most probable first.
 
-        Each label's embedding is the mean over `templates` ("a photo of a {}."), as in CLIP.
+        A label's embedding is the mean over `templates` ("a photo of a {}."), as in CLIP.
         """
         labels = list(labels)
         weights = zeroshot.class_embeddings(self.predictor, labels, templates)
         logits = self.predictor.logit_scale * self.encode_image(images) @ weights.T
-        p = np.exp(logits - logits.max(1, keepdims=True))
-        p /= p.sum(1, keepdims=True)
-        order = np.argsort(-p, axis=1)[:, :top]
+        probabilities = np.exp(logits - logits.max(1, keepdims=True))
+        probabilities /= probabilities.sum(1, keepdims=True)
+        top_labels = np.argsort(-probabilities, axis=1)[:, :top]
         return [
-            [Label(str(labels[j]), float(row[j])) for j in best]
-            for row, best in zip(p, order, strict=True)
+            [Label(str(labels[j]), float(row[j])) for j in indices]
+            for row, indices in zip(probabilities, top_labels, strict=True)
         ]
 
     def caption(
@@ -90,33 +96,41 @@ class TunedModel:
         decoding: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> list[list[GeneratedCaption]]:
-        """What the model writes of images: for each its `n` best captions, (text, score).
+        """Generate captions: return each image's `n` best, (text, score), the best first.
 
-        `language` is one of `languages`, the first of them by default. `beam` hypotheses are kept
-        (`n` if that is more); 1 is greedy. Instead, `decoding` may hold all that `decoding.build`
-        takes: {"method": {"name": "sample", "top_p": 0.9}, "max_new_tokens": 8}, drawn by `seed`.
-        Raises ValueError for a model that writes no captions, an unknown language, and images that
-        could not be read, all of them named with the cause.
+        `language` is one of `languages`; None means the first. Beam search has max(`n`, `beam`)
+        hypotheses; 1 is greedy decoding. Alternatively, `decoding` is a mapping for
+        `decoding.build_generation_config`, such as {"method": {"name": "sample", "top_p": 0.9},
+        "max_new_tokens": 8}; `seed` seeds the sampling.
+
+        Raises ValueError for a model without a decoder, an unknown language, and unreadable images,
+        each named with the cause.
         """
         if min(n, beam) < 1:
-            raise ValueError(f"n = {n}, beam = {beam}; wanted 1 or more of each")
+            raise ValueError(f"n = {n}, beam = {beam}; expected 1 or more of each")
         settings = dict(decoding or {})
         if "method" in settings and (n, beam) != (1, 1):
-            raise ValueError("n and beam belong to beam search; decoding has a method of its own")
+            raise ValueError(
+                f"n = {n}, beam = {beam} with decoding['method'] = {settings['method']}; n and "
+                "beam configure a beam search: remove them, or the method"
+            )
         if max(n, beam) > 1:
             settings["method"] = {"name": "beam", "width": max(n, beam), "n": n}
-        source = _ImageSource.of(images)
-        written, valid = self.predictor.generate_captions(
-            source, prefix=self._prefix(language), decoding=settings, seed=seed
+        source = _ImageSource.from_images(images)
+        captions, valid = self.predictor.generate_captions(
+            source, prefix=self._caption_prefix(language), decoding=settings, seed=seed
         )
-        source.check(valid)
-        return written
+        source.check_readable(valid)
+        return captions
 
     @property
     def languages(self) -> tuple[str, ...]:
-        """What `caption` can be asked for: the caption sets that training put a prefix before."""
-        c = self.experiment.config.data
-        return tuple(sorted(c.prefixes, key=lambda name: -c.caption_weights[name]))
+        """The languages that `caption` accepts, the most frequent in training first.
+
+        These are the caption sets with a prefix (config.data.prefixes).
+        """
+        config = self.experiment.config.data
+        return tuple(sorted(config.prefixes, key=lambda name: -config.caption_weights[name]))
 
     def search(
         self,
@@ -125,90 +139,106 @@ class TunedModel:
         *,
         k: int = 5,
     ) -> list[Hit]:
-        """The k nearest of `gallery`, best first.
+        """Return the `k` items of `gallery` that are most similar to `query`, the best first.
 
-        `query` is an image, or a text (a string that is no image file's path). `gallery` is
-        embeddings from `encode_image` or `encode_text` (reuse them between queries), or images, or
-        texts.
+        A string is an image if it is the path of an image file, and a text otherwise. `gallery` is
+        images, texts, or embeddings from `encode_image` or `encode_text`; embeddings can be reused
+        for many queries.
         """
-        rows = gallery if _is_embeddings(gallery) else self._encode_any(list(gallery))
-        scores = np.asarray(rows) @ self._encode_any([query])[0]
-        best = np.argsort(-scores, kind="stable")[:k]
-        return [Hit(int(i), float(scores[i])) for i in best]
+        embeddings = gallery if _is_embeddings(gallery) else self._encode_any(list(gallery))
+        scores = np.asarray(embeddings) @ self._encode_any([query])[0]
+        nearest = np.argsort(-scores, kind="stable")[:k]
+        return [Hit(int(i), float(scores[i])) for i in nearest]
 
     def save(self, folder: str | Path) -> Path:
-        """Write a self-contained folder (config, tokenizer, params.safetensors) that `load` reads.
+        """Write the config, the tokenizer and the parameters to a folder that `load` reads.
 
-        Raises FileExistsError rather than write over anything.
+        Raises FileExistsError if the folder exists and is not empty.
         """
         folder = Path(folder)
         if folder.exists() and any(folder.iterdir()):
-            raise FileExistsError(f"{folder} is not empty; choose a new folder")
+            raise FileExistsError(f"{folder} is not empty; expected a new or empty folder")
         folder.mkdir(parents=True, exist_ok=True)
         config_lib.save_config(self.experiment.config, folder / "config.json")
         self.experiment.tokenizer.save(folder / "tokenizer")
-        interop.save_params(self.predictor.params, folder / "params.safetensors")
+        interop.save_params(self.predictor.params, folder / PARAMS_FILE)
         return folder
 
-    def _prefix(self, language: str | None) -> str:
-        prefixes, known = self.experiment.config.data.prefixes, self.languages
+    def _caption_prefix(self, language: str | None) -> str:
+        prefixes, languages = self.experiment.config.data.prefixes, self.languages
         if language is None:
-            return prefixes[known[0]] if known else ""
-        if not known:
+            return prefixes[languages[0]] if languages else ""
+        if not languages:
             raise ValueError(
-                f"no language {language!r}: this model was trained without prefixes "
-                "(config.data.prefixes), so it writes as its captions were; name no language"
+                f"language = {language!r}, but this model was trained without prefixes "
+                "(config.data.prefixes) and cannot choose a language; leave it out"
             )
-        if language not in known:
-            raise ValueError(f"no language {language!r}; this model writes: {', '.join(known)}")
+        if language not in languages:
+            raise ValueError(f"language = {language!r}; expected one of {', '.join(languages)}")
         return prefixes[language]
 
     def _encode_any(self, items: Sequence[Any]) -> Float[np.ndarray, "n d"]:
-        if all(isinstance(i, str) and not _is_image_path(i) for i in items):
+        if all(isinstance(item, str) and not _is_image_path(item) for item in items):
             return self.encode_text(list(items))
         return self.encode_image(items)
 
 
 def load(folder: str | Path, *, step: int | None = None, use_memo: bool = False) -> TunedModel:
-    """A run's model (its newest checkpoint, or `step`), or a folder that `TunedModel.save` wrote.
+    """Load a model: from a run's folder, or from one that `TunedModel.save` wrote.
 
-    With `keep`, the image features of a data set stay in memory for the next evaluator.
-    Raises FileNotFoundError when there is no such folder or checkpoint.
+    A run's model is its newest checkpoint, or the one of `step`. With `use_memo`, the image
+    features of a data set stay in memory, so that several evaluators can share them. Raises
+    FileNotFoundError if the folder or the checkpoint does not exist.
     """
     folder = Path(folder).absolute()
     config = config_lib.load_config(folder / "config.json")
-    exp = experiment.build_experiment(config, tokenizer_dir=folder / "tokenizer")
-    if (exported := folder / "params.safetensors").is_file():
-        params = interop.load_params(exported)
-        return TunedModel(exp.predictor(params, keep=use_memo), exp, step=-1)
-    target, frozen_target = run.abstract_split(exp)
-    trainable, digest, found = checkpoint.restore_params(folder, step, target)
-    frozen = checkpoint.restore_frozen(folder, digest, frozen_target)
-    return TunedModel(
-        exp.predictor(param_tree.merge(trainable, frozen), keep=use_memo), exp, step=found
-    )
+    experiment = build_experiment(config, tokenizer_dir=folder / "tokenizer")
+    if (folder / PARAMS_FILE).is_file():
+        params, saved_step = interop.load_params(folder / PARAMS_FILE), -1
+    else:
+        target, frozen_target = run.abstract_split(experiment)
+        trainable, digest, saved_step = checkpoint.restore_params(folder, step, target)
+        frozen = checkpoint.restore_frozen(folder, digest, frozen_target)
+        params = param_tree.merge(trainable, frozen)
+    return TunedModel(experiment.predictor(params, keep=use_memo), experiment, saved_step)
+
+
+def train(config: config_lib.Config | ConfigDict, workdir: str | Path) -> TunedModel:
+    """Train the model that `config` describes, or resume its run in `workdir`; return the model.
+
+    Raises ValueError for an invalid config and for a `workdir` with another run, NonFiniteLossError
+    if the loss is not finite, and TooManyBadRecordsError if too many records are unreadable.
+    """
+    if not isinstance(config, config_lib.Config):
+        config = config_lib.parse_config(config)
+    workdir = Path(workdir).absolute()
+    trained = loop.train(config, workdir, make_feed=feature_cache.build_batch_source)
+    experiment = build_experiment(config, tokenizer_dir=workdir / "tokenizer")
+    # Not `trained` itself: it would memoize the features of every image that it encodes.
+    predictor = experiment.predictor(trained.params, keep=False)
+    return TunedModel(predictor, experiment, checkpoint.saved_steps(workdir)[-1])
 
 
 @dataclass(frozen=True)
 class _ImageSource:
-    """Records in memory, as a source."""
+    """A data.Source of images that the caller passed."""
 
     records: tuple[data.Record, ...]
 
     @classmethod
-    def of(cls, images: Any) -> _ImageSource:
-        """Of paths, PIL images or arrays, one or many."""
+    def from_images(cls, images: Any) -> _ImageSource:
+        """Make a source of one or more paths, PIL images or arrays."""
         records = tuple(_record(i, image) for i, image in enumerate(_as_list(images)))
         if not records:
-            raise ValueError("no images given; wanted at least one path, PIL image or array")
+            raise ValueError("no images given; expected one or more paths, PIL images or arrays")
         return cls(records)
 
-    def check(self, valid: Bool[np.ndarray, " n"]) -> None:
-        """Raise ValueError naming every image that could not be read, with the cause."""
+    def check_readable(self, valid: Bool[np.ndarray, " n"]) -> None:
+        """Raise ValueError naming every unreadable image, with the cause."""
         if not valid.all():
-            broken = [self.records[i] for i in np.flatnonzero(~valid)]
-            lines = [f"{record.key}: {_read_error(record)}" for record in broken]
-            raise ValueError("could not read these images:\n  " + "\n  ".join(lines))
+            unreadable = [self.records[i] for i in np.flatnonzero(~valid)]
+            lines = [f"{record.key}: {_read_error(record)}" for record in unreadable]
+            raise ValueError("these images cannot be read:\n  " + "\n  ".join(lines))
 
     def __len__(self) -> int:
         return len(self.records)
@@ -218,12 +248,11 @@ class _ImageSource:
 
     @property
     def fingerprint(self) -> str:
-        h = hashlib.sha256()
+        digest = hashlib.sha256()
         for record in self.records:
-            h.update(
-                record.image if isinstance(record.image, bytes) else _image_bytes(record.image)
-            )
-        return h.hexdigest()
+            image = record.image
+            digest.update(image if isinstance(image, bytes) else _image_bytes(image))
+        return digest.hexdigest()
 
 
 def _image_bytes(image: Any) -> bytes:
@@ -253,7 +282,7 @@ def _read_error(record: data.Record) -> str:
         data.decode_image(record.image)
     except data.BadRecord as error:
         return str(error)
-    return "could not be preprocessed"
+    return "it can be decoded, but not preprocessed"
 
 
 def _is_image_path(text: str) -> bool:

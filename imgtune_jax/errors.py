@@ -8,4 +8,8 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake in a config, a path, a data set or a call. Its message is the whole explanation."""
+    """A mistake in a config, a path, a data set or a call. Its message is the full explanation."""
+
+
+class NonFiniteLossError(UserError, RuntimeError):
+    """The training loss became NaN or infinite."""

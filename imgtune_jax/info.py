@@ -1,4 +1,4 @@
-"""`imgtune info`: what a run is, in a screenful."""
+"""`imgtune info`: a summary of a run on one screen."""
 
 from __future__ import annotations
 
@@ -10,65 +10,67 @@ from typing import Any
 
 from imgtune_jax import config as config_lib
 from imgtune_jax import data, models, param_tree
-from imgtune_jax.training import checkpoint, experiment
+from imgtune_jax.training import checkpoint
+from imgtune_jax.training.experiment import Experiment, build_experiment
 
 PARAMETER_GROUPS = (*models.COMPONENTS, "logit_scale", "logit_bias")
 
 
 def summarize_run(workdir: Path) -> str:
-    """Text about a run: towers, parameters locked and trained, checkpoints, newest results.
+    """Summarize a run as text: parameters, objectives, checkpoints, caches and newest results.
 
-    Raises FileNotFoundError when `workdir` is no run's folder.
+    Raises FileNotFoundError if `workdir` is not a run's folder.
     """
     config = config_lib.load_config(workdir / "config.json")
-    exp = experiment.build_experiment(config, tokenizer_dir=workdir / "tokenizer")
-    lines = [f"{workdir}: {config.name}", "", *_parameters(exp), ""]
+    experiment = build_experiment(config, tokenizer_dir=workdir / "tokenizer")
+    lines = [f"{workdir}: {config.name}", "", *_parameter_lines(experiment), ""]
     steps = checkpoint.saved_steps(workdir)
     length = {k: v for k, v in vars(config.total).items() if v is not None}
     lines.append(f"objectives   {', '.join(config.objectives)}; batch {config.batch_size}")
     lines.append(f"length       {length}; saved steps: {', '.join(map(str, steps)) or 'none'}")
-    lines += _caches(workdir)
-    results = _results(workdir / "results.jsonl")
+    lines += _cache_lines(workdir)
+    results = _newest_results(workdir / "results.jsonl")
     if results:
-        lines += ["", *_table(results)]
+        lines += ["", *_result_lines(results)]
     return "\n".join(lines)
 
 
-def _caches(workdir: Path) -> Iterable[str]:
-    """Of each cached tower: what is stored, where, under which key, and what it spares."""
+def _cache_lines(workdir: Path) -> Iterable[str]:
+    """Yield lines on each cached tower: rows, size, time saved, and folder."""
     path = workdir / "cache.json"
     folders = json.loads(path.read_text()) if path.exists() else {}
     for tower, folder in folders.items():
         if not Path(folder).is_dir():
-            yield f"cache        {tower}: was in {folder}, which is gone; training makes it anew"
+            yield f"cache        {tower}: was in {folder}, which is gone; training fills it again"
             continue
         store = data.FeatureStore.load(Path(folder))
-        what = "×".join(map(str, store.shape))
-        spared = store.seconds / max(store.computed, 1) * store.num_records
+        shape = "×".join(map(str, store.shape))
+        seconds_saved = store.seconds / max(store.computed, 1) * store.num_records
         yield (
             f"cache        {tower}: {store.computed} of {store.views * store.num_records} rows "
-            f"({store.views} × {store.num_records} records), {what} {store.dtype}, "
-            f"{store.bytes / 1e6:.1f} MB; an epoch read from it spares {spared:.1f} s"
+            f"({store.views} × {store.num_records} records), {shape} {store.dtype}, "
+            f"{store.bytes / 1e6:.1f} MB; an epoch read from it saves {seconds_saved:.1f} s"
         )
         yield f"             in {folder}"
 
 
-def _parameters(exp: experiment.Experiment) -> Iterable[str]:
-    flat = param_tree.flatten(exp.abstract_params)
+def _parameter_lines(experiment: Experiment) -> Iterable[str]:
+    flat = param_tree.flatten(experiment.abstract_params)
     sizes = {path: math.prod(leaf.shape) for path, leaf in flat.items()}
-    yield f"{'part':<12} {'component':<20} {'parameters':>12} {'locked':>12} {'trained':>12}"
-    for part in PARAMETER_GROUPS:
-        mine = {p: n for p, n in sizes.items() if p == part or p.startswith(f"{part}/")}
-        if not mine and not exp.config.model.get(part):
+    yield f"{'group':<12} {'component':<20} {'parameters':>12} {'locked':>12} {'trained':>12}"
+    for group in PARAMETER_GROUPS:
+        paths = [p for p in sizes if p == group or p.startswith(f"{group}/")]
+        component = experiment.config.model.get(group) or {}
+        if not paths and not component:
             continue
-        component = exp.config.model.get(part) or {}
-        label = " ".join(str(component[k]) for k in ("name", "variant") if k in component)
-        locked = sum(n for p, n in mine.items() if exp.is_frozen[p])
-        total = sum(mine.values())
-        yield f"{part:<12} {label:<20} {total:>12,} {locked:>12,} {total - locked:>12,}"
+        name = " ".join(str(component[k]) for k in ("name", "variant") if k in component)
+        locked = sum(sizes[p] for p in paths if experiment.is_frozen[p])
+        total = sum(sizes[p] for p in paths)
+        yield f"{group:<12} {name:<20} {total:>12,} {locked:>12,} {total - locked:>12,}"
 
 
-def _results(path: Path) -> list[dict[str, Any]]:
+def _newest_results(path: Path) -> list[dict[str, Any]]:
+    """Return the last result of each (data set, model)."""
     if not path.exists():
         return []
     newest: dict[tuple[str, str], dict[str, Any]] = {}
@@ -78,7 +80,7 @@ def _results(path: Path) -> list[dict[str, Any]]:
     return list(newest.values())
 
 
-def _table(results: list[dict[str, Any]]) -> Iterable[str]:
+def _result_lines(results: list[dict[str, Any]]) -> Iterable[str]:
     for record in results:
         values = ", ".join(f"{k} {v:.4g}" for k, v in record["metrics"].items())
         yield f"{record['dataset']} ({record['model']}): {values}"

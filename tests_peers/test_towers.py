@@ -77,12 +77,12 @@ def test_resnet_equals_torchvision(tmp_path):
 
     theirs = resnet.resnet50(num_classes=7).eval()
     shapes = {name: tuple(x.shape) for name, x in theirs.state_dict().items()}
-    state = interop_resnet.draw_state(shapes, seed=2)
+    state = interop_resnet.sample_state_dict(shapes, seed=2)
     theirs.load_state_dict({name: torch.from_numpy(x) for name, x in state.items()})
     np.savez(tmp_path / "resnet.npz", **state)
     cfg = dict(name="resnet", variant="50", num_classes=7)
     params = interop.load_tower(dict(format="resnet", path=tmp_path / "resnet.npz"), cfg)
-    image = interop_resnet.draw_image(size=65)
+    image = interop_resnet.sample_images(size=65)
     with torch.no_grad():
         want = theirs(torch.from_numpy(image.transpose(0, 3, 1, 2).copy())).numpy()
     tower = models.build_tower(cfg)

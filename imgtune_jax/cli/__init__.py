@@ -1,4 +1,4 @@
-"""`imgtune train | cache | bench | eval | embed | search | classify | caption | info`."""
+"""The `imgtune` command: train, cache, bench, eval, embed, search, classify, caption, info."""
 
 from __future__ import annotations
 
@@ -19,88 +19,120 @@ MODEL_HELP = "a run's folder (as --workdir), or one that TunedModel.save wrote"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry of the console script."""
+    """Run the command that `argv`, or the process's arguments, name: the console script."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    for command, entry in COMMANDS.items():  # absl parses --config.key=value
-        n = len(command.split())
-        if arguments[:n] == command.split():
-            return run_with_config([f"imgtune {command}", *arguments[n:]], entry)
-    options = _parser().parse_args(arguments)
+    for name, command in COMMANDS.items():  # absl, not argparse, parses --config.key=value
+        words = name.split()
+        if arguments[: len(words)] == words:
+            return run_with_config([f"imgtune {name}", *arguments[len(words) :]], command)
+    options = _build_parser().parse_args(arguments)
     configure_process()
     with report_user_errors():
         options.run(options)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="imgtune", description="Tune an image tower and a text tower together, and use them."
+        prog="imgtune", description="Tune an image tower together with a text model, and use both."
     )
     commands = parser.add_subparsers(required=True, metavar="command")
-    commands.add_parser("train", help="train, or resume: imgtune train --config=… --workdir=DIR")
-    commands.add_parser("cache", help="compute locked towers ahead: imgtune cache --config=…")
-    p = commands.add_parser("bench", help="time a training: imgtune bench data --config=…")
-    p.add_argument("what", choices=["data"], help="its input, and what limits it")
+    commands.add_parser(
+        "train", help="train or resume a run: imgtune train --config=… --workdir=DIR"
+    )
+    commands.add_parser("cache", help="fill the feature cache: imgtune cache --config=…")
+    bench = commands.add_parser("bench", help="measure the speed: imgtune bench data --config=…")
+    bench.add_argument("what", choices=["data"], help="the input pipeline and the training step")
+    _add_eval(commands)
+    _add_embed(commands)
+    _add_search(commands)
+    _add_classify(commands)
+    _add_caption(commands)
+    info = _add_command(
+        commands,
+        "info",
+        model_commands.info,
+        "summarize a run: parameters, locking, checkpoints, feature cache, results",
+    )
+    info.add_argument("workdir", help="the run's folder")
+    return parser
 
-    p = _command(
+
+def _add_eval(commands: Any) -> None:
+    parser = _add_command(
         commands,
         "eval",
         model_commands.evaluate,
         "run a trained model's evaluators and rewrite its report",
     )
-    p.add_argument("--workdir", required=True, help="the run's folder")
-    p.add_argument("--step", type=int, help="a saved step; default: the newest")
-    p.add_argument("--only", nargs="+", metavar="NAME", help="these of the config's evaluators")
-
-    p = _command(
-        commands, "embed", model_commands.embed, "write embeddings of images and texts as .npz"
+    parser.add_argument("--workdir", required=True, help="the run's folder")
+    parser.add_argument("--step", type=int, help="a saved step (default: the newest)")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="run these evaluators of the config only"
     )
-    p.add_argument("--model", required=True, help=MODEL_HELP)
-    p.add_argument("--texts", type=Path, help="a file with one text a line")
-    p.add_argument("--output", type=Path, required=True, help=".npz to write")
-    p.add_argument("images", nargs="*", help=IMAGE_HELP)
 
-    p = _command(
+
+def _add_embed(commands: Any) -> None:
+    parser = _add_command(
+        commands, "embed", model_commands.embed, "write the embeddings of images and texts as .npz"
+    )
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
+    parser.add_argument("--texts", type=Path, help="a file with one text per line")
+    parser.add_argument("--output", type=Path, required=True, help="the .npz file to write")
+    parser.add_argument("images", nargs="*", help=IMAGE_HELP)
+
+
+def _add_search(commands: Any) -> None:
+    parser = _add_command(
         commands,
         "search",
         model_commands.search,
-        "find the images that fit a text or another image",
+        "find the images that are most similar to a text or an image",
     )
-    p.add_argument("--model", required=True, help=MODEL_HELP)
-    p.add_argument("--query", required=True, help="a text, or an image's path")
-    p.add_argument("-k", type=int, default=5, help="how many results (default 5)")
-    p.add_argument("images", nargs="+", help=f"{IMAGE_HELP}, or one .npz written by `embed`")
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
+    parser.add_argument("--query", required=True, help="a text, or the path of an image")
+    parser.add_argument("-k", type=int, default=5, help="number of results (default: 5)")
+    parser.add_argument("images", nargs="+", help=f"{IMAGE_HELP}, or one .npz written by `embed`")
 
-    p = _command(
+
+def _add_classify(commands: Any) -> None:
+    parser = _add_command(
         commands,
         "classify",
         model_commands.classify,
-        "name what is in images, among labels you give",
+        "classify images zero-shot among the given labels",
     )
-    p.add_argument("--model", required=True, help=MODEL_HELP)
-    p.add_argument("--labels", required=True, nargs="+", help="the labels to choose from")
-    p.add_argument("--templates", nargs="+", default=["{}"], help='e.g. "a photo of a {}."')
-    p.add_argument("--images", required=True, nargs="+", help=IMAGE_HELP)
-
-    p = _command(commands, "caption", model_commands.caption, "write captions of images")
-    p.add_argument("--model", required=True, help=MODEL_HELP)
-    p.add_argument("--language", help="one that the model was trained on; default: its main one")
-    p.add_argument("--n", type=int, default=1, help="captions an image, best first (default 1)")
-    p.add_argument("--beam", type=int, default=1, help="hypotheses to keep (default 1: greedy)")
-    p.add_argument("images", nargs="+", help=IMAGE_HELP)
-
-    p = _command(
-        commands,
-        "info",
-        model_commands.describe,
-        "what a run is: parameters, locking, checkpoints, results",
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
+    parser.add_argument("--labels", required=True, nargs="+", help="the labels to choose from")
+    parser.add_argument(
+        "--templates",
+        nargs="+",
+        default=["{}"],
+        help='prompts around a label, such as "a photo of a {}."',
     )
-    p.add_argument("workdir", help="the run's folder")
-    return parser
+    parser.add_argument("--images", required=True, nargs="+", help=IMAGE_HELP)
 
 
-def _command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], what: str
+def _add_caption(commands: Any) -> None:
+    parser = _add_command(
+        commands, "caption", model_commands.caption, "generate captions of images"
+    )
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
+    parser.add_argument(
+        "--language", help="a language of the training captions (default: the most frequent)"
+    )
+    parser.add_argument(
+        "--n", type=int, default=1, help="captions per image, best first (default: 1)"
+    )
+    parser.add_argument(
+        "--beam", type=int, default=1, help="width of the beam search (default: 1, greedy)"
+    )
+    parser.add_argument("images", nargs="+", help=IMAGE_HELP)
+
+
+def _add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str
 ) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
+    description = f"{summary[0].upper()}{summary[1:]}."
+    parser = commands.add_parser(name, help=summary, description=description)
     parser.set_defaults(run=run)
     return parser

@@ -1,4 +1,4 @@
-"""Commands on an experiment, `train`, `cache`, `bench`: their flags are the config's keys."""
+"""Commands that take --config: `train`, `cache` and `bench`. Their flags are the config's keys."""
 
 from __future__ import annotations
 
@@ -9,36 +9,40 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from imgtune_jax.cli.startup import configure_process, report_user_errors
+from imgtune_jax.cli.startup import configure_process, report_user_errors, with_checkout_hint
 
 TRAIN_HELP = """\
 usage: imgtune train --config=FILE.py[:ARG] --workdir=DIR [--config.KEY=VALUE ...]
 
-Train, or go on training: the same command resumes the run in DIR.
+Train a model. If DIR already contains this run, resume it from its newest checkpoint.
 
-  --config=FILE.py       the experiment, e.g. configs/lit_emoji.py; ARG goes to its get_config
-  --workdir=DIR          where checkpoints, metrics and report.html go
+  --config=FILE.py       the experiment, such as configs/lit_emoji.py; its get_config gets ARG
+  --workdir=DIR          the folder for checkpoints, metrics and report.html
   --config.KEY=VALUE     change a setting: --config.batch_size=64 --config.lock.image=False
-                         (all keys and their defaults: configs/base.py)
+                         (configs/base.py lists all keys with their defaults)
 """
 
 CACHE_HELP = """\
 usage: imgtune cache --config=FILE.py[:ARG] [--config.KEY=VALUE ...]
 
-Compute what the locked towers give on the training data, ahead of training. Not needed: training
-fills the cache on its way. Stopped, the same command goes on. Settings as for imgtune train.
+Fill the feature cache: compute the outputs of the locked towers on the training data before
+training. This is optional, since training fills the cache too. If the command is interrupted, run
+it again to continue. The settings are those of imgtune train.
 """
 
 BENCH_HELP = """\
 usage: imgtune bench data --config=FILE.py[:ARG] [--config.KEY=VALUE ...]
 
-Time a training's input, stage by stage, and its step, and say which limits it. Writes nothing.
+Measure the speed of each stage of the input pipeline and of the training step, and name the
+bottleneck. Writes no files.
 """
+
+LOAD_ERRORS = (AttributeError, ImportError, LookupError, SyntaxError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command: what --help prints, what it does with the flags, and those besides the config."""
+    """A command: its --help text, its function of the parsed flags, and its required flags."""
 
     usage: str
     run: Callable[[Any], None]
@@ -46,12 +50,12 @@ class Command:
 
 
 def train(argv: Sequence[str] | None = None) -> None:
-    """Entry of `train.py` and `imgtune train`: flags → config → train.loop.run → report."""
+    """Run `imgtune train`, the entry point of `train.py`. `argv[0]` is the program's name."""
     run_with_config(list(sys.argv if argv is None else argv), COMMANDS["train"])
 
 
 def run_with_config(arguments: list[str], command: Command) -> None:
-    """Parse absl's flags, the program's name before them, and run the command."""
+    """Parse the flags with absl and run the command. `arguments[0]` is the program's name."""
     from absl import app, flags
 
     if {"-h", "--help"} & set(arguments):
@@ -59,9 +63,11 @@ def run_with_config(arguments: list[str], command: Command) -> None:
         return
     parse = partial(parse_flags, flags.FLAGS, required=command.required)
 
-    def main(rest: Sequence[str]) -> None:
-        if len(rest) > 1:
-            raise SystemExit(f"unknown arguments {rest[1:]}; settings look like --config.seed=1")
+    def main(remaining: Sequence[str]) -> None:
+        if len(remaining) > 1:
+            raise SystemExit(
+                f"imgtune: unknown arguments {remaining[1:]}; write a setting as --config.seed=1"
+            )
         configure_process()
         with report_user_errors():
             command.run(flags.FLAGS)
@@ -70,76 +76,77 @@ def run_with_config(arguments: list[str], command: Command) -> None:
 
 
 def parse_flags(values: Any, arguments: list[str], *, required: Sequence[str] = ()) -> list[str]:
-    """Set absl's `values.config` and `values.workdir`; return what is left of the arguments.
+    """Set `values.config` and `values.workdir` from flags; return the remaining arguments.
 
-    Raises SystemExit with one message when the config's file, or a key, does not exist.
+    `values` is an absl FlagValues. Raises SystemExit with one message for a config file, key or
+    value that does not exist.
     """
     from absl import flags
     from ml_collections import config_flags
 
-    example = "the experiment, e.g. configs/lit_emoji.py"
+    example = "the experiment, such as configs/lit_emoji.py"
     config_flags.DEFINE_config_file("config", None, example, flag_values=values, sys_argv=arguments)
-    flags.DEFINE_string("workdir", None, "this run's folder; a run in it is resumed", values)
+    flags.DEFINE_string("workdir", None, "the run's folder; a run in it is resumed", values)
     flags.mark_flags_as_required(["config", *required], values)
     for argument in arguments:
         if argument.startswith("--config="):
             path = argument.removeprefix("--config=").partition(":")[0]
             if not Path(path).is_file():
-                raise SystemExit(f"imgtune: no config at {path!r}; try configs/debug.py")
-            # A config imports its neighbours, `from configs import base`, from wherever it is run.
+                error = f"no config at {path!r}; expected a file such as configs/debug.py"
+                raise SystemExit(f"imgtune: {with_checkout_hint(error)}")
+            # A config may import its neighbors (`from configs import base`) from any folder.
             sys.path[:0] = [str(Path.cwd()), str(Path(path).resolve().parent.parent)]
     try:
         return values(arguments)
-    except (
-        flags.Error,
-        AttributeError,
-        ImportError,
-        LookupError,
-        SyntaxError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise SystemExit(f"imgtune: {_one_line(error)}") from None
+    except (flags.Error, *LOAD_ERRORS) as error:
+        message = _one_line(error)
+        if isinstance(error, ImportError):
+            message = with_checkout_hint(message)
+        raise SystemExit(f"imgtune: {message}") from None
 
 
 def _one_line(error: Exception) -> str:
-    """On one line. Of an unknown key, ml_collections raises a KeyError, or one in another error."""
-    key = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
-    said = f"no setting {key.args[0]}" if isinstance(key, KeyError) else str(error)
-    return " ".join(said.split())
+    """Return the error's message on one line.
+
+    For an unknown key, ml_collections raises a KeyError, or another error that contains one.
+    """
+    cause = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
+    message = f"no setting {cause.args[0]}" if isinstance(cause, KeyError) else str(error)
+    return " ".join(message.split())
 
 
-def _train(given: Any) -> None:
+def _train(flags: Any) -> None:
     import jax
 
     from imgtune_jax import config, report
     from imgtune_jax.training import feature_cache, loop
 
-    workdir = Path(given.workdir)
-    encoders = loop.train(
-        config.parse_config(given.config), workdir, make_feed=feature_cache.build_batch_source
+    workdir = Path(flags.workdir)
+    predictor = loop.train(
+        config.parse_config(flags.config), workdir, make_feed=feature_cache.build_batch_source
     )
-    page = report.write_run_report(workdir, encoders)
+    page = report.write_run_report(workdir, predictor)
     if jax.process_index() == 0:
         print(f"\n{report.summary(workdir)}\n\nReport: {page}")
 
 
-def _cache(given: Any) -> None:
+def _cache(flags: Any) -> None:
     from imgtune_jax import config, data, param_tree
-    from imgtune_jax.training import experiment, feature_cache, run
+    from imgtune_jax.training import feature_cache, run
+    from imgtune_jax.training.experiment import build_experiment
 
-    exp = experiment.build_experiment(config.parse_config(given.config))
-    pipeline = run.training_pipeline(exp, data.build_source(exp.config.data.source))
-    locked = param_tree.split(exp.init_params(), exp.is_frozen)[1]
-    for tower, store in feature_cache.fill_cache(exp, locked, pipeline).items():
+    experiment = build_experiment(config.parse_config(flags.config))
+    pipeline = run.training_pipeline(experiment, data.build_source(experiment.config.data.source))
+    _, frozen = param_tree.split(experiment.init_params(), experiment.is_frozen)
+    for tower, store in feature_cache.fill_cache(experiment, frozen, pipeline).items():
         print(f"{tower}: {store.computed} rows, {store.bytes / 1e6:.1f} MB in {store.folder}")
 
 
-def _bench(given: Any) -> None:
+def _bench(flags: Any) -> None:
     from imgtune_jax import bench, config
 
-    c = config.parse_config(given.config)
-    print(bench.format_table(bench.measure(c), c))
+    parsed = config.parse_config(flags.config)
+    print(bench.format_table(bench.measure(parsed), parsed))
 
 
 COMMANDS = {

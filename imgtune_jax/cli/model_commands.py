@@ -1,4 +1,4 @@
-"""Commands that take a trained model: `eval`, `embed`, `search`, `classify`, `caption`, `info`."""
+"""Commands that take a model: `eval`, `embed`, `search`, `classify`, `caption` and `info`."""
 
 from __future__ import annotations
 
@@ -9,39 +9,41 @@ from typing import Any
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Run evaluators on all of their data, and rewrite the report."""
+    """Run a run's evaluators on their full data sets, and rewrite its report."""
     from imgtune_jax import api, evals, report
 
     workdir = Path(options.workdir)
     model = api.load(workdir, step=options.step, use_memo=True)
     config = model.experiment.config
-    chosen = options.only or list(config.evals)
-    if unknown := sorted(set(chosen) - set(config.evals)):
-        raise ValueError(f"no evaluator {unknown}; the run has: {', '.join(config.evals)}")
-    # A limit is for judging while training: here all of a data set counts.
-    whole = {n: {k: v for k, v in config.evals[n].items() if k != "limit"} for n in chosen}
-    for name, evaluator in model.experiment.evaluators(whole).items():
-        values = evaluator(model.predictor)
-        record = evals.evaluator_result(name, evaluator, values, model=config.name, step=model.step)
+    names = options.only or list(config.evals)
+    if unknown := sorted(set(names) - set(config.evals)):
+        raise ValueError(f"--only: no evaluator {unknown}; expected {', '.join(config.evals)}")
+    # `limit` makes evaluation during training cheap; here the full data set is evaluated.
+    unlimited = {n: {k: v for k, v in config.evals[n].items() if k != "limit"} for n in names}
+    for name, evaluator in model.experiment.evaluators(unlimited).items():
+        metrics = evaluator(model.predictor)
+        record = evals.evaluator_result(
+            name, evaluator, metrics, model=config.name, step=model.step
+        )
         evals.append_result(workdir / "results.jsonl", record)
     page = report.write_run_report(workdir, model.predictor)
     print(f"{report.summary(workdir)}\n\nReport: {page}")
 
 
 def embed(options: argparse.Namespace) -> None:
-    """Write embeddings as .npz."""
+    """Write the embeddings of images and texts as one .npz file."""
     import numpy as np
 
     from imgtune_jax import api
 
     if not options.images and options.texts is None:
-        raise ValueError("nothing to embed; give images, or --texts FILE")
+        raise ValueError("nothing to embed; expected images, --texts FILE, or both")
     model = api.load(options.model)
     arrays: dict[str, Any] = {}
     if options.images:
         paths = _image_paths(options.images)
         arrays["image_features"] = model.encode_image(paths)
-        arrays["image_paths"] = np.array([str(p) for p in paths])
+        arrays["image_paths"] = np.array([str(path) for path in paths])
     if options.texts is not None:
         texts = options.texts.read_text(encoding="utf8").splitlines()
         arrays["text_features"] = model.encode_text(texts)
@@ -51,7 +53,7 @@ def embed(options: argparse.Namespace) -> None:
 
 
 def search(options: argparse.Namespace) -> None:
-    """Print the images nearest to a text or an image."""
+    """Print the images that are most similar to a text or an image."""
     import numpy as np
 
     from imgtune_jax import api
@@ -60,7 +62,9 @@ def search(options: argparse.Namespace) -> None:
     if len(options.images) == 1 and options.images[0].endswith(".npz"):
         with np.load(options.images[0]) as stored:
             if "image_features" not in stored:
-                raise ValueError(f"{options.images[0]} holds no image_features; see imgtune embed")
+                raise ValueError(
+                    f"{options.images[0]} has no image_features; write it with imgtune embed"
+                )
             names, gallery = list(stored["image_paths"]), stored["image_features"]
     else:
         names = _image_paths(options.images)
@@ -70,46 +74,49 @@ def search(options: argparse.Namespace) -> None:
 
 
 def classify(options: argparse.Namespace) -> None:
-    """Print the labels of each image by probability."""
+    """Print each image's labels, the most probable first."""
     from imgtune_jax import api
 
     paths = _image_paths(options.images)
-    found = api.load(options.model).classify(paths, options.labels, options.templates)
-    for path, labels in zip(paths, found, strict=True):
+    predictions = api.load(options.model).classify(paths, options.labels, options.templates)
+    for path, labels in zip(paths, predictions, strict=True):
         print(f"{path}: " + ", ".join(f"{x.name} {x.probability:.1%}" for x in labels))
 
 
 def caption(options: argparse.Namespace) -> None:
-    """Print what the model writes of each image."""
+    """Print generated captions of each image."""
     from imgtune_jax import api
 
     paths = _image_paths(options.images)
     model = api.load(options.model)
-    found = model.caption(paths, language=options.language, n=options.n, beam=options.beam)
-    for path, captions in zip(paths, found, strict=True):
+    generated = model.caption(paths, language=options.language, n=options.n, beam=options.beam)
+    for path, captions in zip(paths, generated, strict=True):
         if options.n == 1:
             print(f"{path}: {captions[0].text}")
         else:
             print(path, *(f"{c.score:8.3f}  {c.text}" for c in captions), sep="\n")
 
 
-def describe(options: argparse.Namespace) -> None:
-    """Print what a run is."""
-    from imgtune_jax import info
+def info(options: argparse.Namespace) -> None:
+    """Print a summary of a run."""
+    from imgtune_jax.info import summarize_run
 
-    print(info.summarize_run(Path(options.workdir)))
+    print(summarize_run(Path(options.workdir)))
 
 
-def _image_paths(given: Sequence[str]) -> list[Path]:
+def _image_paths(arguments: Sequence[str]) -> list[Path]:
+    """Return the image files among the arguments and, recursively, in their folders."""
     from imgtune_jax.api import IMAGE_SUFFIXES
 
     paths: list[Path] = []
-    for path in map(Path, given):
+    for path in map(Path, arguments):
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-            if not inside:
-                raise ValueError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
-            paths += inside
+            images = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not images:
+                raise ValueError(
+                    f"no image in the folder {path}; expected files {', '.join(IMAGE_SUFFIXES)}"
+                )
+            paths += images
         elif path.is_file():
             paths.append(path)
         else:

@@ -1,16 +1,29 @@
-"""What every command does first, and how it ends on a mistake."""
+"""Process-wide settings of every command, and how a user's error is shown."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+
+from imgtune_jax.errors import UserError
+
+# Not every error that is written for users is a `UserError` yet; these are their other types.
+USER_ERRORS = (UserError, ValueError, FileNotFoundError, FileExistsError)
+
+# Folders of the source checkout that the wheel does not contain: {name: a path that shows it}.
+CHECKOUT_FOLDERS = {"configs": Path("configs/base.py"), "corpora": Path("corpora")}
 
 
 def configure_process() -> None:
-    """Log what a person wants to read, and keep compiled programs between processes."""
+    """Set the log levels, and cache compiled programs on disk for later processes.
+
+    The cache is `$JAX_COMPILATION_CACHE_DIR`, or imgtune_jax/xla in the user's cache folder.
+    """
     import jax
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
@@ -23,25 +36,38 @@ def configure_process() -> None:
     )
 
 
-class report_user_errors:
-    """A user's mistake ends in one message, not in a traceback; anything else stays loud."""
+@contextlib.contextmanager
+def report_user_errors() -> Iterator[None]:
+    """Exit with the message of a user's error; every other exception keeps its traceback.
 
-    def __enter__(self) -> None:
-        return None
+    With IMGTUNE_TRACEBACK=1 in the environment, all errors keep it. If the reader of the output
+    closes the pipe, as in `imgtune info DIR | head -1`, the process ends with status 0.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+    except USER_ERRORS as error:
+        if os.environ.get("IMGTUNE_TRACEBACK"):
+            raise
+        message = with_checkout_hint(str(error))
+        raise SystemExit(
+            f"imgtune: {message}\n(set IMGTUNE_TRACEBACK=1 for the traceback)"
+        ) from None
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        from imgtune_jax.data import TooManyBadRecordsError
-        from imgtune_jax.training.loop import NonFiniteLossError
 
-        if isinstance(error, BrokenPipeError):  # the reader, `head` say, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(0) from None
-        users = (
-            ValueError,
-            FileNotFoundError,
-            FileExistsError,
-            TooManyBadRecordsError,
-            NonFiniteLossError,
-        )
-        if isinstance(error, users) and not os.environ.get("IMGTUNE_TRACEBACK"):
-            raise SystemExit(f"imgtune: {error}\n(IMGTUNE_TRACEBACK=1 shows where)") from None
+def with_checkout_hint(message: str) -> str:
+    """Return a message, with a hint if it names a checkout folder that is not in this folder."""
+    missing = [
+        f"{name}/"
+        for name, path in CHECKOUT_FOLDERS.items()
+        if re.search(rf"\b{name}\b", message) and not path.exists()
+    ]
+    if not missing:
+        return message
+    return (
+        f"{message}\n{' and '.join(missing)} not found in {Path.cwd()}: part of the source "
+        "checkout of imgtune_jax, not of the installed package. Run the command in the checkout, "
+        "or copy the folder here"
+    )

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from imgtune_jax.errors import UserError
+
 log = logging.getLogger("imgtune_jax.data")
 MAX_LOGGED_PER_CAUSE = 5  # so many broken records of one cause are named in the log
 
@@ -45,7 +47,7 @@ class BadRecord(Exception):
         return f"{self.cause}: {self.detail}"
 
 
-class TooManyBadRecordsError(Exception):
+class TooManyBadRecordsError(UserError):
     """More records are broken than the run allows."""
 
 

@@ -1,4 +1,4 @@
-"""BERT weights under Hugging Face's names."""
+"""BERT weights under the names of Hugging Face's Transformers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from imgtune_jax.interop import weight_map
 from imgtune_jax.models.bert import Bert
 from imgtune_jax.types import Params
 
-# Heads of the pre-training tasks, and a constant.
+# The heads of the pretraining tasks, and buffers.
 IGNORED = r"pooler\..*|cls\..*|embeddings\.(position_ids|token_type_ids)"
-LAYER_NAMES = (
+LAYER_NAMES = (  # (theirs, ours)
     ("attention.self.query", "attn/q"),
     ("attention.self.key", "attn/k"),
     ("attention.self.value", "attn/v"),
@@ -23,35 +23,41 @@ LAYER_NAMES = (
 
 
 def bert_rules(tower: Bert) -> list[weight_map.Rule]:
-    """The rules for the tower's layers.
+    """Return the rules of the tower.
 
-    The first row of the token types is added to the positions, whose first `max_length` rows are
-    taken; on the way back the token types are zeros.
+    `pos_embed` is the first `max_length` position embeddings plus the embedding of token type 0.
+    The inverse sets the token type embeddings to zero.
     """
 
-    def fold(position: np.ndarray, token_type: np.ndarray) -> weight_map.Arrays:
+    def merge_embeddings(position: np.ndarray, token_type: np.ndarray) -> weight_map.Arrays:
         return (position[: tower.max_length] + token_type[0],)
 
-    def unfold(position: np.ndarray) -> weight_map.Arrays:
+    def split_embeddings(position: np.ndarray) -> weight_map.Arrays:
         return position, np.zeros((2, position.shape[1]), position.dtype)
 
     embed = "embeddings"
     position = (f"{embed}.position_embeddings.weight", f"{embed}.token_type_embeddings.weight")
-    found = [
+    rules = [
         weight_map.copy_rule(f"{embed}.word_embeddings.weight", "token_embed/embedding"),
-        weight_map.Rule(position, ("pos_embed",), fold, unfold),
+        weight_map.Rule(position, ("pos_embed",), merge_embeddings, split_embeddings),
         *weight_map.norm_rules(f"{embed}.LayerNorm", "embed_norm"),
     ]
     for i in range(tower.depth):
-        theirs, ours = f"encoder.layer.{i}", f"blocks_{i}"
-        for name, own in LAYER_NAMES:
-            found += weight_map.linear_rules(f"{theirs}.{name}", f"{ours}/{own}")
-        found += weight_map.norm_rules(f"{theirs}.attention.output.LayerNorm", f"{ours}/norm1")
-        found += weight_map.norm_rules(f"{theirs}.output.LayerNorm", f"{ours}/norm2")
-    return found
+        their_layer, our_layer = f"encoder.layer.{i}", f"blocks_{i}"
+        for theirs, ours in LAYER_NAMES:
+            rules += weight_map.linear_rules(f"{their_layer}.{theirs}", f"{our_layer}/{ours}")
+        attention_norm = f"{their_layer}.attention.output.LayerNorm"
+        rules += weight_map.norm_rules(attention_norm, f"{our_layer}/norm1")
+        rules += weight_map.norm_rules(f"{their_layer}.output.LayerNorm", f"{our_layer}/norm2")
+    return rules
 
 
 def load_bert(state: Mapping[str, np.ndarray], tower: Bert, expected: Params) -> Params:
-    """The tower's parameters from a `BertModel`, or from the `bert.` part of a larger model."""
+    """Return the tower's parameters from the state dict of a `BertModel`.
+
+    A prefix `bert.`, as in the state dict of a model that contains one, is removed. `expected` has
+    the paths and shapes of the result. Raises ValueError listing every missing, unexpected and
+    misshaped key.
+    """
     state = {name.removeprefix("bert."): x for name, x in state.items()}
     return weight_map.to_params(state, bert_rules(tower), expected, what="bert", ignore=IGNORED)

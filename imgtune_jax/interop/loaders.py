@@ -1,4 +1,4 @@
-"""From `{"format": …, "package" or "path": …}` to a tower's parameters."""
+"""Pretrained towers by config: `{"format": …, "package" or "path": …}` to parameters."""
 
 from __future__ import annotations
 
@@ -14,27 +14,29 @@ from imgtune_jax.interop import (
     torchvision,
     weight_files,
 )
-from imgtune_jax.interop.weight_map import copy_rule, flatten, to_params
+from imgtune_jax.interop.weight_map import copy_rule, to_params
 from imgtune_jax.models.bert import Bert
 from imgtune_jax.models.efficientnet import EfficientNetLite
 from imgtune_jax.models.resnet import ResNet
 from imgtune_jax.models.text_transformer import TextTransformer
 from imgtune_jax.models.vit import ViT
 from imgtune_jax.package_files import package_file
+from imgtune_jax.param_tree import flatten
 from imgtune_jax.types import Params
 
 
 def _load_own_params(state: Mapping[str, Any], tower: Any, expected: Params) -> Params:
-    """Our own files: a tower alone, or the tower of a whole model."""
-    role = "text" if hasattr(tower, "max_length") else "image"
-    inside = {n.removeprefix(f"{role}/"): x for n, x in state.items() if n.startswith(f"{role}/")}
+    """Return a tower's parameters from a file of this package: of the tower or of a full model."""
+    modality = "text" if hasattr(tower, "max_length") else "image"
+    prefix = f"{modality}/"
+    tower_state = {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix)}
     rules = [copy_rule(path, path) for path in flatten(expected)]
-    return to_params(inside or state, rules, expected, what=f"the {role} tower")
+    return to_params(tower_state or state, rules, expected, what=f"the {modality} tower")
 
 
 Loader = Callable[[Mapping[str, Any], Any, Params], Params]
 
-# format -> (loader, towers it fits, glob of its file inside a package)
+# format -> (loader, classes of towers, glob of the weight file in a pip package)
 LOADERS: dict[str, tuple[Loader, tuple[type, ...], str]] = {
     "efficientnet_lite": (efficientnet_lite.load_efficientnet_lite, (EfficientNetLite,), "*.pth"),
     "resnet": (torchvision.load_resnet, (ResNet,), "*.pth"),
@@ -51,28 +53,33 @@ LOADERS: dict[str, tuple[Loader, tuple[type, ...], str]] = {
 def load_tower(
     init: Mapping[str, Any], module_cfg: Mapping[str, Any], *, image_size: int | None = None
 ) -> Params:
-    """A tower's parameters, NumPy float32, as `models.build` will want them.
+    """Return a tower's pretrained parameters as NumPy float32 arrays.
 
-    `init` is {"format": of LOADERS, "path": file} or {"format", "package": pip name, "pattern":
-    glob of the file in it, if there are several}. `module_cfg` is the tower's mapping; a ViT whose
-    mapping does not state `image_size` takes the one given here. Raises ValueError listing every
-    missing, unexpected and misshaped key, or saying what to install.
+    `init` is {"format": a key of LOADERS, "path": a file} or {"format", "package": a pip package,
+    "pattern": glob of the weight file in it, if it has several}. `module_cfg` configures the tower
+    as in `models.build_tower`; `image_size` is the default for a ViT's. Raises ValueError listing
+    every missing, unexpected and misshaped key, or naming the package to install.
     """
-    form = init.get("format")
-    if form not in LOADERS:
-        raise ValueError(f"weights: format={form!r}; want one of {', '.join(LOADERS)}")
-    loader, towers, pattern = LOADERS[form]
+    weight_format = init.get("format")
+    if weight_format not in LOADERS:
+        raise ValueError(
+            f"weights: format = {weight_format!r}; expected one of {', '.join(LOADERS)}"
+        )
+    loader, tower_classes, pattern = LOADERS[weight_format]
     unknown = init.keys() - {"format", "path", "package", "pattern"}
     if unknown or ("path" in init) == ("package" in init):
         raise ValueError(
-            f"weights: got {', '.join(sorted(init))}; want format and one of path or package "
-            "(with a pattern, if the package has several files)"
+            f"weights: got {', '.join(sorted(init))}; expected format and one of path or package "
+            "(with a pattern, if the package has several weight files)"
         )
     defaults = {} if image_size is None else {"image_size": image_size}
     tower = models.build_tower(module_cfg, **defaults)
-    if not isinstance(tower, towers):
-        fits = ", ".join(t.__name__ for t in towers)
-        raise ValueError(f"weights: format {form!r} fits {fits}, not {type(tower).__name__}")
+    if not isinstance(tower, tower_classes):
+        names = ", ".join(cls.__name__ for cls in tower_classes)
+        raise ValueError(
+            f"weights: format = {weight_format!r} fits {names}, not {type(tower).__name__}; change "
+            "the format or the tower"
+        )
     if "path" in init:
         path = Path(init["path"])
     else:

@@ -1,4 +1,4 @@
-"""open_clip's CoCa: what it has beyond CLIP, its names and its config, both ways."""
+"""Names and config of what open_clip's CoCa has in addition to CLIP: decoder and pooler."""
 
 from __future__ import annotations
 
@@ -8,66 +8,70 @@ from typing import Any
 import numpy as np
 
 from imgtune_jax.interop import weight_map
-from imgtune_jax.models import Model
+from imgtune_jax.models import ImageTextModel
 from imgtune_jax.models.decoder import Decoder
 from imgtune_jax.models.pooler import AttentionalPooler
 
-EPSILON = 1e-5
-MLP_RATIO = 4  # of the decoder; open_clip does not pass on what its config says
+LAYER_NORM_EPSILON = 1e-5  # open_clip's default
+MLP_RATIO = 4  # of the decoder; open_clip ignores the config's mlp_ratio
 MULTIMODAL_KEYS = {
     *("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "dim_head"),
     *("n_queries", "attn_pooler_heads"),
 }
 
 
-def decoder_map(decoder: Decoder) -> list[weight_map.Rule]:
-    """The rules of `text_decoder`. Raises ValueError for a decoder that open_clip lacks."""
+def decoder_rules(decoder: Decoder) -> list[weight_map.Rule]:
+    """Return the rules of `text_decoder`. Raises ValueError if open_clip has no such decoder."""
     if decoder.cross != "block" or decoder.input_from != "text_tower" or decoder.context_norm:
         raise ValueError(
-            "open_clip's decoder has cross='block', input_from='text_tower', context_norm=False; got "
-            f"{decoder.cross!r}, {decoder.input_from!r}, {decoder.context_norm}"
+            f"decoder: cross = {decoder.cross!r}, input_from = {decoder.input_from!r}, "
+            f"context_norm = {decoder.context_norm}; open_clip's decoder has cross='block', "
+            "input_from='text_tower', context_norm=False"
         )
-    found = []
+    cross_names = ("cross_norm", "cross", "cross_norm2", "cross_mlp")
+    rules = []
     for i in range(decoder.depth):
-        own, cross = f"text_decoder.resblocks.{i}", f"text_decoder.cross_attn.{i}"
-        found += residual_block(own, f"blocks_{i}")
-        found += residual_block(
-            cross,
-            f"blocks_{i}",
-            names=("cross_norm", "cross", "cross_norm2", "cross_mlp"),
-        )
-        found += weight_map.norm_rules(f"{cross}.ln_1_kv", f"blocks_{i}/cross_context_norm")
-    found += weight_map.norm_rules("text_decoder.ln_final", "final_norm")
-    return [*found, weight_map.copy_rule("text_decoder.text_projection", "vocabulary/kernel")]
+        cross = f"text_decoder.cross_attn.{i}"
+        rules += residual_block_rules(f"text_decoder.resblocks.{i}", f"blocks_{i}")
+        rules += residual_block_rules(cross, f"blocks_{i}", names=cross_names)
+        rules += weight_map.norm_rules(f"{cross}.ln_1_kv", f"blocks_{i}/cross_context_norm")
+    rules += weight_map.norm_rules("text_decoder.ln_final", "final_norm")
+    return [*rules, weight_map.copy_rule("text_decoder.text_projection", "vocabulary/kernel")]
 
 
-def residual_block(
+def residual_block_rules(
     theirs: str, ours: str, *, names: tuple[str, ...] = ("norm1", "attn", "norm2", "mlp")
 ) -> list[weight_map.Rule]:
-    """The rules of one residual attention block."""
+    """Return the rules of one residual attention block."""
     norm1, attn, norm2, mlp = (f"{ours}/{name}" for name in names)
     return [
         *weight_map.norm_rules(f"{theirs}.ln_1", norm1),
-        *weight_map.packed_attention(f"{theirs}.attn", attn),
+        *weight_map.packed_attention_rules(f"{theirs}.attn", attn),
         *weight_map.norm_rules(f"{theirs}.ln_2", norm2),
         *weight_map.linear_rules(f"{theirs}.mlp.c_fc", f"{mlp}/fc1"),
         *weight_map.linear_rules(f"{theirs}.mlp.c_proj", f"{mlp}/fc2"),
     ]
 
 
-def pooler_map(pooler: AttentionalPooler, context_width: int) -> list[weight_map.Rule]:
-    """The rules of `visual.attn_pool*`, and of the norm that stands behind a shared one."""
-    tokens_width = pooler.width if pooler.layout == "cascade" else context_width
-    found = _queries("visual.attn_pool", "captioning", packed=context_width == pooler.width)
+def pooler_rules(pooler: AttentionalPooler, context_width: int) -> list[weight_map.Rule]:
+    """Return the rules of `visual.attn_pool*` and, for layout "shared", of the norm after it.
+
+    `context_width` is the width of the image tower's tokens.
+    """
+    rules = _query_rules("visual.attn_pool", "captioning", packed=context_width == pooler.width)
     if pooler.layout == "shared":
-        return [*found, *weight_map.norm_rules("visual.ln_post", "norm")]
+        return [*rules, *weight_map.norm_rules("visual.ln_post", "norm")]
+    tokens_width = pooler.width if pooler.layout == "cascade" else context_width
     packed = tokens_width == pooler.width
-    return found + _queries("visual.attn_pool_contrastive", "contrastive", packed=packed)
+    return rules + _query_rules("visual.attn_pool_contrastive", "contrastive", packed=packed)
 
 
-def _queries(theirs: str, ours: str, *, packed: bool) -> list[weight_map.Rule]:
-    """torch packs q, k, v into one matrix if the widths are one."""
-    attention = weight_map.packed_attention if packed else _split_attention
+def _query_rules(theirs: str, ours: str, *, packed: bool) -> list[weight_map.Rule]:
+    """Return the rules of learned queries and their attention.
+
+    `packed`: PyTorch stores q, k and v in one matrix, as it does if their inputs have one width.
+    """
+    attention = weight_map.packed_attention_rules if packed else _split_attention_rules
     return [
         weight_map.copy_rule(f"{theirs}.query", f"{ours}/query"),
         *weight_map.norm_rules(f"{theirs}.ln_q", f"{ours}/query_norm"),
@@ -76,7 +80,8 @@ def _queries(theirs: str, ours: str, *, packed: bool) -> list[weight_map.Rule]:
     ]
 
 
-def _split_attention(theirs: str, ours: str) -> list[weight_map.Rule]:
+def _split_attention_rules(theirs: str, ours: str) -> list[weight_map.Rule]:
+    """Return the rules of a torch.nn.MultiheadAttention with separate q, k and v matrices."""
     biases = tuple(f"{ours}/{n}/bias" for n in "qkv")
     return [
         *(
@@ -87,41 +92,41 @@ def _split_attention(theirs: str, ours: str) -> list[weight_map.Rule]:
             (f"{theirs}.in_proj_bias",),
             biases,
             lambda bias: tuple(np.split(bias, 3)),
-            lambda *parts: (np.concatenate(parts),),
+            lambda *biases: (np.concatenate(biases),),
         ),
         *weight_map.linear_rules(f"{theirs}.out_proj", f"{ours}/out"),
     ]
 
 
 def coca_fields_from(cfg: Mapping[str, Any], epsilon: float) -> dict[str, Any]:
-    """`decoder` and `image_pooler` of an open_clip CoCa config; {} for a CLIP's.
+    """Return the fields `decoder` and `image_pooler` of an open_clip CoCa config; {} for a CLIP's.
 
-    Raises ValueError for one whose parts do not fit together.
+    `epsilon` is the image tower's norm_epsilon. Raises ValueError for an unsupported CoCa.
     """
-    vision, own = cfg["vision_cfg"], cfg.get("multimodal_cfg")
-    if own is None:
+    vision, text, multimodal = cfg["vision_cfg"], cfg["text_cfg"], cfg.get("multimodal_cfg")
+    if multimodal is None:
         return {}
-    unknown = [f"{k}={v!r}" for k, v in own.items() if k not in MULTIMODAL_KEYS and v]
+    unknown = [f"{k}={v!r}" for k, v in multimodal.items() if k not in MULTIMODAL_KEYS and v]
     layout = vision.get("attentional_pool")
-    if unknown or not layout or not cfg["text_cfg"].get("embed_cls"):
+    if unknown or not layout or not text.get("embed_cls"):
         raise ValueError(
-            f"open_clip CoCa with attentional_pool={layout!r}, "
-            f"embed_cls={cfg['text_cfg'].get('embed_cls')}, and {', '.join(unknown) or 'no more'}: "
-            "want an attentional pool and embed_cls, and nothing else"
+            f"open_clip CoCa: attentional_pool={layout!r}, embed_cls={text.get('embed_cls')!r}, "
+            f"unsupported keys of multimodal_cfg: {', '.join(unknown) or 'none'}; expected an "
+            "attentional_pool, embed_cls=True and no unsupported key"
         )
-    width = own.get("width", 512)
+    width = multimodal.get("width", 512)
     decoder = dict(
         name="transformer",
         width=width,
-        depth=own.get("layers", 12),
+        depth=multimodal.get("layers", 12),
         mlp_dim=MLP_RATIO * width,
-        num_heads=own.get("heads", 8),
-        vocab_size=cfg["text_cfg"].get("vocab_size", 49408),
-        max_length=own.get("context_length", 77),
+        num_heads=multimodal.get("heads", 8),
+        vocab_size=text.get("vocab_size", 49408),
+        max_length=multimodal.get("context_length", 77),
         input_from="text_tower",
         cross="block",
         act="quick_gelu" if cfg.get("quick_gelu") else "gelu",
-        norm_epsilon=EPSILON,
+        norm_epsilon=LAYER_NORM_EPSILON,
     )
     pooler = dict(
         name="attentional",
@@ -134,26 +139,21 @@ def coca_fields_from(cfg: Mapping[str, Any], epsilon: float) -> dict[str, Any]:
     return dict(decoder=decoder, image_pooler=pooler)
 
 
-def coca_fields_to(model: Model) -> dict[str, dict[str, Any]]:
-    """{"multimodal_cfg", "vision_cfg", "text_cfg"}: what a CoCa adds to a CLIP's config.
+def coca_fields_to(model: ImageTextModel) -> dict[str, dict[str, Any]]:
+    """Return the keys that a CoCa adds to an open_clip CLIP config; {} for a model without them.
 
-    Raises ValueError for what open_clip cannot express.
+    The groups are "multimodal_cfg", "vision_cfg" and "text_cfg". Raises ValueError for a model that
+    open_clip cannot express.
     """
     decoder, pooler = model.decoder, model.image_pooler
     if decoder is None and pooler is None:
         return {}
     if decoder is None or pooler is None or not model.text.shifted_class_mask:
         raise ValueError(
-            "open_clip's CoCa has a decoder, a pooler and a text tower with pool='class' and "
-            "shifted_class_mask=True"
+            "open_clip's CoCa cannot express this model; expected a decoder, an image_pooler and "
+            "a text tower with pool='class' and shifted_class_mask=True"
         )
-    expected = dict(mlp_dim=MLP_RATIO * decoder.width, norm_epsilon=EPSILON, act=model.text.act)
-    wrong = {k: v for k, v in expected.items() if getattr(decoder, k) != v}
-    if wrong or decoder.width != pooler.width or pooler.norm_epsilon != model.image.norm_epsilon:
-        raise ValueError(
-            f"open_clip's CoCa decoder has {expected}, the width of its pooler, and the pooler the "
-            "image tower's norm_epsilon"
-        )
+    _check_decoder_and_pooler(model)
     return dict(
         multimodal_cfg=dict(
             context_length=decoder.max_length,
@@ -170,3 +170,19 @@ def coca_fields_to(model: Model) -> dict[str, dict[str, Any]]:
         ),
         text_cfg=dict(embed_cls=True, output_tokens=True),
     )
+
+
+def _check_decoder_and_pooler(model: ImageTextModel) -> None:
+    decoder, pooler = model.decoder, model.image_pooler
+    expected = {
+        "decoder.mlp_dim": (decoder.mlp_dim, MLP_RATIO * decoder.width),
+        "decoder.norm_epsilon": (decoder.norm_epsilon, LAYER_NORM_EPSILON),
+        "decoder.act": (decoder.act, model.text.act),
+        "decoder.width": (decoder.width, pooler.width),
+        "image_pooler.norm_epsilon": (pooler.norm_epsilon, model.image.norm_epsilon),
+    }
+    errors = [
+        f"{k} = {got!r}; expected {want!r}" for k, (got, want) in expected.items() if got != want
+    ]
+    if errors:
+        raise ValueError("this model is not an open_clip CoCa:\n  " + "\n  ".join(errors))

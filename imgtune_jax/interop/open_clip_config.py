@@ -1,7 +1,7 @@
-"""open_clip's model configs and ours, both ways; its export folder, which its users load from.
+"""open_clip's model configs, to and from this package's, and its `local-dir:` folders.
 
-Activation, norm epsilon, pooling, mean and std travel with the weights: under others they give
-plausible, wrong vectors.
+The conversion includes activation, norm epsilon, pooling, mean and std. The weights need exactly
+these: with others, the embeddings look plausible and are wrong.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from imgtune_jax.types import Params
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's, in 0..1: open_clip's default
+# OpenAI CLIP's mean and std of pixels in 0..1, open_clip's default.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-EPSILON = 1e-5
 
 VISION_KEYS = {
     *("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "patch_dropout"),
@@ -46,13 +46,16 @@ TEXT_POOLS = {"argmax": "eot", "eos": "eot", "last": "last", "first": "first"}
 def config_from_open_clip(
     cfg: Mapping[str, Any], preprocess: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The mapping for `models.build` of an open_clip model config (and its preprocess_cfg).
+    """Convert an open_clip model config, and its preprocess_cfg, to a config for `build_model`.
 
-    Raises ValueError that lists the features which have no counterpart here.
+    Raises ValueError listing the features that this package does not support.
     """
     vision, text = dict(cfg["vision_cfg"]), dict(cfg["text_cfg"])
     if "multimodal_cfg" not in cfg and (vision.get("attentional_pool") or text.get("embed_cls")):
-        raise ValueError("open_clip: attentional_pool and embed_cls outside of a CoCa; unsupported")
+        raise ValueError(
+            "open_clip config: attentional_pool or embed_cls without multimodal_cfg is not "
+            "supported; expected a CLIP or a CoCa"
+        )
     _check_supported("vision_cfg", vision, VISION_KEYS)
     _check_supported("text_cfg", text, TEXT_KEYS)
     preprocess = preprocess or {}
@@ -77,8 +80,8 @@ def _image_fields(vision: Mapping[str, Any], quick: bool) -> dict[str, Any]:
     pool = vision.get("pool_type", "tok")
     if pool not in IMAGE_POOLS or not isinstance(vision.get("image_size", 224), int):
         raise ValueError(
-            f"open_clip vision_cfg: pool_type={pool!r}, image_size={vision.get('image_size')}; "
-            "want 'tok' or 'avg', and a square image"
+            f"open_clip vision_cfg: pool_type = {pool!r}, image_size = {vision.get('image_size')}; "
+            "expected pool_type 'tok' or 'avg', and an int (a square image)"
         )
     return dict(
         name="vit",
@@ -99,7 +102,7 @@ def _image_fields(vision: Mapping[str, Any], quick: bool) -> dict[str, Any]:
 
 def _final_norm(vision: Mapping[str, Any]) -> str:
     if vision.get("attentional_pool") is True:
-        return "none"  # the norm stands behind the pooler
+        return "none"  # the norm comes after the pooler
     after = vision.get("final_ln_after_pool") and not vision.get("attentional_pool")
     return "after_pool" if after else "before_pool"
 
@@ -109,7 +112,9 @@ def _text_fields(text: Mapping[str, Any], quick: bool) -> dict[str, Any]:
     pool = text.get("pool_type", "argmax")
     with_class = bool(text.get("embed_cls"))
     if pool not in TEXT_POOLS:
-        raise ValueError(f"open_clip text_cfg: pool_type={pool!r}; want one of {list(TEXT_POOLS)}")
+        raise ValueError(
+            f"open_clip text_cfg: pool_type = {pool!r}; expected one of {list(TEXT_POOLS)}"
+        )
     return dict(
         name="text_transformer",
         width=width,
@@ -119,9 +124,9 @@ def _text_fields(text: Mapping[str, Any], quick: bool) -> dict[str, Any]:
         vocab_size=text.get("vocab_size", 49408),
         max_length=text.get("context_length", 77),
         causal=not text.get("no_causal_mask", False),
-        mask_padding=with_class,  # open_clip's other models are built without a padding mask
+        mask_padding=with_class,  # open_clip builds its other models without one
         pool="class" if with_class else TEXT_POOLS[pool],
-        shifted_class_mask=with_class,  # no config of theirs asks for the mended mask
+        shifted_class_mask=with_class,  # no open_clip config asks for the corrected mask
         act=_act(text, quick),
         norm_epsilon=_epsilon(text),
     )
@@ -133,13 +138,15 @@ def _text_head(text: Mapping[str, Any]) -> dict[str, Any]:
     return dict(name="linear", use_bias=bool(text.get("proj_bias", False)))
 
 
-def _check_supported(component: str, given: Mapping[str, Any], known: set[str]) -> None:
-    # A feature that is named but switched off changes nothing.
-    extra = [f"{k}={v!r}" for k, v in given.items() if k not in known and v]
-    if extra or isinstance(given.get("layers"), (list, tuple)):
+def _check_supported(group: str, cfg: Mapping[str, Any], known: set[str]) -> None:
+    # An unknown key with a false value is a feature that is switched off.
+    unsupported = [f"{k}={v!r}" for k, v in cfg.items() if k not in known and v]
+    if isinstance(cfg.get("layers"), (list, tuple)):
+        unsupported.append(f"layers={cfg['layers']} (a ModifiedResNet)")
+    if unsupported:
         raise ValueError(
-            f"open_clip {component} uses what has no counterpart here: "
-            f"{', '.join(extra) or 'a ModifiedResNet'}"
+            f"open_clip {group}: {', '.join(unsupported)} not supported; expected these keys only: "
+            f"{', '.join(sorted(known))}"
         )
 
 
@@ -151,35 +158,23 @@ def _act(cfg: Mapping[str, Any], quick: bool) -> str:
 
 
 def _epsilon(cfg: Mapping[str, Any]) -> float:
-    return (cfg.get("norm_kwargs") or {}).get("eps", EPSILON)
+    return (cfg.get("norm_kwargs") or {}).get("eps", open_clip_coca.LAYER_NORM_EPSILON)
 
 
-def config_to_open_clip(model: models.Model) -> dict[str, Any]:
-    """The open_clip model config under which our exported weights mean the same.
+def config_to_open_clip(model: models.ImageTextModel) -> dict[str, Any]:
+    """Return the open_clip model config that gives the exported weights the same outputs.
 
-    Raises ValueError for a model that open_clip's CLIP cannot express.
+    Raises ValueError for a model that open_clip cannot express.
     """
     image, text = model.image, model.text
-    open_clip_map.open_clip_rules(model)  # raises for what has no names there
+    open_clip_map.open_clip_rules(model)  # raises for weights without a name in open_clip
     assert isinstance(image, ViT) and isinstance(text, TextTransformer)
-    quick = {tower.act == "quick_gelu" for tower in (image, text)}
-    shared = getattr(model.image_pooler, "layout", None) == "shared"
-    unnormed = (image.final_norm == "none") != shared
-    if len(quick) > 1 or (text.mask_padding and not text.causal) or unnormed:
-        raise ValueError(
-            "open_clip cannot express: quick_gelu in one tower only, a bidirectional text tower "
-            "with a padding mask, or no final norm"
-        )
-    if isinstance(model.text_head, IdentityHead):
-        projection: dict[str, Any] = dict(proj_type="none")
-    else:
-        assert isinstance(model.text_head, LinearHead)
-        projection = dict(proj_bias=model.text_head.use_bias)
+    _check_expressible(model, image, text)
     cfg: dict[str, Any] = dict(
         embed_dim=model.embed_dim,
-        quick_gelu=quick.pop(),
+        quick_gelu=image.act == "quick_gelu",
         vision_cfg=dict(
-            **_sizes(image),
+            **_transformer_fields(image),
             head_width=image.width // image.num_heads,
             patch_size=image.patch_size,
             image_size=image.image_size,
@@ -188,8 +183,8 @@ def config_to_open_clip(model: models.Model) -> dict[str, Any]:
             final_ln_after_pool=image.final_norm == "after_pool",
         ),
         text_cfg=dict(
-            **_sizes(text),
-            **projection,
+            **_transformer_fields(text),
+            **_projection(model),
             heads=text.num_heads,
             vocab_size=text.vocab_size,
             context_length=text.max_length,
@@ -197,17 +192,39 @@ def config_to_open_clip(model: models.Model) -> dict[str, Any]:
             pool_type={"eot": "argmax", "class": "argmax"}.get(text.pool, text.pool),
         ),
     )
-    for part, fields in open_clip_coca.coca_fields_to(model).items():
-        cfg[part] = cfg.get(part, {}) | fields
+    for group, fields in open_clip_coca.coca_fields_to(model).items():
+        cfg[group] = cfg.get(group, {}) | fields
     if model.logit_bias_init is not None:
         cfg["init_logit_bias"] = model.logit_bias_init
     return cfg
 
 
-def _sizes(tower: ViT | TextTransformer) -> dict[str, Any]:
+def _check_expressible(model: models.ImageTextModel, image: ViT, text: TextTransformer) -> None:
+    errors = []
+    if (image.act == "quick_gelu") != (text.act == "quick_gelu"):
+        errors.append("quick_gelu in one tower only")
+    if text.mask_padding and not text.causal:
+        errors.append("a bidirectional text tower with a padding mask")
+    layout = getattr(model.image_pooler, "layout", None)
+    if (image.final_norm == "none") != (layout == "shared"):
+        errors.append(f"final_norm={image.final_norm!r} with image_pooler.layout={layout!r}")
+    if errors:
+        raise ValueError(f"open_clip cannot express: {'; '.join(errors)}")
+
+
+def _projection(model: models.ImageTextModel) -> dict[str, Any]:
+    if isinstance(model.text_head, IdentityHead):
+        return dict(proj_type="none")
+    assert isinstance(model.text_head, LinearHead)
+    return dict(proj_bias=model.text_head.use_bias)
+
+
+def _transformer_fields(tower: ViT | TextTransformer) -> dict[str, Any]:
     act = dict(act_kwargs={"approximate": "tanh"}) if tower.act == "gelu_tanh" else {}
     if tower.act not in ("gelu", "gelu_tanh", "quick_gelu"):
-        raise ValueError(f"open_clip has no activation {tower.act!r}")
+        raise ValueError(
+            f"act = {tower.act!r}; open_clip can express gelu, gelu_tanh and quick_gelu"
+        )
     return dict(
         layers=tower.depth,
         width=tower.width,
@@ -219,13 +236,17 @@ def _sizes(tower: ViT | TextTransformer) -> dict[str, Any]:
 
 def save_open_clip_folder(
     path: str | Path,
-    model: models.Model,
+    model: models.ImageTextModel,
     params: Params,
     *,
     interpolation: str = "bicubic",
     resize_mode: str = "shortest",
 ) -> None:
-    """Writes what open_clip loads as `local-dir:PATH`. The last two describe the preprocessing."""
+    """Write a model as a folder that open_clip loads as `local-dir:PATH`.
+
+    `interpolation` and `resize_mode` are entries of its preprocess_cfg. Raises ValueError for a
+    model that open_clip cannot express.
+    """
     preprocess = dict(
         size=[model.image_size, model.image_size],
         mean=[x / 255 for x in model.image_mean],
@@ -241,10 +262,17 @@ def save_open_clip_folder(
 
 
 def load_open_clip_folder(path: str | Path) -> tuple[dict[str, Any], Params]:
-    """The mapping for `models.build` and the parameters of an open_clip export folder."""
+    """Return a model's config, for `build_model`, and parameters from an open_clip folder.
+
+    Raises ValueError if a file is missing or the model is not supported.
+    """
     folder = Path(path)
-    if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
-        raise ValueError(f"{folder} is no open_clip folder: want {CONFIG_FILE} and {WEIGHTS_FILE}")
+    missing = [n for n in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / n).is_file()]
+    if missing:
+        raise ValueError(
+            f"{folder} is not an open_clip folder: {', '.join(missing)} missing; expected "
+            f"{CONFIG_FILE} and {WEIGHTS_FILE}"
+        )
     config = json.loads((folder / CONFIG_FILE).read_text())
     cfg = config_from_open_clip(config["model_cfg"], config.get("preprocess_cfg"))
     return cfg, open_clip_map.load_open_clip(

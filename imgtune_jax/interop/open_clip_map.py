@@ -1,117 +1,144 @@
-"""open_clip's names for a ViT and a text transformer, both ways."""
+"""Weights under open_clip's names: CLIP, CustomTextCLIP and CoCa models, to and from."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from imgtune_jax.interop import open_clip_coca, weight_map
-from imgtune_jax.models import Model, positions
+from imgtune_jax.models import ImageTextModel, positions
 from imgtune_jax.models.heads import IdentityHead, LinearHead
 from imgtune_jax.models.text_transformer import TextTransformer
 from imgtune_jax.models.vit import ViT
 from imgtune_jax.types import Params
 
-# What the state dicts of OpenAI's own models carry besides weights.
+# Entries of OpenAI's state dicts that are not weights.
 NON_WEIGHTS = r"input_resolution|context_length|vocab_size|attn_mask|text\.attn_mask"
 TEXT_ROOTS = ("cls_emb", "token_embedding", "positional_embedding", "transformer", "ln_final")
 
 
-def image_map(tower: ViT) -> list[weight_map.Rule]:
-    """The rules of `visual.*`, but for the projection, which is a head here.
+def image_rules(tower: ViT) -> list[weight_map.Rule]:
+    """Return the rules of `visual.*` without the projection, which is a head in this package.
 
-    The class token's position is added to the token; on the way back it is zero. A grid of
-    positions of another size is resized to the tower's. Raises ValueError for a ViT that open_clip
-    has no names for.
+    The class token's position embedding is added to the class token; the inverse sets it to zero.
+    Position embeddings of another grid size are resized to the tower's. Raises ValueError for a ViT
+    that open_clip cannot express.
     """
-    if not tower.class_token or tower.num_registers or tower.pool == "attention":
-        raise ValueError(
-            "open_clip's own ViT has one class token, no registers and no attention pooling; got "
-            f"class_token={tower.class_token}, num_registers={tower.num_registers}, "
-            f"pool={tower.pool!r}"
-        )
-    grid = tower.image_size // tower.patch_size
-    fixed = tower.positions == "sincos"
+    _check_vit(tower)
+    num_patches = (tower.image_size // tower.patch_size) ** 2
 
-    def fold(token: np.ndarray, position: np.ndarray) -> weight_map.Arrays:
-        patches = np.asarray(positions.resize_pos_embed(position[1:], grid**2))
+    def merge_class_position(token: np.ndarray, position: np.ndarray) -> weight_map.Arrays:
+        patches = np.asarray(positions.resize_pos_embed(position[1:], num_patches))
         return token[None] + position[:1], patches
 
-    def unfold(token: np.ndarray, position: np.ndarray) -> weight_map.Arrays:
+    def split_class_position(token: np.ndarray, position: np.ndarray) -> weight_map.Arrays:
         return token[0], np.concatenate([np.zeros_like(token), position])
 
-    if fixed:
-        raise ValueError("open_clip stores its positions: use positions='learned'")
-    embed = ("visual.class_embedding", "visual.positional_embedding")
-    found = [
+    rules = [
         weight_map.conv_rule("visual.conv1.weight", "patch_embed/kernel"),
-        weight_map.Rule(embed, ("class_token", "pos_embed"), fold, unfold),
+        weight_map.Rule(
+            ("visual.class_embedding", "visual.positional_embedding"),
+            ("class_token", "pos_embed"),
+            merge_class_position,
+            split_class_position,
+        ),
     ]
-    if tower.patch_bias:
-        raise ValueError("open_clip's ViT has no bias in its patch embedding: use patch_bias=False")
     if tower.pre_norm:
-        found += weight_map.norm_rules("visual.ln_pre", "pre_norm")
-    found += block_map("visual.transformer.resblocks", tower.depth)
-    if tower.final_norm == "none":  # a pooler's own norm bears the name
-        return found
-    return [*found, *weight_map.norm_rules("visual.ln_post", "final_norm")]
+        rules += weight_map.norm_rules("visual.ln_pre", "pre_norm")
+    rules += block_rules("visual.transformer.resblocks", tower.depth)
+    if tower.final_norm == "none":  # then visual.ln_post is the pooler's norm
+        return rules
+    return [*rules, *weight_map.norm_rules("visual.ln_post", "final_norm")]
 
 
-def text_map(tower: TextTransformer) -> list[weight_map.Rule]:
-    """The rules of the text tower, but for the projection. Raises ValueError like `image_map`."""
+def _check_vit(tower: ViT) -> None:
+    if not tower.class_token or tower.num_registers or tower.pool == "attention":
+        raise ValueError(
+            f"class_token = {tower.class_token}, num_registers = {tower.num_registers}, "
+            f"pool = {tower.pool!r}; open_clip's ViT has one class token, no registers and no "
+            "attention pooling"
+        )
+    if tower.positions == "sincos":
+        raise ValueError(
+            "positions = 'sincos'; open_clip stores position embeddings: use positions='learned'"
+        )
+    if tower.patch_bias:
+        raise ValueError(
+            "patch_bias = True; open_clip's patch embedding has no bias: use patch_bias=False"
+        )
+
+
+def text_rules(tower: TextTransformer) -> list[weight_map.Rule]:
+    """Return the rules of the text tower without the projection.
+
+    Raises ValueError for a text tower that open_clip cannot express.
+    """
     if tower.pool not in ("eot", "last", "first", "class"):
         raise ValueError(
-            f"open_clip has no text pooling {tower.pool!r}; want eot, last, first or class"
+            f"text pool = {tower.pool!r}; open_clip can express eot, last, first and class"
         )
     token = weight_map.Rule(("cls_emb",), ("class_token",), lambda x: (x[None],), lambda x: (x[0],))
     return [
         *([token] if tower.pool == "class" else []),
         weight_map.copy_rule("token_embedding.weight", "token_embed/embedding"),
         weight_map.copy_rule("positional_embedding", "pos_embed"),
-        *block_map("transformer.resblocks", tower.depth),
+        *block_rules("transformer.resblocks", tower.depth),
         *weight_map.norm_rules("ln_final", "final_norm"),
     ]
 
 
-def block_map(theirs: str, depth: int) -> list[weight_map.Rule]:
-    """The rules of `depth` residual attention blocks."""
-    pairs = [(f"{theirs}.{i}", f"blocks_{i}") for i in range(depth)]
-    return [rule for pair in pairs for rule in open_clip_coca.residual_block(*pair)]
+def block_rules(theirs: str, depth: int) -> list[weight_map.Rule]:
+    """Return the rules of `depth` residual attention blocks, `theirs`.0, `theirs`.1, …"""
+    names = [(f"{theirs}.{i}", f"blocks_{i}") for i in range(depth)]
+    return [rule for pair in names for rule in open_clip_coca.residual_block_rules(*pair)]
 
 
-def open_clip_rules(model: Model) -> list[weight_map.Rule]:
-    """The rules of a whole model. Raises ValueError for parts that open_clip's CLIP lacks."""
+def open_clip_rules(model: ImageTextModel) -> list[weight_map.Rule]:
+    """Return the rules of a full model. Raises ValueError if open_clip cannot express it."""
     if not isinstance(model.image, ViT) or not isinstance(model.text, TextTransformer):
         raise ValueError(
-            f"open_clip: no weight map for {type(model.image).__name__} with "
-            f"{type(model.text).__name__}; want ViT with TextTransformer"
+            f"model: {type(model.image).__name__} with {type(model.text).__name__}; open_clip's "
+            "weights fit a ViT with a TextTransformer"
         )
-    found = [_with_prefix("image", rule) for rule in image_map(model.image)]
-    found += [_with_prefix("text", rule) for rule in text_map(model.text)]
+    rules = _with_prefix("image", image_rules(model.image))
+    rules += _with_prefix("text", text_rules(model.text))
     if model.decoder is not None:
-        found += [
-            _with_prefix("decoder", rule) for rule in open_clip_coca.decoder_map(model.decoder)
-        ]
+        rules += _with_prefix("decoder", open_clip_coca.decoder_rules(model.decoder))
     if model.image_pooler is not None:
-        own = open_clip_coca.pooler_map(model.image_pooler, model.image.width)
-        found += [_with_prefix("image_pooler", rule) for rule in own]
-    if not isinstance(model.image_head, LinearHead) or model.image_head.use_bias:
-        raise ValueError("open_clip projects images by a matrix: want a linear head without bias")
-    found.append(weight_map.copy_rule("visual.proj", "image_head/kernel"))
-    if isinstance(model.text_head, LinearHead) and model.text_head.use_bias:
-        found += weight_map.linear_rules("text_projection", "text_head")
-    elif isinstance(model.text_head, LinearHead):
-        found.append(weight_map.copy_rule("text_projection", "text_head/kernel"))
-    elif not isinstance(model.text_head, IdentityHead):
-        raise ValueError("open_clip projects texts by at most one linear map")
+        pooler = open_clip_coca.pooler_rules(model.image_pooler, model.image.width)
+        rules += _with_prefix("image_pooler", pooler)
+    rules += _head_rules(model)
     scalars = ["logit_scale"] if model.logit_bias_init is None else ["logit_scale", "logit_bias"]
-    return found + [weight_map.Rule((n,), (n,), _to_scalar, _to_scalar) for n in scalars]
+    return rules + [weight_map.Rule((n,), (n,), _to_scalar, _to_scalar) for n in scalars]
 
 
-def load_open_clip(state: Mapping[str, np.ndarray], model: Model) -> Params:
-    """The model's parameters from a CLIP's, CustomTextCLIP's or CoCa's state dict."""
+def _head_rules(model: ImageTextModel) -> list[weight_map.Rule]:
+    image_head, text_head = model.image_head, model.text_head
+    if not isinstance(image_head, LinearHead) or image_head.use_bias:
+        raise ValueError(
+            f"image_head = {type(image_head).__name__}; open_clip's is one matrix: use a linear "
+            "head with use_bias=False"
+        )
+    rules = [weight_map.copy_rule("visual.proj", "image_head/kernel")]
+    if isinstance(text_head, LinearHead) and text_head.use_bias:
+        return rules + weight_map.linear_rules("text_projection", "text_head")
+    if isinstance(text_head, LinearHead):
+        return [*rules, weight_map.copy_rule("text_projection", "text_head/kernel")]
+    if isinstance(text_head, IdentityHead):
+        return rules
+    raise ValueError(
+        f"text_head = {type(text_head).__name__}; open_clip can express a linear or identity head"
+    )
+
+
+def load_open_clip(state: Mapping[str, np.ndarray], model: ImageTextModel) -> Params:
+    """Return the model's parameters from the state dict of a CLIP, CustomTextCLIP or CoCa.
+
+    Raises ValueError listing every missing, unexpected and misshaped key.
+    """
     return weight_map.to_params(
         plain_names(state),
         open_clip_rules(model),
@@ -122,11 +149,12 @@ def load_open_clip(state: Mapping[str, np.ndarray], model: Model) -> Params:
 
 
 def save_open_clip(
-    params: Params, model: Model, *, custom_text: bool = False
+    params: Params, model: ImageTextModel, *, custom_text: bool = False
 ) -> dict[str, np.ndarray]:
-    """open_clip's state dict; `custom_text` for a model whose text tower is a module `text`.
+    """Return the parameters as open_clip's state dict.
 
-    A CoCa's always is.
+    With `custom_text`, and always for a CoCa, the text tower's names begin with `text.`, as in
+    open_clip's CustomTextCLIP.
     """
     state = weight_map.to_state_dict(params, open_clip_rules(model))
     if not custom_text and model.decoder is None:
@@ -138,19 +166,22 @@ def save_open_clip(
 def load_open_clip_tower(
     state: Mapping[str, np.ndarray], tower: ViT | TextTransformer, expected: Params
 ) -> Params:
-    """One tower's parameters out of a whole model's state dict; the rest is left aside."""
-    found = image_map(tower) if isinstance(tower, ViT) else text_map(tower)
-    names = plain_names(state)
-    text = "|".join(TEXT_ROOTS)
-    own = r"visual\.(?!proj$).*" if isinstance(tower, ViT) else rf"({text})(\..*)?"
-    part = {name: x for name, x in names.items() if re.fullmatch(own, name)}
+    """Return one tower's parameters from the state dict of a full model.
+
+    `expected` has the paths and shapes of the result. Raises ValueError listing every missing,
+    unexpected and misshaped key.
+    """
+    rules = image_rules(tower) if isinstance(tower, ViT) else text_rules(tower)
+    roots = "|".join(TEXT_ROOTS)
+    pattern = r"visual\.(?!proj$).*" if isinstance(tower, ViT) else rf"({roots})(\..*)?"
+    tower_state = {n: x for n, x in plain_names(state).items() if re.fullmatch(pattern, n)}
     return weight_map.to_params(
-        part, found, expected, what=f"the {type(tower).__name__} of open_clip"
+        tower_state, rules, expected, what=f"the {type(tower).__name__} of open_clip"
     )
 
 
 def plain_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """CustomTextCLIP's `text.*` under CLIP's names."""
+    """Return a state dict under CLIP's names: CustomTextCLIP's `text.` is removed."""
     return {name.removeprefix("text."): x for name, x in state.items()}
 
 
@@ -158,6 +189,8 @@ def _to_scalar(x: np.ndarray) -> weight_map.Arrays:
     return (x.reshape(()),)  # some open_clip models store the scale as [1]
 
 
-def _with_prefix(root: str, rule: weight_map.Rule) -> weight_map.Rule:
-    ours = tuple(f"{root}/{path}" for path in rule.ours)
-    return weight_map.Rule(rule.theirs, ours, rule.forward, rule.backward)
+def _with_prefix(root: str, rules: Iterable[weight_map.Rule]) -> list[weight_map.Rule]:
+    return [
+        dataclasses.replace(rule, ours=tuple(f"{root}/{path}" for path in rule.ours))
+        for rule in rules
+    ]

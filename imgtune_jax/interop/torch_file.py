@@ -1,6 +1,6 @@
-"""Reads a PyTorch state dict (`.pth`, `.pt`) into NumPy without PyTorch and without running code.
+"""PyTorch state dicts (`.pth`, `.pt`) as NumPy arrays, without PyTorch and without running code.
 
-Both formats: zip (PyTorch ≥ 1.6) and the legacy stream of five pickles and raw storages.
+Reads the zip format (PyTorch ≥ 1.6) and the legacy stream of five pickles and raw storages.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Storage(NamedTuple):
 
 
 class _LazyTensor(NamedTuple):
-    """A tensor before its storage is read; offset, size and stride in elements."""
+    """A tensor whose storage is not read yet; offset, size and stride count elements."""
 
     storage: _Storage
     offset: int
@@ -53,9 +53,9 @@ def _rebuild_parameter(data: _LazyTensor, *_: Any) -> _LazyTensor:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows tensors, parameters and OrderedDict; every other global is refused."""
+    """An unpickler of tensors, parameters and OrderedDict that refuses every other global."""
 
-    ALLOWED: dict[tuple[str, str], Any] = {  # noqa: RUF012 - pickle.Unpickler is no dataclass
+    ALLOWED: dict[tuple[str, str], Any] = {  # noqa: RUF012 - the class is not a dataclass
         ("collections", "OrderedDict"): collections.OrderedDict,
         ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
         ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
@@ -79,15 +79,16 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any, /) -> _Storage:
         # ("storage", type, key, location, number of elements[, view])
         if not isinstance(pid, tuple) or pid[0] != "storage" or not isinstance(pid[1], np.dtype):
-            raise pickle.UnpicklingError(f"refused the persistent id {pid!r}; want a storage")
+            raise pickle.UnpicklingError(f"refused the persistent id {pid!r}; expected a storage")
         return self.storages.setdefault(str(pid[2]), _Storage(str(pid[2]), pid[1]))
 
 
 def load_state_dict(path: str | Path) -> dict[str, np.ndarray]:
-    """Tensors of the file by name; a "state_dict" or "model" entry is taken out of a checkpoint.
+    """Return the file's tensors by name.
 
-    Raises pickle.UnpicklingError if the file asks for anything but tensors, ValueError if it holds
-    no state dict.
+    If the file is a checkpoint, its entry "state_dict" or "model" is the state dict. Raises
+    pickle.UnpicklingError if the file refers to anything but tensors, and ValueError if it has no
+    state dict.
     """
     raw = Path(path).read_bytes()
     content = _read_zip(raw) if raw[:2] == b"PK" else _read_legacy(raw)
@@ -95,10 +96,10 @@ def load_state_dict(path: str | Path) -> dict[str, np.ndarray]:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; want a state dict")
+        raise ValueError(f"{path} holds a {type(content).__name__}; expected a state dict")
     arrays = {str(k): v for k, v in content.items() if isinstance(v, np.ndarray)}
     if not arrays:
-        raise ValueError(f"{path} holds a dict without tensors; want a state dict")
+        raise ValueError(f"{path} holds a dict without tensors; expected a state dict")
     return arrays
 
 
@@ -106,7 +107,9 @@ def _read_zip(raw: bytes) -> Any:
     with zipfile.ZipFile(io.BytesIO(raw)) as archive:
         indexes = [n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl"]
         if len(indexes) != 1:
-            raise ValueError("not a PyTorch file: a zip without one data.pkl")
+            raise ValueError(
+                f"not a PyTorch file: a zip with {len(indexes)} data.pkl; expected one data.pkl"
+            )
         root = indexes[0].removesuffix("data.pkl")
         unpickler = _Unpickler(io.BytesIO(archive.read(indexes[0])))
         content = unpickler.load()
@@ -122,7 +125,7 @@ def _read_legacy(raw: bytes) -> Any:
     if _Unpickler(stream).load() != LEGACY_MAGIC:
         raise ValueError("not a PyTorch file: neither a zip nor the legacy magic number")
     _Unpickler(stream).load()  # protocol version
-    _Unpickler(stream).load()  # sizes of C types on the writer's machine
+    _Unpickler(stream).load()  # sizes of C types on the machine that wrote the file
     unpickler = _Unpickler(stream)
     content = unpickler.load()
     arrays = {}
@@ -142,7 +145,7 @@ def _to_arrays(content: Any, arrays: dict[str, np.ndarray]) -> Any:
 
 
 def _tensor(view: _LazyTensor, storage: np.ndarray) -> np.ndarray:
-    """A copy of the view. Bounds are checked: the file's strides must not reach other memory."""
+    """Return a copy of the view. Raises ValueError if its strides reach beyond the storage."""
     last = view.offset + sum((n - 1) * s for n, s in zip(view.size, view.stride, strict=True))
     if 0 in view.size:
         return np.zeros(view.size, storage.dtype)

@@ -1,41 +1,41 @@
-"""ResNet weights under torchvision's names, BatchNorm folded."""
+"""ResNet weights under torchvision's names."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from imgtune_jax.interop import weight_map
+from imgtune_jax.interop import folded_cnn, weight_map
 from imgtune_jax.models.resnet import ResNet
 from imgtune_jax.types import Params
 
-EPSILON = 1e-5
-IGNORED = r".*\.num_batches_tracked"
+CLASSIFIER = "fc"
 
 
 def resnet_rules(tower: ResNet) -> list[weight_map.Rule]:
-    """The rules for the tower's stages. Raises ValueError if its norms are not folded."""
-    if tower.norm != "folded":
-        raise ValueError("pretrained ResNet weights need norm='folded'")
-
-    def folded(theirs: str, batch_norm: str, ours: str) -> weight_map.Rule:
-        return weight_map.folded_conv(theirs, batch_norm, ours, epsilon=EPSILON)
-
-    found = [folded("conv1", "bn1", "stem")]
-    for stage, size in enumerate(tower.stage_sizes, start=1):
-        for i in range(size):
-            theirs, ours = f"layer{stage}.{i}", f"stage{stage}_{i}"
-            found += [
-                folded(f"{theirs}.conv{n}", f"{theirs}.bn{n}", f"{ours}/conv{n}") for n in (1, 2, 3)
-            ]
-            if i == 0:
-                projection = f"{theirs}.downsample"
-                found.append(folded(f"{projection}.0", f"{projection}.1", f"{ours}/project"))
-    return [*found, *weight_map.linear_rules("fc", "classifier")] if tower.num_classes else found
+    """Return the rules of the tower. Raises ValueError if its norms are not folded."""
+    return folded_cnn.folded_cnn_rules(tower, _convolutions(tower), classifier=CLASSIFIER)
 
 
 def load_resnet(state: Mapping[str, np.ndarray], tower: ResNet, expected: Params) -> Params:
-    """The tower's parameters. The classifier is dropped unless `num_classes` asks for it."""
-    ignore = IGNORED if tower.num_classes else rf"{IGNORED}|fc\..*"
-    return weight_map.to_params(state, resnet_rules(tower), expected, what="resnet", ignore=ignore)
+    """Return the tower's parameters. Without `num_classes`, the classifier is dropped.
+
+    `expected` has the paths and shapes of the result. Raises ValueError listing every missing,
+    unexpected and misshaped key.
+    """
+    rules = resnet_rules(tower)
+    return folded_cnn.load_folded_cnn(
+        state, tower, expected, rules, classifier=CLASSIFIER, model_name="resnet"
+    )
+
+
+def _convolutions(tower: ResNet) -> Iterator[folded_cnn.ConvNames]:
+    yield "conv1", "bn1", "stem"
+    for stage, num_blocks in enumerate(tower.stage_sizes, start=1):
+        for i in range(num_blocks):
+            theirs, ours = f"layer{stage}.{i}", f"stage{stage}_{i}"
+            for n in (1, 2, 3):
+                yield f"{theirs}.conv{n}", f"{theirs}.bn{n}", f"{ours}/conv{n}"
+            if i == 0:
+                yield f"{theirs}.downsample.0", f"{theirs}.downsample.1", f"{ours}/project"

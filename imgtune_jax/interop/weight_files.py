@@ -1,4 +1,4 @@
-"""Weight files: safetensors, npz without pickle, PyTorch; in a folder or in a pip package."""
+"""Weight files: safetensors, npz without pickle, and PyTorch."""
 
 from __future__ import annotations
 
@@ -9,25 +9,29 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from imgtune_jax.interop import torch_file
-from imgtune_jax.interop.weight_map import flatten, unflatten
+from imgtune_jax.param_tree import flatten, unflatten
 from imgtune_jax.types import Params
 
 
 def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
-    """Arrays by name. Raises ValueError for a missing, unknown or broken file, or one with code."""
+    """Return a weight file's arrays by name.
+
+    Raises ValueError for a file that is missing, of an unknown type, unreadable, or that would run
+    code.
+    """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no weights at {path}; give the path of a file")
+        raise ValueError(f"no weights at {path}; expected the path of a file")
     if path.suffix not in _READERS:
-        raise ValueError(f"{path}: want a {', '.join(_READERS)} file")
+        raise ValueError(f"{path} is of an unknown type; expected {', '.join(_READERS)}")
     try:
         return _READERS[path.suffix](path)
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # parsers raise anything on broken bytes
+    except Exception as error:  # parsers raise arbitrary exceptions on invalid bytes
         raise ValueError(
             f"{path} cannot be read: {error} (it has {path.stat().st_size} bytes; compare with the "
-            "original)"
+            "original, and download it again)"
         ) from error
 
 
@@ -46,22 +50,24 @@ _READERS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
 
 
 def save_params(params: Params, path: str | Path, *, metadata: Mapping[str, str] | None = None):
-    """Writes a parameter tree as safetensors; names are paths, 'image/blocks_0/attn/q/kernel'."""
+    """Write a parameter tree as safetensors, named by path: 'image/blocks_0/attn/q/kernel'."""
     flat = {name: np.asarray(x, order="C") for name, x in flatten(params).items()}
     save_file(flat, Path(path), metadata=dict(metadata or {}))
 
 
-def load_params(path: str | Path, part: str | None = None) -> Params:
-    """What `save_params` wrote, or its sub-tree under `part`, such as "image" or "text/blocks_0".
+def load_params(path: str | Path, subtree: str | None = None) -> Params:
+    """Return the tree that `save_params` wrote, or its subtree at a path such as "image/blocks_0".
 
-    Raises ValueError if the file has nothing under `part`.
+    Raises ValueError if the file has no parameter in `subtree`.
     """
     state = read_state_dict(path)
-    if part is None:
+    if subtree is None:
         return unflatten(state)
-    prefix = part.strip("/") + "/"
-    inside = {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix)}
-    if not inside:
-        tops = sorted({name.partition("/")[0] for name in state})
-        raise ValueError(f"{path} holds nothing under {part!r}; it has {', '.join(tops)}")
-    return unflatten(inside)
+    prefix = subtree.strip("/") + "/"
+    flat = {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix)}
+    if not flat:
+        roots = ", ".join(sorted({name.partition("/")[0] for name in state}))
+        raise ValueError(
+            f"{path} has no parameter in subtree = {subtree!r}; expected a path in one of: {roots}"
+        )
+    return unflatten(flat)

@@ -1,4 +1,7 @@
-"""A weight map is a list of rules, each from some of their arrays to some of ours, and back."""
+"""Rules that convert arrays between another codebase's names and layouts and this package's.
+
+`theirs` is always a name in the other codebase's state dict, `ours` a parameter path here.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,9 @@ Convert = Callable[..., Arrays]
 
 @dataclass(frozen=True)
 class Rule:
-    """`forward` maps the arrays named `theirs` to those named `ours`; `backward` the other way.
+    """`forward` maps the arrays named `theirs` to those named `ours`; `backward` is its inverse.
 
-    `backward=None` says that the way back is lost, as where a norm was folded.
+    `backward=None`: the conversion has no inverse, as for a folded BatchNorm.
     """
 
     theirs: tuple[str, ...]
@@ -45,23 +48,23 @@ def _hwio_to_oihw(x: np.ndarray) -> Arrays:
 
 
 def copy_rule(theirs: str, ours: str) -> Rule:
-    """The same array under another name."""
+    """Return the rule of an array that only changes its name."""
     return Rule((theirs,), (ours,), _same, _same)
 
 
 def transpose_rule(theirs: str, ours: str) -> Rule:
-    """A matrix stored [out in] there and [in out] here."""
+    """Return the rule of a matrix: theirs is [out in], ours is [in out]."""
     return Rule((theirs,), (ours,), _transpose, _transpose)
 
 
 def linear_rules(theirs: str, ours: str, *, bias: bool = True) -> list[Rule]:
-    """torch.nn.Linear."""
+    """Return the rules of a torch.nn.Linear."""
     rules = [transpose_rule(f"{theirs}.weight", f"{ours}/kernel")]
     return [*rules, copy_rule(f"{theirs}.bias", f"{ours}/bias")] if bias else rules
 
 
 def norm_rules(theirs: str, ours: str) -> list[Rule]:
-    """torch.nn.LayerNorm."""
+    """Return the rules of a torch.nn.LayerNorm."""
     return [
         copy_rule(f"{theirs}.weight", f"{ours}/scale"),
         copy_rule(f"{theirs}.bias", f"{ours}/bias"),
@@ -69,16 +72,16 @@ def norm_rules(theirs: str, ours: str) -> list[Rule]:
 
 
 def conv_rule(theirs: str, ours: str) -> Rule:
-    """A convolution's kernel, depthwise ones included: [o i h w] there, [h w i o] here."""
+    """Return the rule of a convolution's kernel, also depthwise: [o i h w] to [h w i o]."""
     return Rule((theirs,), (ours,), _oihw_to_hwio, _hwio_to_oihw)
 
 
-def packed_attention(theirs: str, ours: str) -> list[Rule]:
-    """torch.nn.MultiheadAttention with q, k, v in one `in_proj_weight` [3d d]."""
+def packed_attention_rules(theirs: str, ours: str) -> list[Rule]:
+    """Return the rules of a torch.nn.MultiheadAttention whose `in_proj_weight` is [3d d]."""
     names = ("q", "k", "v")
 
     def split(weight: np.ndarray) -> Arrays:
-        return tuple(part.T for part in np.split(weight, 3))
+        return tuple(kernel.T for kernel in np.split(weight, 3))
 
     def join(*kernels: np.ndarray) -> Arrays:
         return (np.concatenate([kernel.T for kernel in kernels]),)
@@ -98,20 +101,21 @@ def packed_attention(theirs: str, ours: str) -> list[Rule]:
     ]
 
 
-def folded_conv(theirs: str, batch_norm: str, ours: str, *, epsilon: float) -> Rule:
-    """A bias-free convolution with the BatchNorm behind it, as one convolution with a bias.
+def folded_conv_rule(theirs: str, batch_norm: str, ours: str, *, epsilon: float) -> Rule:
+    """Return the rule that folds a convolution without bias and the BatchNorm after it into one.
 
-    y = (conv(x) - mean) / sqrt(var + epsilon) · weight + bias, folded in float64.
+    The result is a kernel and a bias such that, computed in float64,
+    conv'(x) = (conv(x) - mean) / sqrt(var + epsilon) · weight + bias.
     """
-    parts = ("weight", "bias", "running_mean", "running_var")
+    statistics = ("weight", "bias", "running_mean", "running_var")
 
-    def fold(kernel: np.ndarray, *statistics: np.ndarray) -> Arrays:
-        weight, bias, mean, variance = (np.asarray(s, np.float64) for s in statistics)
+    def fold(kernel: np.ndarray, *batch_norm: np.ndarray) -> Arrays:
+        weight, bias, mean, variance = (np.asarray(x, np.float64) for x in batch_norm)
         gain = weight / np.sqrt(variance + epsilon)
         folded = kernel.transpose(2, 3, 1, 0) * gain
         return folded.astype(np.float32), (bias - mean * gain).astype(np.float32)
 
-    sources = (f"{theirs}.weight", *(f"{batch_norm}.{part}" for part in parts))
+    sources = (f"{theirs}.weight", *(f"{batch_norm}.{name}" for name in statistics))
     return Rule(sources, (f"{ours}/kernel", f"{ours}/bias"), fold, None)
 
 
@@ -123,12 +127,13 @@ def to_params(
     what: str,
     ignore: str = r"(?!)",
 ) -> Params:
-    """Our parameter tree, float32, with the paths and shapes of `expected` (arrays or abstract).
+    """Convert a state dict to a float32 parameter tree with the paths and shapes of `expected`.
 
-    Names that fully match the regex `ignore` may be left over. Raises one ValueError that lists
-    every missing, unexpected and misshaped key.
+    The leaves of `expected` are arrays or ShapeDtypeStructs. Names in `state` that fully match the
+    regex `ignore` need no rule. Raises one ValueError that lists every missing, unexpected and
+    misshaped key; `what` names the model in it.
     """
-    wanted = {path: tuple(x.shape) for path, x in flatten(expected).items()}
+    expected_shapes = {path: tuple(x.shape) for path, x in flatten(expected).items()}
     known = {name for rule in rules for name in rule.theirs}
     problems = [f"missing: {name}" for name in sorted(known - state.keys())]
     extra = sorted(n for n in state.keys() - known if not re.fullmatch(ignore, n))
@@ -141,32 +146,42 @@ def to_params(
         shapes = ", ".join(f"{n} {tuple(state[n].shape)}" for n in rule.theirs)
         try:
             converted = rule.forward(*arrays)
-        except ValueError as error:  # reported with the others
+        except ValueError as error:  # reported together with the other problems
             problems.append(f"misshaped: {shapes}: {error}")
             continue
         for path, array in zip(rule.ours, converted, strict=True):
-            if wanted.get(path) != array.shape:
+            shape = expected_shapes.get(path)
+            if shape != array.shape:
                 problems.append(
-                    f"misshaped: {shapes} gives {path} {array.shape}; want {wanted.get(path)}"
+                    f"misshaped: {shapes} becomes {path} {array.shape}; expected {shape}"
                 )
             flat[path] = np.asarray(array, np.float32, order="C")
     filled = {path for rule in rules for path in rule.ours}
-    problems += [f"missing: nothing fills {path}" for path in sorted(wanted.keys() - filled)]
+    problems += [f"missing: no rule for {path}" for path in sorted(expected_shapes.keys() - filled)]
     if problems:
-        raise ValueError(f"the weights do not fit {what}:\n  " + "\n  ".join(problems))
+        raise ValueError(
+            f"the weights do not fit {what}; compare its config with the checkpoint's:\n  "
+            + "\n  ".join(problems)
+        )
     return unflatten(flat)
 
 
 def to_state_dict(params: Params, rules: Iterable[Rule]) -> dict[str, np.ndarray]:
-    """Their state dict from our parameters. Raises ValueError where there is no way back."""
+    """Convert parameters to the other codebase's state dict.
+
+    Raises ValueError for a rule without an inverse and for missing parameters.
+    """
     flat = flatten(params)
     state: dict[str, np.ndarray] = {}
     for rule in rules:
         if rule.backward is None:
-            raise ValueError(f"{', '.join(rule.theirs)}: a folded norm cannot be unfolded")
+            raise ValueError(
+                f"{', '.join(rule.ours)} cannot be exported: a BatchNorm was folded into it, and "
+                "the folding has no inverse"
+            )
         missing = [path for path in rule.ours if path not in flat]
         if missing:
-            raise ValueError(f"the parameters lack {', '.join(missing)}")
+            raise ValueError(f"the parameters lack {', '.join(missing)}; expected a full model")
         arrays = rule.backward(*(np.asarray(flat[path]) for path in rule.ours))
         for name, array in zip(rule.theirs, arrays, strict=True):
             state[name] = np.asarray(array, order="C")

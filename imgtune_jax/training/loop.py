@@ -16,16 +16,13 @@ from jax.experimental import multihost_utils
 
 from imgtune_jax import evals, objectives, param_tree
 from imgtune_jax.config import Config
+from imgtune_jax.errors import NonFiniteLossError
 from imgtune_jax.training import batch_source, checkpoint, experiment, optim, run, state
 from imgtune_jax.training.metric_logger import MetricLogger
 from imgtune_jax.training.step import TrainStep, make_train_step
 from imgtune_jax.types import Params, TrainState
 
 log = logging.getLogger("imgtune_jax.training")
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite."""
 
 
 @dataclass

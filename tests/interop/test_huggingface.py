@@ -1,4 +1,4 @@
-"""MiniLM's vectors against a float64 NumPy BERT that shares no code with ours."""
+"""MiniLM's vectors against an independent BERT in float64 NumPy."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +22,7 @@ def tokens():
 
 
 def numpy_minilm(state, ids, mask, num_heads=12):
-    """1810.04805 line by line in float64, one text at a time and without its padding."""
+    """Return MiniLM's vectors by 1810.04805 in float64, one text at a time, without padding."""
     weights = {name: x.astype(np.float64) for name, x in state.items()}
 
     def linear(name, x):
@@ -64,12 +64,12 @@ def test_minilm_vectors_equal_an_independent_float64_bert():
     tower = models.build_tower(cfg)
     ours = tower.apply({"params": params}, jnp.asarray(ids), jnp.asarray(mask), train=False).pooled
     state = interop.read_state_dict(package_file(PACKAGE, "*.safetensors"))
-    want = numpy_minilm(state, ids, mask)
+    expected = numpy_minilm(state, ids, mask)
     # float32 against float64 over six layers; values are of order 0.3.
-    np.testing.assert_allclose(ours, want, rtol=1e-4, atol=2e-6)
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=2e-6)
 
 
-def test_a_shorter_max_length_takes_the_first_positions():
+def test_shorter_max_length_uses_the_first_position_embeddings():
     init = dict(format="bert", package=PACKAGE)
     full = interop.load_tower(init, dict(name="bert", variant="minilm-l6"))
     short = interop.load_tower(init, dict(name="bert", variant="minilm-l6", max_length=32))

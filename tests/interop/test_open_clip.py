@@ -1,4 +1,4 @@
-"""open_clip models, replayed from goldens that tests/golden/interop_open_clip.py makes."""
+"""open_clip models against the outputs that tests/golden/interop_open_clip.py saved."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from imgtune_jax.types import Batch
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "interop_open_clip.npz")
 CASES = sorted({name.partition("/")[0] for name in GOLDEN.files if "/" in name})
-# Other summation orders than torch's, over a few layers, in float32.
+# In float32, PyTorch sums in another order, over a few layers.
 TOLERANCE = dict(rtol=1e-4, atol=1e-5)
 
 
@@ -25,7 +25,7 @@ def case(name):
 
 
 def towers(model, params):
-    """Unnormalised embeddings of the goldens' inputs."""
+    """Return unnormalized embeddings of the saved inputs."""
     image = jnp.asarray(GOLDEN["image"].transpose(0, 2, 3, 1))
     text, mask = jnp.asarray(GOLDEN["text"], jnp.int32), jnp.asarray(GOLDEN["text_mask"])
     pooled = model.image.apply({"params": params["image"]}, image, train=False).pooled
@@ -36,7 +36,7 @@ def towers(model, params):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_outputs_equal_open_clips(name):
+def test_outputs_equal_those_of_open_clip(name):
     cfg, _, state = case(name)
     model = models.build_model(interop.config_from_open_clip(cfg))
     params = interop.load_open_clip(state, model)
@@ -51,7 +51,7 @@ def test_outputs_equal_open_clips(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_round_trip_gives_the_same_weights(name):
+def test_import_then_export_returns_the_same_weights(name):
     cfg, custom, state = case(name)
     model = models.build_model(interop.config_from_open_clip(cfg))
     back = interop.save_open_clip(interop.load_open_clip(state, model), model, custom_text=custom)
@@ -59,7 +59,7 @@ def test_round_trip_gives_the_same_weights(name):
     split = ("visual.class_embedding", "visual.positional_embedding")
     for key in state.keys() - set(split):
         np.testing.assert_array_equal(back[key], state[key], err_msg=key)
-    # The class token's position moved into the token: only the sum is kept.
+    # The class token's position is added to the token on import, so only their sum is equal.
     total = [s[split[0]] + s[split[1]][0] for s in (state, back)]
     np.testing.assert_array_equal(*total)
     np.testing.assert_array_equal(back[split[1]][1:], state[split[1]][1:])
@@ -78,20 +78,20 @@ def test_exported_folder_loads_as_the_same_model(tmp_path):
         np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("part", ["image", "text"])
-def test_one_tower_is_taken_out_of_a_whole_model(part, tmp_path):
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_one_tower_loads_from_the_file_of_a_full_model(modality, tmp_path):
     cfg, _, state = case("clip")
     full = interop.config_from_open_clip(cfg)
     np.savez(tmp_path / "model.npz", **state)
     init = dict(format="open_clip", path=str(tmp_path / "model.npz"))
-    tower = interop.load_tower(init, full[part], image_size=8)
-    whole = interop.load_open_clip(state, models.build_model(full))[part]
-    assert param_tree.param_paths(tower) == param_tree.param_paths(whole)
-    for path, x in interop.rules.flatten(whole).items():
-        np.testing.assert_array_equal(interop.rules.flatten(tower)[path], x)
+    tower = interop.load_tower(init, full[modality], image_size=8)
+    expected = interop.load_open_clip(state, models.build_model(full))[modality]
+    assert param_tree.param_paths(tower) == param_tree.param_paths(expected)
+    for path, x in param_tree.flatten(expected).items():
+        np.testing.assert_array_equal(param_tree.flatten(tower)[path], x)
 
 
-def test_all_bad_keys_are_reported_together():
+def test_error_lists_all_bad_keys():
     cfg, _, state = case("clip")
     model = models.build_model(interop.config_from_open_clip(cfg))
     del state["ln_final.weight"]
@@ -104,25 +104,25 @@ def test_all_bad_keys_are_reported_together():
         assert word in str(error.value)
 
 
-def test_quick_gelu_weights_under_gelu_differ():
-    """Why the activation travels with the weights: the wrong one is plausible and wrong."""
+def test_quick_gelu_weights_have_other_outputs_with_gelu():
+    """Therefore the converted config includes the activation."""
     cfg, _, state = case("quick_gelu")
-    right = models.build_model(interop.config_from_open_clip(cfg))
-    wrong = models.build_model(interop.config_from_open_clip({**cfg, "quick_gelu": False}))
-    params = interop.load_open_clip(state, right)
-    difference = np.abs(np.subtract(towers(right, params)[0], towers(wrong, params)[0])).max()
+    quick_gelu = models.build_model(interop.config_from_open_clip(cfg))
+    gelu = models.build_model(interop.config_from_open_clip({**cfg, "quick_gelu": False}))
+    params = interop.load_open_clip(state, quick_gelu)
+    difference = np.abs(np.subtract(towers(quick_gelu, params)[0], towers(gelu, params)[0])).max()
     assert difference > 1e-3
 
 
-def test_a_feature_without_counterpart_is_refused():
+def test_unsupported_feature_is_an_error():
     cfg, _, _ = case("clip")
     cfg["vision_cfg"] = {**cfg["vision_cfg"], "ls_init_value": 1e-5, "qk_norm": False}
     with pytest.raises(ValueError, match="ls_init_value=1e-05") as error:
         interop.config_from_open_clip(cfg)
-    assert "qk_norm" not in str(error.value)  # switched off: nothing to refuse
+    assert "qk_norm" not in str(error.value)  # it is switched off
 
 
-def test_positions_are_resized_to_another_image_size(tmp_path):
+def test_position_embeddings_are_resized_to_another_image_size(tmp_path):
     cfg, _, state = case("clip")
     cfg["vision_cfg"] = {**cfg["vision_cfg"], "image_size": 16}
     model = models.build_model(interop.config_from_open_clip(cfg))

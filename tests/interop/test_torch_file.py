@@ -1,6 +1,6 @@
-"""The reader of PyTorch files: what it reads, and above all what it refuses.
+"""Reading PyTorch files safely.
 
-The files are written here in PyTorch's two formats, without PyTorch.
+The tests write the files in PyTorch's two formats, without PyTorch.
 """
 
 import collections
@@ -18,7 +18,7 @@ TYPES = {"<f4": "FloatStorage", "<f8": "DoubleStorage", "<i8": "LongStorage", "<
 
 
 class _Writer(pickle._Pickler):
-    """Writes arrays as torch does: _rebuild_tensor_v2 over a storage with a persistent id."""
+    """A pickler that writes arrays as PyTorch does: _rebuild_tensor_v2 of a storage."""
 
     def __init__(self, stream, storages):
         super().__init__(stream, protocol=2)
@@ -116,7 +116,7 @@ def test_tensors_are_read_as_written(write, tmp_path):
         np.testing.assert_array_equal(read[name], x)
 
 
-def test_views_honour_strides_and_offset(write, tmp_path):
+def test_views_have_their_strides_and_offset(write, tmp_path):
     storage = np.arange(12, dtype="<f4")
     tensors = {
         "transposed": _Tensor(storage, (4, 3), (1, 4)),
@@ -128,7 +128,7 @@ def test_views_honour_strides_and_offset(write, tmp_path):
     np.testing.assert_array_equal(read["tail"], storage[6:].reshape(2, 3))
 
 
-def test_state_dict_is_taken_out_of_a_checkpoint(write, tmp_path):
+def test_state_dict_is_read_from_a_checkpoint(write, tmp_path):
     write(tmp_path / "m.pt", {"epoch": 3, "state_dict": {"w": as_tensor(np.ones(2, "<f4"))}})
     assert list(load_state_dict(tmp_path / "m.pt")) == ["w"]
 
@@ -146,7 +146,7 @@ class Attack:
     [(os.system, "touch {}"), (eval, "open('{}', 'w')"), (getattr, "text", "join")],
     ids=["system", "eval", "getattr"],
 )
-def test_a_malicious_pickle_is_refused_and_runs_nothing(call, write, tmp_path):
+def test_malicious_pickle_is_refused_and_runs_no_code(call, write, tmp_path):
     marker = tmp_path / "marker"
     write(tmp_path / "m.pth", {"w": Attack(call[0], *(x.format(marker) for x in call[1:]))})
     with pytest.raises(pickle.UnpicklingError, match="refused"):
@@ -154,13 +154,13 @@ def test_a_malicious_pickle_is_refused_and_runs_nothing(call, write, tmp_path):
     assert not marker.exists()
 
 
-def test_a_view_beyond_its_storage_is_refused(write, tmp_path):
+def test_view_beyond_its_storage_is_refused(write, tmp_path):
     write(tmp_path / "m.pth", {"w": _Tensor(np.zeros(4, "<f4"), (1000,), (1,))})
     with pytest.raises(ValueError, match="beyond its storage"):
         load_state_dict(tmp_path / "m.pth")
 
 
-def test_other_files_are_named_as_such(tmp_path):
+def test_error_says_that_a_file_is_not_a_pytorch_file(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
         archive.writestr("readme", "x")
     with pytest.raises(ValueError, match=r"one data\.pkl"):

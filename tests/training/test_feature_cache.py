@@ -272,7 +272,7 @@ def test_info_says_what_was_cached(tmp_path):
     told = info.summarize_run(tmp_path / "run")
     (folder,) = (tmp_path / "cache").iterdir()
     assert "image: 3146 of 3146 rows (1 × 3146 records), 32 float32" in told
-    assert folder.name in told and "an epoch read from it spares" in told
+    assert folder.name in told and "an epoch read from it saves" in told
     folder.rename(tmp_path / "elsewhere")
     assert "which is gone" in info.summarize_run(tmp_path / "run")
 
