@@ -40,7 +40,8 @@ class CaptionSampler:
             )
         if unused := sorted(set(self.prefixes) - set(self.weights)):
             raise ValueError(
-                f"prefixes for {unused}, which have no weight in {self.weights}; set one, or remove them"
+                f"prefixes for {unused}, which have no weight in {self.weights}; set one, or "
+                "remove them"
             )
         for name, templates in self.templates.items():
             if name not in self.weights:

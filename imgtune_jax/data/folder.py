@@ -178,7 +178,7 @@ def _read_table(path: Path) -> list[_TableRow]:
         return [_parse_json_row(line, f"{path.name} line {n + 1}") for n, line in enumerate(lines)]
     if path.suffix not in (".csv", ".tsv"):
         raise ValueError(f"table = {str(path)!r}; expected a .jsonl, .csv or .tsv file")
-    # An invalid byte makes only its own row bad: it becomes a surrogate, which _parse_csv_row finds.
+    # An invalid byte makes only its row bad: it becomes a surrogate, which _parse_csv_row finds.
     text = data.decode("utf-8-sig", errors="surrogateescape")
     header = text.partition("\n")[0]
     has_tabs = path.suffix == ".tsv" or "\t" in header  # open_clip's .csv files have tabs

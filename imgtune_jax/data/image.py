@@ -28,7 +28,7 @@ ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 
 @dataclass(frozen=True, eq=False)
 class LazyJpeg:
-    """An upright RGB or gray JPEG that is not decoded yet, to be decoded at full or reduced size."""
+    """An undecoded, upright RGB or gray JPEG, which can be decoded at full or reduced size."""
 
     data: bytes
     opened: Image.Image  # its header is read

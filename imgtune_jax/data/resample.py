@@ -61,7 +61,7 @@ def require_rng(rng: np.random.Generator | None, transform: object) -> np.random
 
 
 def resize(image: ImageArray, height: int, width: int, interpolation: str) -> ImageArray:
-    """Resize to height x width with Pillow, the library of the reference preprocessing of CLIP."""
+    """Resize to height x width with Pillow; bit-identical to torchvision's resize of PIL images."""
     if image.shape[:2] == (height, width):
         return image
     return np.asarray(Image.fromarray(image).resize((width, height), INTERPOLATIONS[interpolation]))

@@ -22,7 +22,9 @@ from imgtune_jax.data.record_fields import (
 
 @dataclass(frozen=True)
 class TFDS:
-    """A prepared TFDS data set, `dataset`, optionally with its version ("coco_captions/2014:1.1.0").
+    """A prepared TFDS data set.
+
+    `dataset` is its name, optionally with a version ("coco_captions/2014:1.1.0").
 
     `image`, `label` and `group` are paths of features, such as ("captions", "text"); `captions`
     maps a caption set to such a path. A feature with several texts has several alternatives. The
@@ -79,7 +81,7 @@ class TFDS:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of the data set's name, version, split and number of records, and of the options."""
+        """Digest of the name, version, split, number of records and options."""
         info = self._builder.info
         options = sorted((k, tuple(v)) for k, v in (self.captions or {}).items())
         digest = Fingerprint(info.full_name, self.split, len(self), tuple(self.image), options)

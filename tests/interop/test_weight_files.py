@@ -61,7 +61,7 @@ def test_missing_package_says_what_to_install():
 
 
 def test_ambiguous_pattern_lists_the_files():
-    with pytest.raises(ValueError, match=r"\d+ files fit '\*\.py'.*want exactly one"):
+    with pytest.raises(ValueError, match=r"\d+ files match '\*\.py'.*expected exactly one"):
         package_file("safetensors", "*.py")
 
 
