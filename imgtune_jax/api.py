@@ -18,7 +18,6 @@ from imgtune_jax.evals.predictor import ModelPredictor
 from imgtune_jax.training import checkpoint, experiment, run
 
 Image = Any  # a path, a PIL image, or an array u8[h w] / u8[h w 3] / u8[h w 4]
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 class Hit(NamedTuple):
@@ -257,7 +256,7 @@ def _read_error(record: data.Record) -> str:
 
 
 def _is_image_path(text: str) -> bool:
-    return text.lower().endswith(IMAGE_SUFFIXES) and Path(text).is_file()
+    return text.lower().endswith(data.IMAGE_SUFFIXES) and Path(text).is_file()
 
 
 def _is_embeddings(gallery: Any) -> bool:

@@ -44,9 +44,9 @@ def _caches(workdir: Path) -> Iterable[str]:
             continue
         store = data.FeatureStore.load(Path(folder))
         what = "×".join(map(str, store.shape))
-        spared = store.seconds / max(store.computed, 1) * store.num_records
+        spared = store.compute_seconds / max(store.num_rows, 1) * store.num_records
         yield (
-            f"cache        {tower}: {store.computed} of {store.views * store.num_records} rows "
+            f"cache        {tower}: {store.num_rows} of {store.views * store.num_records} rows "
             f"({store.views} × {store.num_records} records), {what} {store.dtype}, "
             f"{store.bytes / 1e6:.1f} MB; an epoch read from it spares {spared:.1f} s"
         )

@@ -132,7 +132,7 @@ def _cache(given: Any) -> None:
     pipeline = run.training_pipeline(exp, data.build_source(exp.config.data.source))
     locked = param_tree.split(exp.init_params(), exp.is_frozen)[1]
     for tower, store in feature_cache.fill_cache(exp, locked, pipeline).items():
-        print(f"{tower}: {store.computed} rows, {store.bytes / 1e6:.1f} MB in {store.folder}")
+        print(f"{tower}: {store.num_rows} rows, {store.bytes / 1e6:.1f} MB in {store.folder}")
 
 
 def _bench(given: Any) -> None:

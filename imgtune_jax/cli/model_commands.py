@@ -101,7 +101,7 @@ def describe(options: argparse.Namespace) -> None:
 
 
 def _image_paths(given: Sequence[str]) -> list[Path]:
-    from imgtune_jax.api import IMAGE_SUFFIXES
+    from imgtune_jax.data import IMAGE_SUFFIXES
 
     paths: list[Path] = []
     for path in map(Path, given):

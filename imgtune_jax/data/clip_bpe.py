@@ -57,7 +57,7 @@ def build_clip_tokenizer(vocabulary: Path) -> Tokenizer:
 
 
 def _byte_letters() -> list[str]:
-    """Return the letter that encodes each byte, in the vocabulary's order: printable bytes first."""
+    """Return the letter that encodes each byte, in vocabulary order: printable bytes first."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [b for b in range(256) if b not in printable]
     return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]

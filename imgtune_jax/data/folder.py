@@ -46,12 +46,11 @@ class Folder:
     def __post_init__(self) -> None:
         if not Path(self.path).is_dir():
             raise ValueError(
-                f"path = {self.path!r}: no folder at this path; set it to the folder of the images"
+                f"no folder at path = {self.path!r}; set path to the folder that contains the images"
             )
         if self.table is not None and not Path(self.table).is_file():
             raise ValueError(
-                f"table = {self.table!r}: no table at this path; set it to a .jsonl, .csv or .tsv "
-                "file"
+                f"no table at table = {self.table!r}; set it to a .jsonl, .csv or .tsv file"
             )
         if not len(self):
             raise ValueError(f"no images in {self.path} (table={self.table})")

@@ -51,11 +51,11 @@ def test_no_caption_is_a_broken_record():
 
 def test_wrong_settings_are_named():
     for weights in ({}, {"name": 0.0}, {"name": -1.0, "b": 3.0}):
-        with pytest.raises(ValueError, match="wanted a weight above 0"):
+        with pytest.raises(ValueError, match="expected a weight above 0"):
             CaptionSampler(weights)
-    with pytest.raises(ValueError, match="wanted one"):
+    with pytest.raises(ValueError, match="expected one"):
         CaptionSampler({"name": 1}, templates={"name": ("a photo",)})
     with pytest.raises(ValueError, match="no weight"):
         CaptionSampler({"name": 1}, templates={"nmae": ("{}",)})
-    with pytest.raises(ValueError, match=r"\['nmae'\] are not given"):
+    with pytest.raises(ValueError, match=r"no caption sets \['nmae'\]"):
         CaptionSampler({"nmae": 1}).check(("name",))

@@ -14,7 +14,9 @@ SHAPE = (3, 8)
 
 
 def opened(folder, dtype="float32", **changes):
-    fields = dict(views=2, n=10, shape=SHAPE, dtype=dtype, parts={"weights": "a", "seed": 0})
+    fields = dict(
+        views=2, num_records=10, shape=SHAPE, dtype=dtype, key={"weights": "a", "seed": 0}
+    )
     return FeatureStore.open(folder, **(fields | changes))
 
 
@@ -71,7 +73,7 @@ def test_a_view_is_complete_when_all_its_rows_are_there(tmp_path):
         store.write(np.zeros(len(part), int), part, rows(len(part)), np.ones(len(part), bool))
         store.flush()
     assert store.complete_views().tolist() == [True, False]
-    assert store.first_missing == 10 and store.computed == 10, "no row is written twice"
+    assert store.first_missing == 10 and store.num_rows == 10, "no row is written twice"
     with pytest.raises(KeyError, match="2 rows are not in"):
         store.read(np.array([0, 1, 1]), np.array([0, 0, 1]))
 
@@ -102,11 +104,11 @@ def test_two_processes_may_fill_one_folder(tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (dict(parts={"weights": "b", "seed": 0}), "weights"),
-        (dict(parts={"weights": "a", "seed": 1}), "seed"),
-        (dict(parts={"weights": "a", "seed": 0, "more": 1}), "more"),
+        (dict(key={"weights": "b", "seed": 0}), "weights"),
+        (dict(key={"weights": "a", "seed": 1}), "seed"),
+        (dict(key={"weights": "a", "seed": 0, "more": 1}), "more"),
         (dict(views=3), "views"),
-        (dict(n=11), "n"),
+        (dict(num_records=11), "n"),
         (dict(shape=(8,)), "shape"),
         (dict(dtype="int8"), "dtype"),
     ],
@@ -119,5 +121,5 @@ def test_a_foreign_folder_is_refused_by_name(tmp_path, change, named):
 
 
 def test_an_unknown_type_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="'float8'; wanted one of float32, bfloat16, int8"):
+    with pytest.raises(ValueError, match="'float8'; expected one of float32, bfloat16, int8"):
         opened(tmp_path, "float8")

@@ -44,7 +44,9 @@ def test_jsonl_with_lists_labels_and_groups(tmp_path):
     assert records[1].captions["names"] == ()
     assert [r.label for r in records] == [1, 0]
     assert records[0].group == records[1].group is not None
-    assert records.describe(0).image is None and records.describe(0).captions["en"] == ("ex",)
+    assert records.read_metadata(0).image is None and records.read_metadata(0).captions["en"] == (
+        "ex",
+    )
 
 
 def test_class_per_sub_folder(tmp_path):
@@ -78,9 +80,9 @@ def test_broken_lines_break_their_own_record_only(tmp_path):
 
 
 def test_missing_folder_table_and_images_are_named(tmp_path):
-    with pytest.raises(ValueError, match="no folder at"):
+    with pytest.raises(ValueError, match="no folder at path"):
         source(tmp_path / "nothing")
-    with pytest.raises(ValueError, match=r"no table at .*t\.csv"):
+    with pytest.raises(ValueError, match=r"no table at table = .*t\.csv"):
         source(tmp_path, table=str(tmp_path / "t.csv"))
     with pytest.raises(ValueError, match="no images in"):
         source(tmp_path)

@@ -47,7 +47,7 @@ def test_an_epoch_is_the_shortest_that_shows_every_record(configs, weights):
 def test_without_weights_sources_are_joined(configs):
     mixture = mix(configs)
     assert len(mixture) == 47
-    assert mixture[10].key == "b.tar:b000.png" and mixture.describe(46).key == "c.tar:c006.png"
+    assert mixture[10].key == "b.tar:b000.png" and mixture.read_metadata(46).key == "c.tar:c006.png"
     with pytest.raises(IndexError):
         mixture[47]
 
@@ -64,9 +64,9 @@ def test_fingerprint_follows_proportions(configs):
 
 
 def test_wrong_weights_are_refused(configs):
-    with pytest.raises(ValueError, match="wanted as many, above 0"):
+    with pytest.raises(ValueError, match="expected 3 weights above 0"):
         mix(configs, (1, 1))
-    with pytest.raises(ValueError, match="wanted as many, above 0"):
+    with pytest.raises(ValueError, match="expected 3 weights above 0"):
         mix(configs, (1, 0, 1))
-    with pytest.raises(ValueError, match="no sources"):
+    with pytest.raises(ValueError, match="has no sources"):
         Mixture(())

@@ -17,7 +17,7 @@ def make(source, tokenizer, augment):
     def build(**changes):
         fields = dict(
             source=source, transform=augment, tokenizer=tokenizer, batch_size=B, seed=3,
-            captions={"name": 0.6, "keywords": 0.4}, shuffle=True, num_threads=2, prefetch=2,
+            caption_weights={"name": 0.6, "keywords": 0.4}, shuffle=True, num_threads=2, prefetch=2,
         )  # fmt: skip
         return Pipeline(**(fields | changes))
 
@@ -152,12 +152,12 @@ def test_one_pass_over_hosts_is_one_pass(make):
 
 
 def test_one_pass_reads_the_first_caption_of_the_heaviest_set(make, tokenizer):
-    batch = next(iter(make(captions={"name": 0.2, "keywords": 0.8}).one_pass()))
+    batch = next(iter(make(caption_weights={"name": 0.2, "keywords": 0.8}).one_pass()))
     np.testing.assert_array_equal(batch["text"], tokenizer([f"key {i}" for i in range(B)])[0])
 
 
 def test_images_alone_need_no_tokenizer(make):
-    (batch,) = take(make(tokenizer=None, captions={}), 0, 1)
+    (batch,) = take(make(tokenizer=None, caption_weights={}), 0, 1)
     assert set(batch) == {"image", "example_mask", "index"}
 
 
@@ -165,7 +165,7 @@ def filled(folder, values, good=None):
     """A store of values [views n …] in float32."""
     views, n = values.shape[:2]
     store = FeatureStore.open(
-        folder, views=views, n=n, shape=values.shape[2:], dtype="float32", key={}
+        folder, views=views, num_records=n, shape=values.shape[2:], dtype="float32", key={}
     )
     for view in range(views):
         ids = np.arange(n)
@@ -176,7 +176,7 @@ def filled(folder, values, good=None):
 
 def test_a_view_is_the_epoch_of_a_run(make, tmp_path):
     """What fills a store is what the same epoch of a run without one sees, view after view."""
-    store = FeatureStore.open(tmp_path, views=2, n=37, shape=(1,), dtype="int8", key={})
+    store = FeatureStore.open(tmp_path, views=2, num_records=37, shape=(1,), dtype="int8", key={})
     plain, filling = make(batch_size=37), make(batch_size=37, stores={"image": store})
     for t, batch in enumerate(take(filling, 0, 4)):
         (other,) = take(plain, t % 2, 1)
@@ -192,7 +192,7 @@ def test_stored_features_replace_decoding(make, monkeypatch, tmp_path):
     def fail(*args, **kwargs):
         raise AssertionError("an image was decoded")
 
-    monkeypatch.setattr("imgtune_jax.data.image.peek", fail)
+    monkeypatch.setattr("imgtune_jax.data.image.open_image", fail)
     stores = {"image": filled(tmp_path, features)}
     batches = take(make(stores=stores), 0, 15)
     for t, (batch, other) in enumerate(zip(batches, plain, strict=True)):
@@ -209,7 +209,9 @@ def test_stored_features_replace_decoding(make, monkeypatch, tmp_path):
 
 def test_a_view_that_lacks_a_row_is_decoded_whole(make, tmp_path):
     """All rows of a batch are read, or none: all hosts must run the same program."""
-    store = FeatureStore.open(tmp_path, views=2, n=37, shape=(1,), dtype="float32", key={})
+    store = FeatureStore.open(
+        tmp_path, views=2, num_records=37, shape=(1,), dtype="float32", key={}
+    )
     ids = np.arange(37)
     for view, rows in ((0, ids), (1, ids[1:])):
         ones = np.ones(len(rows))
@@ -272,32 +274,34 @@ def test_texts_are_padded_to_the_least_bucket_that_holds_them(make):
 
 @pytest.mark.parametrize("buckets", [(9, 7), (7, 7), (0, 7), (7, 12)])
 def test_buckets_that_are_no_rising_lengths_are_refused(make, buckets):
-    with pytest.raises(ValueError, match=r"length_buckets = .* below the tokenizer's, 12"):
+    with pytest.raises(ValueError, match=r"length_buckets = .* below the tokenizer's length, 12"):
         make(length_buckets=buckets)
 
 
 def test_buckets_are_refused_where_lengths_must_agree(make, tmp_path):
     with pytest.raises(ValueError, match="would not agree on a length"):
         make(length_buckets=(7,), host_count=2)
-    store = FeatureStore.open(tmp_path, views=1, n=37, shape=(12, 4), dtype="float32", key={})
+    store = FeatureStore.open(
+        tmp_path, views=1, num_records=37, shape=(12, 4), dtype="float32", key={}
+    )
     with pytest.raises(ValueError, match=r"cache\.text_views=0"):
         make(length_buckets=(7,), stores={"text": store})
 
 
 def test_fields_that_do_not_fit_are_refused(make, source):
-    with pytest.raises(ValueError, match="batch 9 does not divide over 2 hosts; 8 would"):
+    with pytest.raises(ValueError, match="batch_size = 9 is not divisible by 2 hosts; 8 would be"):
         make(batch_size=9, host_count=2)
-    with pytest.raises(ValueError, match="host_index = 2 of host_count = 2"):
+    with pytest.raises(ValueError, match="host_index = 2 with host_count = 2"):
         make(host_index=2, host_count=2)
     other = FeatureStore(Path("x"), views=1, num_records=36, shape=(2,), dtype="float32")
-    with pytest.raises(ValueError, match=r"image features of 36 records.* the source has 37"):
+    with pytest.raises(ValueError, match=r"image features of 36 records, but the source has 37"):
         make(stores={"image": other})
-    with pytest.raises(ValueError, match=r"\['nmae'\] are not given by the source"):
-        make(captions={"nmae": 1.0})
-    with pytest.raises(ValueError, match="wanted a weight above 0"):
-        make(captions={})
+    with pytest.raises(ValueError, match=r"no caption sets \['nmae'\]; it has"):
+        make(caption_weights={"nmae": 1.0})
+    with pytest.raises(ValueError, match="expected a weight above 0"):
+        make(caption_weights={})
     shortest = build_transform([{"name": "resize", "size": 8, "mode": "shortest"}])
-    with pytest.raises(ValueError, match="pictures of different sizes"):
+    with pytest.raises(ValueError, match="images of different sizes"):
         take(make(transform=shortest), 0, 1)
 
 
@@ -344,8 +348,8 @@ def test_order_is_pinned(make):
 
 def test_a_caption_set_has_its_prefix_which_carries_no_loss(make, tokenizer):
     prefix = "key"
-    (batch,) = take(make(captions={"name": 1.0}, prefixes={"name": prefix}), 0, 1)
-    prompt = tokenizer.prompt(prefix)
+    (batch,) = take(make(caption_weights={"name": 1.0}, prefixes={"name": prefix}), 0, 1)
+    prompt = tokenizer.prompt_ids(prefix)
     assert (batch["text"][:, : len(prompt)] == prompt).all()
     assert not batch["target_mask"][:, : len(prompt)].any()
     rest = batch["text_mask"][:, len(prompt) :]

@@ -111,7 +111,7 @@ def test_a_saved_tokenizer_is_not_loaded_under_other_settings(trained):
 def test_a_learnt_tokenizer_leaves_the_length_to_each_config(tmp_path):
     train_tokenizer(TEXTS, tmp_path, vocab_size=300)
     assert [load_tokenizer(tmp_path, length=n).length for n in (8, 12)] == [8, 12]
-    with pytest.raises(ValueError, match="length of texts is not set"):
+    with pytest.raises(ValueError, match=r"length of the tokenizer .* is not set"):
         load_tokenizer(tmp_path)
 
 
@@ -119,7 +119,7 @@ def test_absent_tokenizer_says_what_is_wanted(tmp_path):
     with pytest.raises(ValueError, match=r"no tokenizer at .*tokenizer\.json"):
         load_tokenizer(tmp_path / "nothing", length=8)
     (tmp_path / "readme.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"wanted tokenizer\.json.*readme\.txt"):
+    with pytest.raises(ValueError, match=r"contains readme\.txt; expected tokenizer\.json"):
         load_tokenizer(tmp_path, length=8)
     with pytest.raises(ValueError, match="has no path"):
         build_tokenizer({"path": "", "length": 8})
@@ -138,14 +138,14 @@ def test_tokenizer_in_a_package_pads_with_its_own_token():
 
 
 def test_one_string_is_refused(trained):
-    with pytest.raises(ValueError, match="wanted a list"):
+    with pytest.raises(ValueError, match="expected a list"):
         trained[0]("a red fox")
 
 
 def test_length_must_leave_room(trained):
     tokenizer, folder = trained
     (folder / SETTINGS_FILE).unlink()
-    with pytest.raises(ValueError, match="no room"):
+    with pytest.raises(ValueError, match="more than the 2 begin and end tokens"):
         load_tokenizer(folder, length=2, pad_id=0)
     tokenizer.save(folder)
 
@@ -163,19 +163,21 @@ def test_transformers_folder_is_read(tmp_path):
 def test_a_prompt_is_kept_whole_and_carries_no_target(trained):
     """Begin, prompt, text, end; targets are text and end, which truncation keeps."""
     tokenizer, _ = trained
-    ids, mask, targets = tokenizer.prompted(["the", "", "the"], ["fox", "fox", "fox " * 50])
-    prompt, (end,) = tokenizer.prompt("the"), tokenizer.end
+    ids, mask, targets = tokenizer.encode_with_prefix(
+        ["the", "", "the"], ["fox", "fox", "fox " * 50]
+    )
+    prompt, (end,) = tokenizer.prompt_ids("the"), tokenizer.eos_ids
     plain, plain_mask = tokenizer(["fox"])
     np.testing.assert_array_equal(ids[1], plain[0])
     np.testing.assert_array_equal(ids[1][targets[1]], plain[0][plain_mask[0]][1:])
-    assert tokenizer.begin == (1,) and prompt[0] == 1 and len(prompt) > 1
+    assert tokenizer.bos_ids == (1,) and prompt[0] == 1 and len(prompt) > 1
     for row in (0, 2):
         assert ids[row, : len(prompt)].tolist() == prompt
         assert not targets[row, : len(prompt)].any()
         assert ids[row][mask[row]][-1] == end and (targets[row] | ~mask[row])[len(prompt) :].all()
     assert ids[0][targets[0]].tolist() == ids[1][targets[1]].tolist() and mask[2].all()
     with pytest.raises(ValueError, match="fills all 16 tokens"):
-        tokenizer.prompt("fox " * 50)
+        tokenizer.prompt_ids("fox " * 50)
 
 
 def decodes(tokenizer):

@@ -125,12 +125,12 @@ def test_random_resized_crop_keeps_to_scale_and_ratio():
     crop = transforms.RandomResizedCrop(8, scale=(0.25, 0.5), ratio=(0.8, 1.25))
     generator = rng(0)
     for _ in range(200):
-        top, left, h, w = crop._window(120, 100, generator)
+        top, left, h, w = crop._sample_window(120, 100, generator)
         assert top >= 0 and top + h <= 120 and left >= 0 and left + w <= 100
         assert 0.24 <= h * w / 12_000 <= 0.52  # whole pixels
         assert 0.78 <= w / h <= 1.28
     # Of a picture that no allowed window fits, the largest middle one with an allowed aspect.
-    assert crop._window(10, 1000, rng(0))[2:] == (10, 12)
+    assert crop._sample_window(10, 1000, rng(0))[2:] == (10, 12)
 
 
 def test_flip_probability():
@@ -170,5 +170,5 @@ def test_wrong_configs_are_named():
         build_transform([{"name": "resize", "size": 3, "mode": "fit"}])
     with pytest.raises(ValueError, match="size"):
         build_transform([{"name": "center_crop"}])
-    with pytest.raises(ValueError, match=r"wanted uint8 \[h w 3\]"):
+    with pytest.raises(ValueError, match=r"expected uint8 \[h w 3\]"):
         build_transform([])(WIDE / 255)

@@ -70,9 +70,9 @@ def test_captions_label_group_and_filter_come_from_the_json(tar):
 
 def test_describe_is_the_record_without_its_image(tar):
     records = source(tar, captions={"name": ("name", "en")})
-    told, whole = records.describe(2), records[2]
+    told, whole = records.read_metadata(2), records[2]
     assert told.image is None and whole.image is not None
-    assert (told.key, told.captions, told.meta) == (whole.key, whole.captions, whole.metadata)
+    assert (told.key, told.captions, told.metadata) == (whole.key, whole.captions, whole.metadata)
 
 
 def test_default_captions_are_txt_or_json(tmp_path):
@@ -98,7 +98,7 @@ def test_each_listed_image_of_a_key_is_a_record():
 def test_emoji_groups_do_not_collide():
     path = str(CORPUS / "{seen,heldout}.tar")
     records = source(path, image=("google.webp",), group=("concept",))
-    assert len({records.describe(i).group for i in range(len(records))}) == 1852
+    assert len({records.read_metadata(i).group for i in range(len(records))}) == 1852
 
 
 def test_patterns_lists_and_braces_read_the_same_shards(tmp_path):
@@ -117,7 +117,7 @@ def test_missing_shards_are_named(tmp_path):
         source(f"{tmp_path}/nothing*.tar")
     with pytest.raises(ValueError, match="has no path"):
         source(())
-    with pytest.raises(ValueError, match="only local"):
+    with pytest.raises(ValueError, match="expected a local path"):
         source("gs://bucket/a.tar")
     with pytest.raises(ValueError, match="no records"):
         source(str(tmp_path / "s-000.tar"), where={"kind": ("x",)})
@@ -162,7 +162,7 @@ def test_cut_off_tar_gives_what_is_whole(tmp_path, caplog):
     path.write_bytes(data[: last.offset_data + 20])
     records = source(str(path))
     assert decode_image(records[1].image)[0, 0, 0] == 1
-    assert "cut off after" in caplog.text
+    assert "is truncated after" in caplog.text
     if len(records) == 3:
         assert len(records[2].image) == 20  # the decoder will call it truncated
 
@@ -207,7 +207,7 @@ def test_fingerprint_follows_content_and_options_not_place(tar, tmp_path):
 
 
 def test_large_tars_are_indexed_once(tar, monkeypatch, tmp_path):
-    monkeypatch.setattr(tar_index, "KEEP_FROM_BYTES", 0)
+    monkeypatch.setattr(tar_index, "CACHE_MIN_BYTES", 0)
     first = source(tar, captions={"name": ("name", "en")})
     kept = Path(tar + ".index.npz")
     assert kept.is_file()
@@ -222,7 +222,7 @@ def test_large_tars_are_indexed_once(tar, monkeypatch, tmp_path):
 
 
 def test_index_goes_to_the_users_cache_where_the_folder_is_read_only(tar, monkeypatch, tmp_path):
-    monkeypatch.setattr(tar_index, "KEEP_FROM_BYTES", 0)
+    monkeypatch.setattr(tar_index, "CACHE_MIN_BYTES", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     Path(tar + ".index.npz").mkdir()  # nothing can be written there, not even by root
     source(tar)
@@ -232,7 +232,7 @@ def test_index_goes_to_the_users_cache_where_the_folder_is_read_only(tar, monkey
 
 
 def test_kept_index_runs_no_code(tar, monkeypatch):
-    monkeypatch.setattr(tar_index, "KEEP_FROM_BYTES", 0)
+    monkeypatch.setattr(tar_index, "CACHE_MIN_BYTES", 0)
     stamp = np.array([Path(tar).stat().st_size, Path(tar).stat().st_mtime_ns])
 
     class Evil:

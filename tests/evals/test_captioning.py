@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from imgtune_jax.data.subset import Subset, evenly_spaced
+from imgtune_jax.data import Subset, evenly_spaced
 from imgtune_jax.evals.captioning import Captioning
 from imgtune_jax.evals.results import evaluator_result
 
@@ -68,7 +68,7 @@ def test_a_subsets_fingerprint_tells_what_is_chosen(fakes):
     source = toy(fakes)
     prints = {Subset(source, indices).fingerprint for indices in ((0, 1), (1, 0), (0, 1, 2))}
     assert len(prints) == 3
-    assert Subset(source, (3,))[0].image == "Katze" == Subset(source, (3,)).describe(0).image
+    assert Subset(source, (3,))[0].image == "Katze" == Subset(source, (3,)).read_metadata(0).image
 
 
 def test_results_have_clip_benchmarks_schema(fakes):

@@ -68,7 +68,7 @@ def make(broken, tokenizer, augment):
     def build(**changes):
         fields = dict(
             source=broken, transform=augment, tokenizer=tokenizer, batch_size=12,
-            captions={"name": 1.0, "keywords": 1.0}, num_threads=2, max_bad_fraction=0.5,
+            caption_weights={"name": 1.0, "keywords": 1.0}, num_threads=2, max_bad_fraction=0.5,
         )  # fmt: skip
         return Pipeline(**(fields | changes))
 
@@ -113,7 +113,7 @@ def test_over_the_cap_is_a_clear_error(make):
     with pytest.raises(TooManyBadRecordsError) as caught:
         next(batches)
     message = str(caught.value)
-    assert message.startswith("9 of 24 records are broken (37.5%, allowed 30.0%)")
+    assert message.startswith("9 of 24 records are bad (37.5%, allowed 30.0%)")
     for kind in KINDS:
         assert f"1 {kind} (such as b.tar:{kind}." in message
     assert "max_bad_fraction" in message
@@ -121,7 +121,7 @@ def test_over_the_cap_is_a_clear_error(make):
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_images_alone_ask_for_no_caption(make):
-    pipeline = make(tokenizer=None, captions={})
+    pipeline = make(tokenizer=None, caption_weights={})
     list(pipeline.one_pass())
     captions = {"missing_caption", "bad_utf8", "bad_metadata"}
     assert set(pipeline.bad_records()) == {"seen"} | (KINDS - captions)
@@ -139,8 +139,8 @@ def test_counter_names_a_few_and_waits_for_enough_records(caplog):
     counter = BadRecordCounter(max_bad_fraction=0.1, max_bad_fraction_after=100)
     faults = [Fault(f"k{i}", FaultCause.NOT_AN_IMAGE, "x") for i in range(9)]
     counter.add(9, faults)  # all broken, but only nine seen
-    named = [m for m in caplog.messages if m.startswith("broken record")]
-    assert len(named) == 5 and "counted, not named" in caplog.messages[-1]
+    named = [m for m in caplog.messages if m.startswith("bad record")]
+    assert len(named) == 5 and "counted, not logged" in caplog.messages[-1]
     counter.add(91, [Fault("k9", FaultCause.BAD_UTF8, "x")])  # 10 of 100: at the cap, not over it
     assert counter.summary() == {"seen": 100, "bad_utf8": 1, "not_an_image": 9}
     with pytest.raises(TooManyBadRecordsError, match="11 of 101"):
