@@ -46,11 +46,11 @@ class Folder:
     def __post_init__(self) -> None:
         if not Path(self.path).is_dir():
             raise ValueError(
-                f"no folder at path = {self.path!r}; set path to the folder that contains the images"
+                f"path = {self.path!r} is not a folder; set it to the folder of the images"
             )
         if self.table is not None and not Path(self.table).is_file():
             raise ValueError(
-                f"no table at table = {self.table!r}; set it to a .jsonl, .csv or .tsv file"
+                f"table = {self.table!r} does not exist; set it to a .jsonl, .csv or .tsv file"
             )
         if not len(self):
             raise ValueError(f"no images in {self.path} (table={self.table})")

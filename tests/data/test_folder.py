@@ -80,9 +80,9 @@ def test_broken_lines_break_their_own_record_only(tmp_path):
 
 
 def test_missing_folder_table_and_images_are_named(tmp_path):
-    with pytest.raises(ValueError, match="no folder at path"):
+    with pytest.raises(ValueError, match="is not a folder; set it"):
         source(tmp_path / "nothing")
-    with pytest.raises(ValueError, match=r"no table at table = .*t\.csv"):
+    with pytest.raises(ValueError, match=r"t\.csv' does not exist; set it"):
         source(tmp_path, table=str(tmp_path / "t.csv"))
     with pytest.raises(ValueError, match="no images in"):
         source(tmp_path)
