@@ -100,7 +100,8 @@ def as_int_if_digits(value: Any) -> Any:
 class RecordFields:
     """Paths of captions (by caption set), label and group in the metadata of a source's records.
 
-    `classes` as in `parse_label`. With `labels_from_digits`, the label "3" is the integer 3.
+    `classes` as in `parse_label`. With `labels_from_digits` and no `classes`, the label "3" is the
+    integer 3.
     """
 
     captions: Mapping[str, FieldPath]
@@ -120,8 +121,8 @@ class RecordFields:
     ) -> Record:
         """Return the record whose captions, label and group are read from `metadata`.
 
-        `captions` replaces the captions of the metadata. A field that cannot be read becomes a
-        fault of the record, in addition to `faults`.
+        `captions` replaces the captions of the metadata. A field in `faults` is not read; a field
+        that cannot be read becomes a further fault of the record.
         """
         readers: dict[str, Callable[[], Any]] = {
             "captions": lambda: self._read_captions(metadata) if captions is None else captions,
@@ -130,6 +131,8 @@ class RecordFields:
         }
         values, all_faults = {}, dict(faults)
         for field, read_field in readers.items():
+            if field in all_faults:
+                continue
             try:
                 values[field] = read_field()
             except BadRecord as bad:
@@ -145,7 +148,7 @@ class RecordFields:
         if self.label is None:
             return None
         value = get_field(metadata, self.label)
-        if self.labels_from_digits:
+        if self.labels_from_digits and self.classes is None:
             value = as_int_if_digits(value)
         return parse_label(value, self.classes)
 

@@ -4,7 +4,7 @@ import pickle
 import pytest
 from PIL import Image
 
-from imgtune_jax.data import FaultCause, build_source, decode_image
+from imgtune_jax.data import BadRecord, CaptionSampler, FaultCause, build_source, decode_image
 
 
 def save(folder, name, value):
@@ -77,6 +77,25 @@ def test_broken_lines_break_their_own_record_only(tmp_path):
     assert causes[0] == {"captions": FaultCause.BAD_UTF8}
     assert causes[1] == {"image": FaultCause.BAD_METADATA}
     assert causes[2] == {"image": FaultCause.MISSING_IMAGE}
+
+
+def test_captions_that_are_not_utf8_are_never_used(tmp_path):
+    """Invalid characters would make a tokenizer fail, and with it the run."""
+    save(tmp_path, "a.png", 1)
+    (tmp_path / "t.csv").write_bytes(b"filepath,title\na.png,\xff\xfe\n")
+    (tmp_path / "t.jsonl").write_bytes(b'{"filepath": "a.png", "title": "\xff"}\n')
+    for table in ("t.csv", "t.jsonl"):
+        (record,) = source(tmp_path, table=str(tmp_path / table))
+        with pytest.raises(BadRecord, match="bad_utf8"):
+            CaptionSampler({"caption": 1.0}).first(record)
+
+
+def test_classes_may_have_names_of_digits(tmp_path):
+    save(tmp_path, "a.png", 1)
+    table = tmp_path / "t.csv"
+    table.write_text("filepath,title,label\na.png,one,3\n")
+    assert source(tmp_path, table=str(table), label="label")[0].label == 3
+    assert source(tmp_path, table=str(table), label="label", classes=("5", "3"))[0].label == 1
 
 
 def test_missing_folder_table_and_images_are_named(tmp_path):
