@@ -10,7 +10,7 @@ from imgtune_jax.data import build_source, build_transform, train_tokenizer
 
 
 def encode(value, kind="PNG", size=(20, 16), mode="RGB"):
-    """A picture whose pixels are all `value`, with noise so that it cannot be cut unseen."""
+    """Encode a noise image with a patch of `value`; the noise makes any truncation detectable."""
     pixels = np.random.default_rng(value).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     pixels[:4, :4] = value
     out = io.BytesIO()
@@ -19,7 +19,7 @@ def encode(value, kind="PNG", size=(20, 16), mode="RGB"):
 
 
 def write_tar(path, files):
-    """A tar of {name: bytes}."""
+    """Write a tar of {name: bytes} and return its path."""
     with tarfile.open(path, "w") as tar:
         for name, data in files.items():
             info = tarfile.TarInfo(name)
@@ -28,18 +28,18 @@ def write_tar(path, files):
     return str(path)
 
 
-def good_files(n):
-    """{name: bytes} of n whole records."""
+def valid_files(n):
+    """Return {name: bytes} of n valid records."""
     files = {}
     for i in range(n):
-        meta = {"name": f"thing number {i}", "keywords": [f"key {i}", "thing"], "group": i // 2}
+        metadata = {"name": f"thing number {i}", "keywords": [f"key {i}", "thing"], "group": i // 2}
         files[f"{i:03d}.png"] = encode(i)
-        files[f"{i:03d}.json"] = json.dumps(meta).encode()
+        files[f"{i:03d}.json"] = json.dumps(metadata).encode()
     return files
 
 
-def source_of(path):
-    """The tar as a source with two caption sets and groups."""
+def build_tar_source(path):
+    """Return a source of the tar with two caption sets and groups."""
     return build_source(
         {"name": "webdataset", "path": path, "group": ("group",),
          "captions": {"name": ("name",), "keywords": ("keywords",)}}
@@ -48,8 +48,9 @@ def source_of(path):
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory):
-    """37 whole records."""
-    return source_of(write_tar(tmp_path_factory.mktemp("tars") / "good.tar", good_files(37)))
+    """A source of 37 valid records."""
+    path = tmp_path_factory.mktemp("tars") / "valid.tar"
+    return build_tar_source(write_tar(path, valid_files(37)))
 
 
 @pytest.fixture(scope="session")
