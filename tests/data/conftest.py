@@ -18,9 +18,9 @@ def encode(value, kind="PNG", size=(20, 16), mode="RGB"):
     return out.getvalue()
 
 
-def write_tar(path, files):
+def write_tar(path, files, **options):
     """Write a tar of {name: bytes} and return its path."""
-    with tarfile.open(path, "w") as tar:
+    with tarfile.open(path, "w", **options) as tar:
         for name, data in files.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
