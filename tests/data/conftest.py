@@ -1,4 +1,5 @@
 import io
+import itertools
 import json
 import tarfile
 
@@ -6,7 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imgtune_jax.data import build_source, build_transform, train_tokenizer
+from imgtune_jax.data import Pipeline, build_source, build_transform, train_tokenizer
+
+BATCH_SIZE = 8
 
 
 def encode(value, kind="PNG", size=(20, 16), mode="RGB"):
@@ -66,3 +69,35 @@ def augment():
     return build_transform(
         [{"name": "random_resized_crop", "size": 12}, {"name": "horizontal_flip"}]
     )
+
+
+@pytest.fixture
+def make_pipeline(source, tokenizer, augment):
+    """A function that builds a pipeline of the valid source, with changed fields."""
+
+    def build(**changes):
+        fields = dict(
+            source=source, transform=augment, tokenizer=tokenizer, batch_size=BATCH_SIZE, seed=3,
+            caption_weights={"name": 0.6, "keywords": 0.4}, shuffle=True, num_threads=2, prefetch=2,
+        )  # fmt: skip
+        return Pipeline(**(fields | changes))
+
+    return build
+
+
+def take(pipeline, start, count):
+    """Return the batches start, …, start + count - 1."""
+    iterator = pipeline.batches(start)
+    batches = list(itertools.islice(iterator, count))
+    iterator.close()
+    return batches
+
+
+def assert_batches_equal(batches, expected):
+    """Assert that two lists of batches have equal keys, types and values."""
+    assert len(batches) == len(expected)
+    for a, b in zip(batches, expected, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key].dtype == b[key].dtype, key
+            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
