@@ -1,4 +1,4 @@
-"""Rows of a stream position, and batches of rows. Threads and worker processes run both."""
+"""Stream position -> row, and rows -> batch. Threads and worker processes run both."""
 
 from __future__ import annotations
 
@@ -71,7 +71,10 @@ class RowBuilder:
         return all(complete[epoch % len(complete)] for epoch in epochs)
 
     def __call__(self, local_position: int) -> dict[str, Any]:
-        """Return the row, without the image or caption that could not be read."""
+        """Return the row: index, epoch, key, fault, and which modalities have cached features.
+
+        If they could be read, it has the image, the caption and the group too.
+        """
         local_position = int(local_position)
         epoch, index = self.locate(local_position)
         cached = [m for m in self.complete_views if self.has_features(m, local_position)]
@@ -129,7 +132,7 @@ class OpaqueFaults:
 
 @dataclass(frozen=True)
 class Collator:
-    """`collator(rows)` -> batch. Tokenizes the texts of a batch, and reads its features, at once.
+    """`collator(rows)` -> batch. Texts are tokenized together, and features read together.
 
     `image_shape` is the shape of the transformed images, or None without images.
     """

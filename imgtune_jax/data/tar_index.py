@@ -53,7 +53,7 @@ def index_tar(path: Path) -> TarIndex:
         cached = _read_cached(cache_path, path, stamp)
         if cached is not None:
             return cached
-    log.info("indexing %s (once)", path)
+    log.info("indexing %s (the index is cached)", path)
     index = _scan(path)
     for cache_path in cache_paths:
         if _write_cached(cache_path, index, stamp):
