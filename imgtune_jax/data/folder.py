@@ -56,19 +56,19 @@ class Folder:
             raise ValueError(f"no images in {self.path} (table={self.table})")
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._image_rows)
 
     def __getitem__(self, index: int) -> Record:
-        return self._record(index, with_image=True)
+        return self._build_record(index, with_image=True)
 
     def read_metadata(self, index: int) -> Record:
         """Return the record without its image."""
-        return self._record(index, with_image=False)
+        return self._build_record(index, with_image=False)
 
     @property
     def caption_sets(self) -> tuple[str, ...]:
         """Names of the caption sets that records may have."""
-        return ("class",) if self.table is None else tuple(self._columns)
+        return ("class",) if self.table is None else tuple(self._caption_columns)
 
     @property
     def has_group(self) -> bool:
@@ -85,10 +85,10 @@ class Folder:
     @cached_property
     def fingerprint(self) -> str:
         """Digest of the options, the table, file names and sizes, and the bytes of a few images."""
-        digest = Fingerprint(self.image_column, self._columns, self.label, self.classes)
+        digest = Fingerprint(self.image_column, self._caption_columns, self.label, self.classes)
         digest.add(self.group, self.class_names if self.table is None else ())
         existing = []
-        for row in self._rows:
+        for row in self._image_rows:
             file = None if row.file is None else Path(self.path, row.file)
             size = file.stat().st_size if file is not None and file.is_file() else None
             digest.add(row.file, size, sorted(row.metadata.items(), key=str))
@@ -99,17 +99,19 @@ class Folder:
         return digest.hex()
 
     @property
-    def _columns(self) -> Mapping[str, str]:
+    def _caption_columns(self) -> Mapping[str, str]:
         return {"caption": "title"} if self.captions is None else self.captions
 
     @cached_property
-    def _fields(self) -> RecordFields:
+    def _record_fields(self) -> RecordFields:
         group = None if self.group is None else as_field_path(self.group)
         if self.table is None:
             path = ("class",)
             return RecordFields({"class": path}, path, self.class_names, group)
         return RecordFields(
-            captions={name: as_field_path(column) for name, column in self._columns.items()},
+            captions={
+                name: as_field_path(column) for name, column in self._caption_columns.items()
+            },
             label=None if self.label is None else as_field_path(self.label),
             classes=self.classes,
             group=group,
@@ -117,10 +119,10 @@ class Folder:
         )
 
     @cached_property
-    def _rows(self) -> tuple[_TableRow, ...]:
-        return self._table_rows() if self.table is not None else self._class_rows()
+    def _image_rows(self) -> tuple[_TableRow, ...]:
+        return self._rows_of_table() if self.table is not None else self._rows_of_classes()
 
-    def _class_rows(self) -> tuple[_TableRow, ...]:
+    def _rows_of_classes(self) -> tuple[_TableRow, ...]:
         root = Path(self.path)
         files = (
             file
@@ -131,7 +133,7 @@ class Folder:
         relative = (file.relative_to(root) for file in files)
         return tuple(_TableRow(str(f), {"class": f.parts[0]}, None) for f in relative)
 
-    def _table_rows(self) -> tuple[_TableRow, ...]:
+    def _rows_of_table(self) -> tuple[_TableRow, ...]:
         """Return one row per image, with the captions of all its lines."""
         rows: dict[str, _TableRow] = {}
         for number, row in enumerate(_read_table(Path(str(self.table)))):
@@ -139,15 +141,15 @@ class Folder:
             name = file if isinstance(file, str) and file else None
             key = name or f"line {number}"
             if key in rows:
-                row = _merge_captions(rows[key], row, tuple(self._columns.values()))
+                row = _merge_captions(rows[key], row, tuple(self._caption_columns.values()))
             elif name is None and row.fault is None:
                 detail = f"line {number} has no {self.image_column!r}: {sorted(row.metadata)}"
                 row = row._replace(fault=BadRecord(FaultCause.MISSING_IMAGE, detail))
             rows[key] = row._replace(file=name)
         return tuple(rows.values())
 
-    def _record(self, index: int, *, with_image: bool) -> Record:
-        row = self._rows[index]
+    def _build_record(self, index: int, *, with_image: bool) -> Record:
+        row = self._image_rows[index]
         faults: dict[str, BadRecord] = {}
         if row.fault is not None:
             faults["image" if row.file is None else "captions"] = row.fault
@@ -158,7 +160,9 @@ class Folder:
             except OSError as error:
                 faults["image"] = BadRecord(FaultCause.MISSING_IMAGE, str(error))
         key = row.file or f"{self.table}, {row.fault and row.fault.detail}"
-        return self._fields.build_record(key, image=image, metadata=row.metadata, faults=faults)
+        return self._record_fields.build_record(
+            key, image=image, metadata=row.metadata, faults=faults
+        )
 
 
 def _merge_captions(old: _TableRow, new: _TableRow, columns: Sequence[str]) -> _TableRow:

@@ -100,7 +100,7 @@ def open_image(
     if image is None:
         raise BadRecord(FaultCause.MISSING_IMAGE, "the record has no image")
     if isinstance(image, np.ndarray):
-        return _from_pil(_array_to_pil(image, max_pixels), background)
+        return _pil_to_rgb(_array_to_pil(image, max_pixels), background)
     if isinstance(image, Image.Image):
         _check_size(image, max_pixels)
         return _decode_with_pillow(image, background)
@@ -148,7 +148,7 @@ def _decode_with_pillow(
 ) -> UInt8[np.ndarray, "h w 3"]:
     try:
         image.load()
-        return _from_pil(ImageOps.exif_transpose(image), background)
+        return _pil_to_rgb(ImageOps.exif_transpose(image), background)
     except (BadRecord, MemoryError):
         raise
     except Exception as error:  # Pillow's parsers raise any exception on malformed bytes
@@ -169,7 +169,7 @@ def _unreadable(data: bytes, error: Exception) -> BadRecord:
     return BadRecord(FaultCause.UNDECODABLE_IMAGE, text)
 
 
-def _from_pil(image: Image.Image, background: Color) -> UInt8[np.ndarray, "h w 3"]:
+def _pil_to_rgb(image: Image.Image, background: Color) -> UInt8[np.ndarray, "h w 3"]:
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = _scale_16_bit(np.asarray(image))
     if image.mode == "F":

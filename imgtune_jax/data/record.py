@@ -140,7 +140,7 @@ class BadRecordCounter:
                 log.warning("bad record %s: %s: %s", *fault)
                 if len(examples) == MAX_LOGGED_PER_CAUSE:
                     log.warning("further records with %s are counted, not logged", fault.cause)
-        self._check()
+        self._check_limit()
 
     @property
     def bad(self) -> int:
@@ -151,7 +151,7 @@ class BadRecordCounter:
         """Return {"seen": number of records, cause: number of bad records, …}, ready for JSON."""
         return {"seen": self.seen, **{str(c): n for c, n in sorted(self.counts.items())}}
 
-    def _check(self) -> None:
+    def _check_limit(self) -> None:
         if self.seen < self.max_bad_fraction_after or self.bad <= self.max_bad_fraction * self.seen:
             return
         causes = "; ".join(

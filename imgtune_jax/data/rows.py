@@ -38,7 +38,7 @@ class RowBuilder:
     complete_views: Mapping[str, tuple[bool, ...]]
 
     @cached_property
-    def _order(self) -> grain.MapDataset:
+    def _shuffled_indices(self) -> grain.MapDataset:
         # Grain derives the order of an epoch from seed + epoch. Hashing the seed prevents runs with
         # neighboring seeds from having the same epochs, shifted by one.
         digest = hashlib.sha256(f"order {self.pipeline.seed}".encode()).digest()
@@ -46,7 +46,7 @@ class RowBuilder:
         return grain.MapDataset.range(len(self.pipeline.source)).shuffle(seed=seed)
 
     def _shuffled_index(self, position: int) -> int:
-        index: Any = self._order[position]
+        index: Any = self._shuffled_indices[position]
         return int(index)
 
     def locate(self, local_position: int) -> tuple[int, int]:
@@ -154,7 +154,7 @@ class Collator:
             images = zip(rows, batch.get("image_good", good), strict=True)
             batch["image"] = np.stack([row["image"] if g else blank for row, g in images])
         if self.pipeline.tokenizer is not None:
-            batch |= self._texts(rows, batch.get("text_good", good))
+            batch |= self._tokenize(rows, batch.get("text_good", good))
         if self.pipeline.has_group:
             groups = np.array([row.get("group", -1) for row in rows], np.int32)
             batch["group"] = np.where(good, groups, np.int32(-1))
@@ -185,7 +185,7 @@ class Collator:
             good = good & valid
         return good
 
-    def _texts(
+    def _tokenize(
         self, rows: Sequence[dict[str, Any]], good: Bool[np.ndarray, " b"]
     ) -> dict[str, np.ndarray]:
         """Return text, text_mask and target_mask, truncated to the shortest sufficient bucket."""

@@ -47,21 +47,21 @@ def index_tar(path: Path) -> TarIndex:
     stat = path.stat()
     stamp = (stat.st_size, stat.st_mtime_ns)
     if stat.st_size < CACHE_MIN_BYTES:
-        return _scan(path)
+        return _scan_headers(path)
     cache_paths = (path.with_name(path.name + ".index.npz"), _cache_folder() / _cache_name(path))
     for cache_path in cache_paths:
         cached = _read_cached(cache_path, path, stamp)
         if cached is not None:
             return cached
     log.info("indexing %s (the index is cached)", path)
-    index = _scan(path)
+    index = _scan_headers(path)
     for cache_path in cache_paths:
         if _write_cached(cache_path, index, stamp):
             break
     return index
 
 
-def _scan(path: Path) -> TarIndex:
+def _scan_headers(path: Path) -> TarIndex:
     names, offsets, sizes = [], [], []
     try:
         with tarfile.open(path, "r:") as tar:

@@ -45,10 +45,10 @@ class TFDS:
             raise ValueError(f"{self.dataset}, split {self.split!r}, has no records")
 
     def __len__(self) -> int:
-        return len(self._data)
+        return len(self._data_source)
 
     def __getitem__(self, index: int) -> Record:
-        example = self._data[index]
+        example = self._data_source[index]
         faults: dict[str, BadRecord] = {}
         captions: dict[str, tuple[str, ...]] = {}
         try:
@@ -100,7 +100,7 @@ class TFDS:
             ) from error
 
     @cached_property
-    def _data(self) -> Any:
+    def _data_source(self) -> Any:
         import tensorflow_datasets
 
         path = as_field_path(self.image)

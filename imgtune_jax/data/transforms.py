@@ -139,7 +139,7 @@ class RandomApply:
     p: float = 0.5
 
     def __post_init__(self) -> None:
-        built = (_build_one(t) if isinstance(t, Mapping) else t for t in self.transforms)
+        built = (_build_one_transform(t) if isinstance(t, Mapping) else t for t in self.transforms)
         object.__setattr__(self, "transforms", tuple(built))
 
     def __call__(self, image: ImageArray, rng: np.random.Generator | None = None) -> ImageArray:
@@ -167,10 +167,10 @@ def build_transform(configs: Iterable[Mapping[str, Any]]) -> Compose:
 
     Raises ValueError for an unknown name or field, and for an invalid value.
     """
-    return Compose(tuple(_build_one(config) for config in configs))
+    return Compose(tuple(_build_one_transform(config) for config in configs))
 
 
-def _build_one(config: Mapping[str, Any]) -> Transform:
+def _build_one_transform(config: Mapping[str, Any]) -> Transform:
     settings = dict(config)
     name = settings.pop("name", None)
     if name not in TRANSFORMS:

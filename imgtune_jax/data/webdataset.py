@@ -59,14 +59,14 @@ class WebDataset:
             )
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._record_members)
 
     def __getitem__(self, index: int) -> Record:
-        return self._record(index, with_image=True)
+        return self._build_record(index, with_image=True)
 
     def read_metadata(self, index: int) -> Record:
         """Return the record without its image."""
-        return self._record(index, with_image=False)
+        return self._build_record(index, with_image=False)
 
     @property
     def caption_sets(self) -> tuple[str, ...]:
@@ -90,7 +90,7 @@ class WebDataset:
         return digest.hex()
 
     @cached_property
-    def _fields(self) -> RecordFields:
+    def _record_fields(self) -> RecordFields:
         return RecordFields(
             captions={name: as_field_path(path) for name, path in (self.captions or {}).items()},
             label=None if self.label is None else as_field_path(self.label),
@@ -103,7 +103,7 @@ class WebDataset:
         return tuple(index_tar(path) for path in _expand_paths(self.path))
 
     @cached_property
-    def _rows(self) -> Int64[np.ndarray, "n 4"]:
+    def _record_members(self) -> Int64[np.ndarray, "n 4"]:
         """(tar, image member, JSON member, txt member) of each record; NO_MEMBER if missing."""
         rows = []
         for t, tar in enumerate(self._tars):
@@ -125,8 +125,8 @@ class WebDataset:
             return True
         return matches_filter(metadata, self.where)
 
-    def _record(self, index: int, *, with_image: bool) -> Record:
-        t, image, json_member, txt = (int(x) for x in self._rows[index])
+    def _build_record(self, index: int, *, with_image: bool) -> Record:
+        t, image, json_member, txt = (int(x) for x in self._record_members[index])
         tar = self._tars[t]
         named_member = image if image != NO_MEMBER else max(json_member, txt)
         name = tar.names[named_member] if named_member != NO_MEMBER else f"record {index}"
@@ -135,7 +135,7 @@ class WebDataset:
             detail = f"no {'|'.join(self.image)} member"
             faults["image"] = BadRecord(FaultCause.MISSING_IMAGE, detail)
         metadata: Mapping[str, Any] = {}
-        captions: dict[str, tuple[str, ...]] | None = None  # from `_fields`
+        captions: dict[str, tuple[str, ...]] | None = None  # from `_record_fields`
         try:
             if json_member != NO_MEMBER:
                 metadata = parse_json(tar.read(json_member), tar.names[json_member])
@@ -143,7 +143,7 @@ class WebDataset:
                 captions = {"caption": _default_captions(tar, metadata, txt)}
         except BadRecord as bad:
             faults["captions"], captions = bad, {}
-        return self._fields.build_record(
+        return self._record_fields.build_record(
             f"{tar.path.name}:{name}",
             image=tar.read(image) if with_image and image != NO_MEMBER else None,
             metadata=metadata,

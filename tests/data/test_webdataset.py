@@ -206,7 +206,7 @@ def test_large_tars_are_indexed_once(tar, monkeypatch, tmp_path):
     index_file = Path(tar + ".index.npz")
     assert index_file.is_file()
     with monkeypatch.context() as patch:
-        patch.setattr(tar_index, "_scan", lambda path: pytest.fail("scanned again"))
+        patch.setattr(tar_index, "_scan_headers", lambda path: pytest.fail("scanned again"))
         second = tar_source(tar, captions={"name": ("name", "en")})
     assert [second[i] for i in range(5)] == [first[i] for i in range(5)]
     write_tar(Path(tar), {"new.png": png(7)})  # another size and time: the index is not valid
@@ -221,7 +221,7 @@ def test_index_is_cached_for_the_user_if_the_folder_is_not_writable(tar, monkeyp
     Path(tar + ".index.npz").mkdir()  # a file cannot replace a folder, not even as root
     tar_source(tar)
     assert len(list((tmp_path / "cache").rglob("*.npz"))) == 1
-    monkeypatch.setattr(tar_index, "_scan", lambda path: pytest.fail("scanned again"))
+    monkeypatch.setattr(tar_index, "_scan_headers", lambda path: pytest.fail("scanned again"))
     assert len(tar_source(tar)) == 5
 
 
