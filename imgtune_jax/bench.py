@@ -64,7 +64,7 @@ def time_stages(pipeline: data.Pipeline) -> dict[str, float]:
     Stages of pictures and captions are timed on the records that have them.
     """
     rows, size = pipeline.row_builder(), pipeline.batch_size
-    collate, places = pipeline.collator(rows), range(min(NUM_RECORDS, len(pipeline.source)))
+    collate, places = pipeline.collator(), range(min(NUM_RECORDS, len(pipeline.source)))
     speeds: dict[str, float] = {}
 
     def timed(stage: str, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:

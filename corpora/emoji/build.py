@@ -1,15 +1,15 @@
 """Build the emoji image-text corpus from registry packages, byte for byte.
 
-    python corpora/emoji/build.py                            # fetches with `npm pack`, in place
-    python corpora/emoji/build.py --packages DIR --out OUT   # from packages already downloaded
+    python corpora/emoji/build.py                            # downloads with `npm pack`
+    python corpora/emoji/build.py --packages DIR --out OUT   # from downloaded packages
 
-Two WebDataset tars: `seen.tar` and `heldout.tar`. One key is one concept (an emoji without skin
-tone); its members are three renderings and one JSON of names and keywords in ten languages:
+The output is two WebDataset tars, `seen.tar` and `heldout.tar`. A key is a concept (an emoji
+without skin tone). Its members are three images and a JSON of names and keywords in ten languages:
 
     1f98a.fluent.webp  1f98a.google.webp  1f98a.json  1f98a.twitter.webp
 
-The bytes depend on the WebP encoder, so Pillow's version is pinned and checked. About two minutes
-on one core.
+The bytes depend on the WebP encoder, so Pillow's version is pinned and checked. A build takes about
+two minutes on one core.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from PIL import Image
 
 PILLOW = "13.0.0"
 SIZE = 64
-BLOCK = 512
+BLOCK = 512  # bytes; tar pads each file to a multiple of it
 VENDORS = ("fluent", "google", "twitter")
 LANGUAGES = ("en", "zh", "de", "es", "fr", "ar", "hi", "sw", "ja", "ru")
 # npm package -> (file that `npm pack` writes, its sha256)
@@ -60,13 +60,16 @@ PACKAGES = {
 
 
 def is_held_out(subcategory: str) -> bool:
-    """The split: whole subcategories, as clock faces or gender variants are near-duplicates."""
+    """Return whether a subcategory is in the held-out split.
+
+    A subcategory is not divided, since its concepts (such as clock faces) are near-duplicates.
+    """
     digest = int(hashlib.sha256(subcategory.encode()).hexdigest(), 16)
     return digest % 5 == 0 and subcategory != "country-flag"
 
 
 def fetch(packages: Path) -> None:
-    """Run `npm pack` for each package that the folder lacks."""
+    """Download the packages that the folder lacks, with `npm pack`."""
     for spec, (file, _) in PACKAGES.items():
         if not (packages / file).exists():
             command = ["npm", "pack", spec, "--silent", "--pack-destination", str(packages)]
@@ -74,18 +77,20 @@ def fetch(packages: Path) -> None:
 
 
 def verify(packages: Path) -> None:
-    """Raise ValueError unless every package is there with its pinned digest."""
-    for spec, (file, want) in PACKAGES.items():
+    """Raise ValueError unless every package is in the folder with its pinned digest."""
+    for spec, (file, expected) in PACKAGES.items():
         path = packages / file
         if not path.exists():
-            raise ValueError(f"{path} is missing: run `npm pack {spec}` there")
-        got = hashlib.sha256(path.read_bytes()).hexdigest()
-        if got != want:
-            raise ValueError(f"{path} has sha256 {got}, wanted {want}: download {spec} again")
+            raise ValueError(f"{path} is missing; run `npm pack {spec}` in its folder")
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if digest != expected:
+            raise ValueError(
+                f"{path} has sha256 {digest}; expected {expected}; download {spec} again"
+            )
 
 
 def members(packages: Path, package: str) -> Iterator[tuple[str, bytes]]:
-    """(name, bytes) of every file in a package, `package` being the file name's beginning."""
+    """Yield (name, bytes) of every file in the package whose file name begins with `package`."""
     (file,) = [f for f, _ in PACKAGES.values() if f.startswith(package)]
     with tarfile.open(packages / file) as tar:
         for info in tar:
@@ -95,44 +100,44 @@ def members(packages: Path, package: str) -> Iterator[tuple[str, bytes]]:
 
 
 def concept_id(unified: str) -> str:
-    """Code points joined by '-', lower case, without the emoji presentation selector."""
+    """Return the code points, joined by '-' in lower case, without the presentation selector."""
     return unified.lower().replace("-fe0f", "")
 
 
 def read_images(packages: Path, vendor: str) -> dict[str, bytes]:
-    """{concept: encoded picture}, of every file that a vendor has, skin tones included."""
+    """Return {concept: encoded image} of all files of a vendor, including skin tones."""
     package = "lobehub-fluent" if vendor == "fluent" else f"emoji-datasource-{vendor}"
-    wanted = "/assets/" if vendor == "fluent" else f"/img/{vendor}/64/"
+    folder = "/assets/" if vendor == "fluent" else f"/img/{vendor}/64/"
     return {
         concept_id(Path(name).stem): data
         for name, data in members(packages, package)
-        if wanted in name and name.endswith((".webp", ".png"))
+        if folder in name and name.endswith((".webp", ".png"))
     }
 
 
 def read_annotations(packages: Path) -> dict[str, dict[str, Any]]:
-    """{language: {emoji: {"tts": [name], "default": [keywords]}}}, derived ones included."""
-    found: dict[str, dict[str, Any]] = {language: {} for language in LANGUAGES}
+    """Return {language: {emoji: {"tts": [name], "default": [keywords]}}}, derived ones included."""
+    annotations: dict[str, dict[str, Any]] = {language: {} for language in LANGUAGES}
     for package, root in (
         ("cldr-annotations-full", "annotations"),
         ("cldr-annotations-derived-full", "annotationsDerived"),
     ):
         for name, data in members(packages, package):
             language = Path(name).parent.name
-            if name.endswith("/annotations.json") and language in found:
-                found[language].update(json.loads(data)[root].get("annotations", {}))
-    return found
+            if name.endswith("/annotations.json") and language in annotations:
+                annotations[language].update(json.loads(data)[root].get("annotations", {}))
+    return annotations
 
 
-def describe(entry: Mapping[str, Any], annotations: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """A concept's JSON: id, category, and per language one name and its keywords."""
+def concept_json(entry: Mapping[str, Any], annotations: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """Return a concept's JSON: id, category, and for each language a name and keywords."""
     emoji = "".join(chr(int(code, 16)) for code in entry["unified"].split("-"))
     names, keywords = {}, {}
     for language, table in annotations.items():
         # CLDR lists some emoji with, and some without, the presentation selector.
-        found = table.get(emoji) or table[emoji.replace("\ufe0f", "")]
-        names[language] = found["tts"][0]
-        keywords[language] = found["default"]
+        annotation = table.get(emoji) or table[emoji.replace("\ufe0f", "")]
+        names[language] = annotation["tts"][0]
+        keywords[language] = annotation["default"]
     record = {
         "concept": concept_id(entry["unified"]),
         "category": entry["category"],
@@ -143,26 +148,29 @@ def describe(entry: Mapping[str, Any], annotations: Mapping[str, Mapping[str, An
     return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def webp(image: Image.Image) -> bytes:
-    """Encode without loss. RGB under a fully transparent pixel is not kept."""
+def encode_webp(image: Image.Image) -> bytes:
+    """Encode as lossless WebP, except for the RGB values of fully transparent pixels."""
     out = io.BytesIO()
     image.save(out, "WEBP", lossless=True, quality=100, method=4)
     return out.getvalue()
 
 
 def encode(data: bytes) -> bytes:
-    """A 64-pixel RGBA WebP of a picture: 256 colours, or all of them where that costs no block."""
+    """Encode an image as RGBA WebP of 64x64 pixels.
+
+    The image has at most 256 colors, unless all its colors need no more 512-byte blocks.
+    """
     image = Image.open(io.BytesIO(data)).convert("RGBA")
     if image.size != (SIZE, SIZE):
         image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-    exact = webp(image)
-    # Palette, not lossy WebP: at fewer bytes it is nearer the original (PSNR 38 dB against 35).
-    palette = webp(image.quantize(256, method=Image.Quantize.FASTOCTREE).convert("RGBA"))
+    exact = encode_webp(image)
+    # A palette, since lossy WebP is larger and has a lower PSNR (35 dB; the palette has 38 dB).
+    palette = encode_webp(image.quantize(256, method=Image.Quantize.FASTOCTREE).convert("RGBA"))
     return exact if -(-len(exact) // BLOCK) <= -(-len(palette) // BLOCK) else palette
 
 
 def write_tar(path: Path, files: Mapping[str, bytes]) -> None:
-    """A tar whose bytes depend on names and contents only."""
+    """Write a tar whose bytes depend only on the names and contents of the files."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for name in sorted(files):
             info = tarfile.TarInfo(name)  # mtime 0, uid 0, gid 0, mode 0644, no owner names
@@ -170,11 +178,11 @@ def write_tar(path: Path, files: Mapping[str, bytes]) -> None:
             tar.addfile(info, io.BytesIO(files[name]))
 
 
-def build(packages: Path, out: Path) -> None:
-    """Write the tars and SHA256SUMS. Raises ValueError on a wrong Pillow or package."""
+def build_corpus(packages: Path, out: Path) -> None:
+    """Write the tars and SHA256SUMS. Raises ValueError for another Pillow or package version."""
     if PIL.__version__ != PILLOW:
         raise ValueError(
-            f"Pillow is {PIL.__version__}, wanted {PILLOW}: the encoder decides the bytes; "
+            f"Pillow is {PIL.__version__}; expected {PILLOW}, whose encoder determines the bytes; "
             f"run `pip install pillow=={PILLOW}`"
         )
     verify(packages)
@@ -191,7 +199,7 @@ def build(packages: Path, out: Path) -> None:
         if not all(concept in images[vendor] for vendor in VENDORS):
             continue
         files = tars["heldout.tar" if is_held_out(entry["subcategory"]) else "seen.tar"]
-        files[f"{concept}.json"] = describe(entry, annotations)
+        files[f"{concept}.json"] = concept_json(entry, annotations)
         for vendor in VENDORS:
             files[f"{concept}.{vendor}.webp"] = encode(images[vendor][concept])
     sums = []
@@ -203,19 +211,23 @@ def build(packages: Path, out: Path) -> None:
 
 
 def main() -> None:
-    """Read the command line and build."""
+    """Parse the command line and build the corpus."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--packages", type=Path, help="folder of downloaded .tgz; fetched if unset")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where tars go")
+    parser.add_argument(
+        "--packages", type=Path, help="folder of downloaded .tgz packages; downloaded if unset"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent, help="folder to write the tars to"
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     try:
         if args.packages is not None:
-            build(args.packages, args.out)
+            build_corpus(args.packages, args.out)
             return
         with tempfile.TemporaryDirectory() as folder:
             fetch(Path(folder))
-            build(Path(folder), args.out)
+            build_corpus(Path(folder), args.out)
     except ValueError as error:
         sys.exit(f"error: {error}")
 

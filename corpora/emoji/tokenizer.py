@@ -1,8 +1,8 @@
-"""Learn the captioners' tokenizer from the training captions: names of the seen concepts alone.
+"""Train the captioners' tokenizer on the training captions: the names of the seen concepts.
 
 python -m corpora.emoji.tokenizer [--out corpora/emoji/tokenizer]
 
-Byte-level, so that it can write any name of any language; one token for each language's prompt.
+It is byte-level, so that it can encode any name of any language. Each language's prompt is a token.
 """
 
 import argparse
@@ -15,20 +15,25 @@ VOCAB_SIZE = 6000
 FOLDER = Path(__file__).with_name("tokenizer")
 
 
-def names() -> list[str]:
-    """Every seen concept's name in every language."""
+def seen_names() -> list[str]:
+    """Return the names of all seen concepts in all languages."""
     source = data.build_source(emoji.captions_source("seen", "google"))
     records = (data.read_metadata(source, i) for i in range(len(source)))
     return [text for r in records for texts in r.captions.values() for text in texts]
 
 
-def build(folder: Path) -> data.Tokenizer:
-    """Write it to a folder; the same bytes every time."""
-    fields = dict(vocab_size=VOCAB_SIZE, cleaning="none")
-    return data.train_tokenizer(names(), folder, prompts=emoji.PREFIXES.values(), **fields)
+def build_emoji_tokenizer(folder: Path) -> data.Tokenizer:
+    """Train the tokenizer and save it to a folder. Deterministic."""
+    return data.train_tokenizer(
+        seen_names(),
+        folder,
+        vocab_size=VOCAB_SIZE,
+        cleaning="none",
+        prompts=tuple(emoji.PREFIXES.values()),
+    )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=FOLDER)
-    build(parser.parse_args().out)
+    build_emoji_tokenizer(parser.parse_args().out)

@@ -1,9 +1,9 @@
-"""Sources -> records -> batches. NumPy only: neither JAX nor Flax is imported here."""
+"""Sources, records and batches, in NumPy. This package imports neither JAX nor Flax."""
 
 from imgtune_jax.data.caption_sampler import CaptionSampler
 from imgtune_jax.data.feature_store import FeatureStore
 from imgtune_jax.data.folder import Folder
-from imgtune_jax.data.image import decode_image
+from imgtune_jax.data.image import IMAGE_SUFFIXES, decode_image
 from imgtune_jax.data.mixture import Mixture
 from imgtune_jax.data.pipeline import NO_END, NumpyBatch, Pipeline
 from imgtune_jax.data.record import (
@@ -17,8 +17,10 @@ from imgtune_jax.data.record import (
     read_metadata,
 )
 from imgtune_jax.data.sources import SOURCES, build_source
+from imgtune_jax.data.subset import Subset, evenly_spaced
 from imgtune_jax.data.tfds import TFDS
-from imgtune_jax.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer, train_tokenizer
+from imgtune_jax.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
+from imgtune_jax.data.train_tokenizer import train_tokenizer
 from imgtune_jax.data.transforms import (
     TRANSFORMS,
     TRANSFORMS_VERSION,
@@ -29,6 +31,7 @@ from imgtune_jax.data.transforms import (
 from imgtune_jax.data.webdataset import WebDataset
 
 __all__ = [
+    "IMAGE_SUFFIXES",
     "NO_END",
     "SOURCES",
     "TFDS",
@@ -47,6 +50,7 @@ __all__ = [
     "Pipeline",
     "Record",
     "Source",
+    "Subset",
     "Tokenizer",
     "TooManyBadRecordsError",
     "Transform",
@@ -55,6 +59,7 @@ __all__ = [
     "build_tokenizer",
     "build_transform",
     "decode_image",
+    "evenly_spaced",
     "load_tokenizer",
     "read_metadata",
     "train_tokenizer",

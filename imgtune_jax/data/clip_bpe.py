@@ -19,17 +19,22 @@ WORD_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def clean(text: str) -> str:
-    """CLIP's cleaning: mended Unicode, HTML entities (twice), white space collapsed, lower case."""
+    """Clean a text as CLIP does: ftfy, HTML entities (twice), white space collapsed, lower case."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 
 
 def build_clip_tokenizer(vocabulary: Path) -> Tokenizer:
-    """The byte-level BPE with 49408 entries; texts are wrapped in its start and end tokens."""
+    """Build CLIP's byte-level BPE of 49408 tokens, which adds a start and an end token.
+
+    Raises ValueError if `vocabulary` has not CLIP's number of merges.
+    """
     lines = gzip.decompress(vocabulary.read_bytes()).decode("utf-8").split("\n")
     merges = [(a, b) for a, b in (line.split() for line in lines[1 : NUM_MERGES + 1])]
     if len(merges) != NUM_MERGES:
-        raise ValueError(f"{vocabulary} has {len(merges)} merges; CLIP's has {NUM_MERGES}")
+        raise ValueError(
+            f"{vocabulary} has {len(merges)} merges; expected {NUM_MERGES}, as in CLIP's vocabulary"
+        )
     letters = _byte_letters()
     tokens = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges)]
     tokens += [START, END]
@@ -52,7 +57,7 @@ def build_clip_tokenizer(vocabulary: Path) -> Tokenizer:
 
 
 def _byte_letters() -> list[str]:
-    """The letter that stands for each byte, in the vocabulary's order: printable bytes first."""
+    """Return the letter that encodes each byte, in vocabulary order: printable bytes first."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [b for b in range(256) if b not in printable]
     return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]

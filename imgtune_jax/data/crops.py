@@ -1,4 +1,4 @@
-"""Windows of a picture, u8[h w 3] -> u8[h w 3]."""
+"""Crops and padding, u8[h w 3] -> u8[h w 3]."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from imgtune_jax.data.image import LazyJpeg
+from imgtune_jax.data.image import WHITE, Color, LazyJpeg
 from imgtune_jax.data.resample import (
     INTERPOLATIONS,
-    WHITE,
-    Color,
     ImageArray,
     Interpolation,
     as_height_width,
@@ -24,7 +22,7 @@ from imgtune_jax.data.resample import (
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """The middle `size` pixels; a smaller picture is padded with `fill` (torchvision's: black)."""
+    """Crop the central `size` pixels; pad a smaller image with `fill` (as torchvision: black)."""
 
     size: int | tuple[int, int]
     fill: Color = (0, 0, 0)
@@ -42,7 +40,7 @@ class CenterCrop:
 
 @dataclass(frozen=True)
 class Pad:
-    """`padding` pixels of `fill` on each side."""
+    """Add `padding` pixels of `fill` on each side."""
 
     padding: int
     fill: Color = WHITE
@@ -54,7 +52,7 @@ class Pad:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """A uniformly drawn window of `size` pixels, after `padding` pixels of `fill` on each side."""
+    """Crop a uniformly sampled window of `size` pixels, after padding each side by `padding`."""
 
     size: int | tuple[int, int]
     padding: int = 0
@@ -75,15 +73,16 @@ class RandomCrop:
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """A window of a drawn area (`scale`, a share) and aspect (`ratio`, w/h), resized to `size`.
+    """Crop a window of sampled area and aspect ratio, and resize it to `size`.
 
-    Inception's crop: ten tries, then the largest middle window whose aspect is allowed. The resize
-    is Pillow's filter of that name, antialiased, to a rounding (SIMD).
+    `scale` is the range of the window's area as a fraction of the image's, `ratio` the range of its
+    width / height. This is Inception's crop (as in torchvision): ten tries, then the largest
+    central window with an allowed aspect ratio. The resize is antialiased and equals Pillow's
+    `interpolation` filter up to rounding (SIMD).
 
-    `scaled_decode`: a JPEG whose window is 4, 8 or 16 times `size` or more is decoded at a half, a
-    quarter or an eighth, so that the window still has twice `size` for the filter. It changes
-    pixels by less than another interpolation would, which augmentation does not mind, and reads a
-    camera's picture several times faster: so it is on.
+    With `scaled_decode`, a JPEG whose window is at least 4, 8 or 16 times `size` is decoded at 1/2,
+    1/4 or 1/8 of its size, so that the window still has twice `size` for the filter. This changes
+    pixels less than another interpolation does, and decodes photographs several times faster.
     """
 
     size: int | tuple[int, int]
@@ -96,31 +95,32 @@ class RandomResizedCrop:
         as_height_width(self.size)
         check_choice("interpolation", self.interpolation, INTERPOLATIONS)
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale = {self.scale}; wanted shares (low, high) in (0, 1]")
+            raise ValueError(f"scale = {self.scale}; expected fractions (low, high) in (0, 1]")
         if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio = {self.ratio}; wanted aspects (low, high) above 0")
+            raise ValueError(f"ratio = {self.ratio}; expected aspect ratios (low, high) above 0")
 
     def __call__(
         self, image: ImageArray | LazyJpeg, rng: np.random.Generator | None = None
     ) -> ImageArray:
         height, width = image.shape[:2]
-        top, left, h, w = self._window(height, width, require_rng(rng, self))
+        top, left, h, w = self._sample_window(height, width, require_rng(rng, self))
         if isinstance(image, LazyJpeg):
             image = image.decode(self.reduction(h, w), scratch=True)  # resampling copies
-        y, x = image.shape[0] / height, image.shape[1] / width  # below 1 when reduced
-        box = top * y, left * x, h * y, w * x
+        y_scale, x_scale = image.shape[0] / height, image.shape[1] / width  # below 1 when reduced
+        box = top * y_scale, left * x_scale, h * y_scale, w * x_scale
         return crop_and_resize(image, box, *as_height_width(self.size), self.interpolation)
 
     def reduction(self, h: int, w: int) -> int:
-        """By what a JPEG with a window of h x w pixels may be reduced in decoding: 1, 2, 4 or 8."""
+        """Return the decoding reduction (1, 2, 4 or 8) of a JPEG with a window of h x w pixels."""
         height, width = as_height_width(self.size)
-        times = min(h / height, w / width)
-        fits = [r for r in (8, 4, 2) if times >= 2 * r]
-        return fits[0] if fits and self.scaled_decode else 1
+        downscaling = min(h / height, w / width)
+        allowed = [r for r in (8, 4, 2) if downscaling >= 2 * r]
+        return allowed[0] if allowed and self.scaled_decode else 1
 
-    def _window(
+    def _sample_window(
         self, height: int, width: int, rng: np.random.Generator
     ) -> tuple[int, int, int, int]:
+        """Return (top, left, height, width) in pixels."""
         for _ in range(10):
             area = height * width * rng.uniform(*self.scale)
             aspect = math.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))

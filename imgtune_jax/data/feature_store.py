@@ -1,8 +1,9 @@
-"""Features on disk, one ArrayRecord a row: random access, written in whole segments.
+"""Cached features on disk, with random access to rows.
 
-A row is what a locked tower gave for one view of one record: a vector, or a sequence of them. Rows
-may be written in any order, by any number of processes; a segment appears when it is complete, so
-a process that is killed loses its unfinished segment and nothing else.
+A row is the output of a tower's frozen prefix for one view of one record: a vector, or a sequence
+of vectors. Rows may be written in any order and by any number of processes. A process writes its
+rows in segments (one ArrayRecord file, one record per row), and a segment becomes visible when it
+is complete. So a process that is killed loses only the rows since its last segment.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jaxtyping import Bool, Float, Int
 
-SEGMENT_BYTES = 1 << 28  # of features that are held in memory before they are written
-MISSING, PENDING, BROKEN, PRESENT = range(4)  # on disk are the last two
+SEGMENT_BYTES = 1 << 28  # features that are buffered in memory before a segment is written
+MISSING, PENDING, BAD_RECORD, PRESENT = range(4)  # states of a row; the last two are on disk
 RECORDS_SUFFIX, IDS_SUFFIX = ".array_record", ".ids.npz"
-FLOATS = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-STORE_DTYPES = (*FLOATS, "int8")
+FLOAT_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+STORE_DTYPES = (*FLOAT_DTYPES, "int8")
 
 
 def encode_rows(values: Float[np.ndarray, "k ... d"], dtype: str) -> list[bytes]:
-    """Rows as bytes. int8 has one float32 scale a vector, max|x| / 127, in front of its row."""
-    if dtype in FLOATS:
-        return [row.tobytes() for row in values.astype(FLOATS[dtype])]
+    """Encode rows as bytes. An int8 row begins with its float32 scales, max|x| / 127 per vector."""
+    if dtype in FLOAT_DTYPES:
+        return [row.tobytes() for row in values.astype(FLOAT_DTYPES[dtype])]
     scale = np.abs(values).max(-1, keepdims=True) / np.float32(127)
     scale = np.where(scale > 0, scale, 1).astype(np.float32)
     quantized = np.rint(values / scale).astype(np.int8)
@@ -42,20 +43,24 @@ def encode_rows(values: Float[np.ndarray, "k ... d"], dtype: str) -> list[bytes]
 def decode_rows(
     rows: Sequence[bytes], shape: tuple[int, ...], dtype: str
 ) -> Float[np.ndarray, "k ..."]:
-    """The inverse of `encode`, up to the rounding of `dtype`, in float32."""
+    """Decode rows to float32: the inverse of `encode_rows`, up to the rounding of `dtype`."""
     joined = np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), -1)
-    if dtype in FLOATS:
-        return joined.view(FLOATS[dtype]).astype(np.float32).reshape(-1, *shape)
-    head = 4 * math.prod(shape[:-1])
-    scale = np.ascontiguousarray(joined[:, :head]).view(np.float32).reshape(-1, *shape[:-1], 1)
-    return joined[:, head:].view(np.int8).reshape(-1, *shape) * scale
+    if dtype in FLOAT_DTYPES:
+        return joined.view(FLOAT_DTYPES[dtype]).astype(np.float32).reshape(-1, *shape)
+    scale_bytes = 4 * math.prod(shape[:-1])
+    scale = (
+        np.ascontiguousarray(joined[:, :scale_bytes]).view(np.float32).reshape(-1, *shape[:-1], 1)
+    )
+    return joined[:, scale_bytes:].view(np.int8).reshape(-1, *shape) * scale
 
 
 @dataclass(eq=False)
 class FeatureStore:
-    """Rows of `views` views of `n` records, each of `shape`, kept as `dtype` (one of DTYPES).
+    """Rows for `views` views of `num_records` records, each of `shape`, stored as `dtype`.
 
-    Two processes may fill one folder at a time; `refresh` sees what another has finished.
+    `dtype` is one of STORE_DTYPES. Row `view * num_records + index` is that of a view of a record.
+    Several processes may fill one folder; `refresh` finds the segments that others completed.
+    `num_rows` is the number of rows on disk, `compute_seconds` the time that computing them took.
     """
 
     folder: Path
@@ -68,10 +73,10 @@ class FeatureStore:
         rows = self.views * self.num_records
         self._state = np.zeros(rows, np.uint8)
         self._segment, self._offset = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-        self._segments: dict[Path, Path] = {}  # ids file -> records file, in order of finding
-        self._rows: list[tuple[int, bytes]] = []  # written, not on disk yet
-        self._bytes, self._seconds = 0, 0.0
-        self.seconds, self.computed = 0.0, 0  # what the rows on disk took, and how many they are
+        self._segments: dict[Path, Path] = {}  # ids file -> records file, as they were found
+        self._pending: list[tuple[int, bytes]] = []  # (row, bytes) not on disk yet
+        self._pending_bytes, self._pending_seconds = 0, 0.0
+        self.num_rows, self.compute_seconds = 0, 0.0
 
     @classmethod
     def open(
@@ -79,26 +84,25 @@ class FeatureStore:
         folder: Path,
         *,
         views: int,
-        n: int,
+        num_records: int,
         shape: tuple[int, ...],
         dtype: str,
         key: Mapping[str, Any],
     ) -> FeatureStore:
-        """Open or create. `parts` is, by name, all that the values depend on.
+        """Open or create a store. `key` is, by name, everything that the values depend on.
 
-        Raises ValueError when the folder holds features of another origin.
+        Raises ValueError if the folder contains features with another key or other settings.
         """
         if dtype not in STORE_DTYPES:
-            raise ValueError(f"a cache of dtype {dtype!r}; wanted one of {', '.join(STORE_DTYPES)}")
-        manifest = {"views": views, "n": n, "shape": list(shape), "dtype": dtype, **key}
-        wanted = json.loads(json.dumps(manifest))
+            raise ValueError(f"dtype = {dtype!r}; expected one of {', '.join(STORE_DTYPES)}")
+        manifest = {"views": views, "n": num_records, "shape": list(shape), "dtype": dtype, **key}
         path = folder / "manifest.json"
         if path.exists():
-            found = json.loads(path.read_text())
-            if changed := differing_keys(found, wanted):
+            existing, expected = json.loads(path.read_text()), json.loads(json.dumps(manifest))
+            if changed := differing_keys(existing, expected):
                 raise ValueError(
-                    f"{folder} holds features of another origin; they differ in "
-                    f"{', '.join(changed)}. Remove the folder, or choose another config.cache.path"
+                    f"{folder} contains features of another origin; they differ in "
+                    f"{', '.join(changed)}. Remove the folder, or set another config.cache.path"
                 )
         else:
             folder.mkdir(parents=True, exist_ok=True)
@@ -109,118 +113,127 @@ class FeatureStore:
 
     @classmethod
     def load(cls, folder: Path) -> FeatureStore:
-        """An existing store, as its manifest says."""
-        m = json.loads((folder / "manifest.json").read_text())
-        store = cls(folder, m["views"], m["n"], tuple(m["shape"]), m["dtype"])
+        """Load an existing store, with the settings of its manifest."""
+        manifest = json.loads((folder / "manifest.json").read_text())
+        store = cls(
+            folder,
+            views=manifest["views"],
+            num_records=manifest["n"],
+            shape=tuple(manifest["shape"]),
+            dtype=manifest["dtype"],
+        )
         store.refresh()
         return store
 
     def refresh(self) -> None:
-        """Look for segments again."""
+        """Find segments that were completed since the last call."""
         for path in sorted(set(self.folder.glob(f"*{IDS_SUFFIX}")) - self._segments.keys()):
             with np.load(path) as stored:
-                ids, broken, seconds = stored["ids"], stored["broken"], float(stored["seconds"])
-            self._state[ids] = np.where(broken, BROKEN, PRESENT)
+                ids, is_bad, seconds = stored["ids"], stored["broken"], float(stored["seconds"])
+            self._state[ids] = np.where(is_bad, BAD_RECORD, PRESENT)
             self._segment[ids] = len(self._segments)
             self._offset[ids] = np.arange(len(ids))
             self._segments[path] = path.with_name(path.name.replace(IDS_SUFFIX, RECORDS_SUFFIX))
-            self.seconds, self.computed = self.seconds + seconds, self.computed + len(ids)
+            self.num_rows += len(ids)
+            self.compute_seconds += seconds
 
     def complete_views(self) -> Bool[np.ndarray, " views"]:
-        """Which views hold every record."""
+        """Return, for each view, whether the rows of all records are on disk."""
         return np.all(self._state.reshape(self.views, self.num_records) > PENDING, axis=1)
 
     def contains(self, views: Int[np.ndarray, " k"], indices: Int[np.ndarray, " k"]) -> bool:
-        """Are all these rows on disk?"""
+        """Return whether all these rows are on disk."""
         return bool((self._state[views * self.num_records + indices] > PENDING).all())
 
     @property
     def first_missing(self) -> int:
-        """The first row that is not on disk, view after view; the number of rows if all are."""
+        """First row that is not on disk, in order of (view, record); the number of rows if none."""
         missing = np.flatnonzero(self._state <= PENDING)
         return int(missing[0]) if len(missing) else len(self._state)
 
     @property
     def bytes(self) -> int:
-        """Size on disk."""
+        """Size of the features on disk, in bytes."""
         return sum(path.stat().st_size for path in self._segments.values())
 
     def read(
         self, views: Int[np.ndarray, " k"], indices: Int[np.ndarray, " k"]
     ) -> tuple[Float[np.ndarray, "k ..."], Bool[np.ndarray, " k"]]:
-        """Rows in float32, and which of them come from a record that could be read.
+        """Return (rows in float32, mask that is False for bad records).
 
-        Raises KeyError for a row that is missing.
+        Raises KeyError if a row is not on disk.
         """
         ids = views * self.num_records + indices
         state = self._state[ids]
         if (state <= PENDING).any():
             raise KeyError(f"{int((state <= PENDING).sum())} rows are not in {self.folder}")
         out = np.zeros((len(ids), *self.shape), np.float32)
-        good, segments = state == PRESENT, list(self._segments.values())
-        for segment in np.unique(self._segment[ids[good]]):
-            here = np.flatnonzero(good & (self._segment[ids] == segment))
-            rows = _reader(segments[segment]).read(self._offset[ids[here]].tolist())
-            out[here] = decode_rows(rows, self.shape, self.dtype)
-        return out, good
+        valid, segments = state == PRESENT, list(self._segments.values())
+        for segment in np.unique(self._segment[ids[valid]]):
+            in_segment = np.flatnonzero(valid & (self._segment[ids] == segment))
+            rows = _open_reader(segments[segment]).read(self._offset[ids[in_segment]].tolist())
+            out[in_segment] = decode_rows(rows, self.shape, self.dtype)
+        return out, valid
 
     def write(
         self,
         views: Int[np.ndarray, " k"],
         indices: Int[np.ndarray, " k"],
         values: Float[np.ndarray, "k ..."],
-        good: Bool[np.ndarray, " k"],
+        valid: Bool[np.ndarray, " k"],
         *,
         seconds: float = 0.0,
     ) -> Float[np.ndarray, "k ..."]:
-        """Take rows in, and return them as they will be read: rounded to `dtype`, broken ones zero.
+        """Add rows, and return them as `read` will: rounded to `dtype`, zero for bad records.
 
-        They are on disk after `flush`. Rows that are there already are not written twice.
-        `seconds` is what computing them took.
+        `valid` is False for bad records; `seconds` is the time that computing the rows took. The
+        rows are on disk after `flush`. Rows that the store already has are not written again.
         """
-        values = np.where(good.reshape(-1, *(1,) * len(self.shape)), values, np.float32(0))
+        values = np.where(valid.reshape(-1, *(1,) * len(self.shape)), values, np.float32(0))
         rows = encode_rows(values, self.dtype)
         ids, firsts = np.unique(views * self.num_records + indices, return_index=True)
         new = self._state[ids] == MISSING
         for row, i in zip(ids[new].tolist(), firsts[new].tolist(), strict=True):
-            self._rows.append((row, rows[i] if good[i] else b""))
-            self._bytes += len(rows[i])
+            self._pending.append((row, rows[i] if valid[i] else b""))
+            self._pending_bytes += len(rows[i])
         self._state[ids[new]] = PENDING
-        self._seconds += seconds * new.sum() / len(rows)
-        if self._bytes > SEGMENT_BYTES:
+        self._pending_seconds += seconds * new.sum() / len(rows)
+        if self._pending_bytes > SEGMENT_BYTES:
             self.flush()
         return decode_rows(rows, self.shape, self.dtype)
 
     def flush(self) -> None:
-        """Make a segment of what was written since the last one."""
-        if not self._rows:
+        """Write a segment with the rows that were added since the last one."""
+        if not self._pending:
             return
         name = self.folder / f"{uuid.uuid4().hex}"
         temporary = name.with_suffix(".tmp")
         writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
-        for _, row in self._rows:
+        for _, row in self._pending:
             writer.write(row)
         writer.close()
         temporary.replace(name.with_suffix(RECORDS_SUFFIX))
         with temporary.open("wb") as f:
             np.savez(
                 f,
-                ids=np.array([i for i, _ in self._rows], np.int64),
-                broken=np.array([not row for _, row in self._rows]),
-                seconds=self._seconds,
+                ids=np.array([i for i, _ in self._pending], np.int64),
+                broken=np.array([not row for _, row in self._pending]),
+                seconds=self._pending_seconds,
             )
             f.flush()
             os.fsync(f.fileno())
-        temporary.replace(name.with_suffix(IDS_SUFFIX))  # its presence says that both are whole
-        self._rows, self._bytes, self._seconds = [], 0, 0.0
+        temporary.replace(
+            name.with_suffix(IDS_SUFFIX)
+        )  # last: its presence marks both files as complete
+        self._pending, self._pending_bytes, self._pending_seconds = [], 0, 0.0
         self.refresh()
 
 
 @functools.lru_cache(maxsize=256)
-def _reader(path: Path) -> Any:
+def _open_reader(path: Path) -> Any:
     return ArrayRecordReader(str(path), "readahead_buffer_size:0")
 
 
 def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """The keys whose values differ, or that one side lacks."""
+    """Return the sorted keys whose values differ, or that one of the mappings lacks."""
     return [k for k in sorted(a.keys() | b.keys()) if k not in a or k not in b or a[k] != b[k]]

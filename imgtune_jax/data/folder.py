@@ -1,4 +1,4 @@
-"""Images in a folder: with a table of captions, or a sub-folder a class."""
+"""Images in a folder, with a table of captions or with one sub-folder per class."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from imgtune_jax.data import record_fields
+from imgtune_jax.data.image import IMAGE_SUFFIXES
 from imgtune_jax.data.record import BadRecord, FaultCause, Record
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+from imgtune_jax.data.record_fields import Fingerprint, RecordFields, as_field_path, parse_json
 
 
 class _TableRow(NamedTuple):
@@ -27,11 +26,13 @@ class _TableRow(NamedTuple):
 class Folder:
     """A folder of images.
 
-    With `table` (.jsonl, .csv or .tsv; open_clip's tab-separated .csv too), a record is an image
-    of its `image_column`, a path relative to `path`; lines that name one image again add captions.
-    captions: set -> column, by default "caption" -> "title". A jsonl value may be a list.
-    Without it, each sub-folder is a class: the label is its place in the sorted names (or in
-    `classes`), and its name is the caption of the set "class".
+    With `table` (.jsonl, .csv or .tsv; also open_clip's tab-separated .csv), each image of the
+    column `image_column`, a path relative to `path`, is a record. Further lines with the same image
+    add captions. `captions` maps a caption set to a column, {"caption": "title"} if None. A jsonl
+    value may be a list of alternatives.
+
+    Without a table, each sub-folder is a class: the label is the index of its name in `classes`, or
+    in the sorted names if None, and its name is the caption of the caption set "class".
     """
 
     path: str
@@ -44,66 +45,84 @@ class Folder:
 
     def __post_init__(self) -> None:
         if not Path(self.path).is_dir():
-            raise ValueError(f"no folder at {self.path!r}; give the folder that holds the images")
+            raise ValueError(
+                f"path = {self.path!r} is not a folder; set it to the folder of the images"
+            )
         if self.table is not None and not Path(self.table).is_file():
-            raise ValueError(f"no table at {self.table!r}; give a .jsonl, .csv or .tsv file")
+            raise ValueError(
+                f"table = {self.table!r} does not exist; set it to a .jsonl, .csv or .tsv file"
+            )
         if not len(self):
             raise ValueError(f"no images in {self.path} (table={self.table})")
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._image_rows)
 
     def __getitem__(self, index: int) -> Record:
-        return self._record(index, with_image=True)
+        return self._build_record(index, with_image=True)
 
-    def describe(self, index: int) -> Record:
-        """The record without its image."""
-        return self._record(index, with_image=False)
+    def read_metadata(self, index: int) -> Record:
+        """Return the record without its image."""
+        return self._build_record(index, with_image=False)
 
     @property
     def caption_sets(self) -> tuple[str, ...]:
-        """The caption sets that records may have."""
-        return ("class",) if self.table is None else tuple(self._columns)
+        """Names of the caption sets that records may have."""
+        return ("class",) if self.table is None else tuple(self._caption_columns)
 
     @property
     def has_group(self) -> bool:
-        """Do records have a group?"""
+        """Whether records have a group."""
         return self.group is not None
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The names of the classes, by label."""
+        """Names of the classes, in the order of the labels."""
         if self.classes is not None:
             return tuple(self.classes)
         return tuple(sorted(p.name for p in Path(self.path).iterdir() if p.is_dir()))
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of options, table, file names and sizes, and the bytes of a few images."""
-        digest = record_fields.Fingerprint(
-            self.image_column, self._columns, self.label, self.classes
-        )
+        """Digest of the options, the table, file names and sizes, and the bytes of a few images."""
+        digest = Fingerprint(self.image_column, self._caption_columns, self.label, self.classes)
         digest.add(self.group, self.class_names if self.table is None else ())
-        present = []
-        for row in self._rows:
+        existing = []
+        for row in self._image_rows:
             file = None if row.file is None else Path(self.path, row.file)
             size = file.stat().st_size if file is not None and file.is_file() else None
             digest.add(row.file, size, sorted(row.metadata.items(), key=str))
             if size is not None:
-                present.append((file, size))
-        for file, size in present[:: max(1, len(present) // 16)]:
+                existing.append((file, size))
+        for file, size in existing[:: max(1, len(existing) // 16)]:
             digest.add_samples(file, [(0, size)])
         return digest.hex()
 
     @property
-    def _columns(self) -> Mapping[str, str]:
+    def _caption_columns(self) -> Mapping[str, str]:
         return {"caption": "title"} if self.captions is None else self.captions
 
     @cached_property
-    def _rows(self) -> tuple[_TableRow, ...]:
-        return self._table_rows() if self.table is not None else self._class_rows()
+    def _record_fields(self) -> RecordFields:
+        group = None if self.group is None else as_field_path(self.group)
+        if self.table is None:
+            path = ("class",)
+            return RecordFields({"class": path}, path, self.class_names, group)
+        return RecordFields(
+            captions={
+                name: as_field_path(column) for name, column in self._caption_columns.items()
+            },
+            label=None if self.label is None else as_field_path(self.label),
+            classes=self.classes,
+            group=group,
+            labels_from_digits=True,
+        )
 
-    def _class_rows(self) -> tuple[_TableRow, ...]:
+    @cached_property
+    def _image_rows(self) -> tuple[_TableRow, ...]:
+        return self._rows_of_table() if self.table is not None else self._rows_of_classes()
+
+    def _rows_of_classes(self) -> tuple[_TableRow, ...]:
         root = Path(self.path)
         files = (
             file
@@ -114,92 +133,65 @@ class Folder:
         relative = (file.relative_to(root) for file in files)
         return tuple(_TableRow(str(f), {"class": f.parts[0]}, None) for f in relative)
 
-    def _table_rows(self) -> tuple[_TableRow, ...]:
-        """One row an image, the captions of its lines joined."""
+    def _rows_of_table(self) -> tuple[_TableRow, ...]:
+        """Return one row per image, with the captions of all its lines."""
         rows: dict[str, _TableRow] = {}
         for number, row in enumerate(_read_table(Path(str(self.table)))):
             file = row.metadata.get(self.image_column)
             name = file if isinstance(file, str) and file else None
             key = name or f"line {number}"
             if key in rows:
-                row = _merge(rows[key], row, tuple(self._columns.values()))
+                row = _merge_captions(rows[key], row, tuple(self._caption_columns.values()))
             elif name is None and row.fault is None:
-                wanted = f"line {number} has no {self.image_column!r}: {sorted(row.metadata)}"
-                row = row._replace(fault=BadRecord(FaultCause.MISSING_IMAGE, wanted))
+                detail = f"line {number} has no {self.image_column!r}: {sorted(row.metadata)}"
+                row = row._replace(fault=BadRecord(FaultCause.MISSING_IMAGE, detail))
             rows[key] = row._replace(file=name)
         return tuple(rows.values())
 
-    def _record(self, index: int, *, with_image: bool) -> Record:
-        row = self._rows[index]
+    def _build_record(self, index: int, *, with_image: bool) -> Record:
+        row = self._image_rows[index]
         faults: dict[str, BadRecord] = {}
-        image = None
         if row.fault is not None:
             faults["image" if row.file is None else "captions"] = row.fault
+        image = None
         if row.file is not None and with_image:
             try:
                 image = Path(self.path, row.file).read_bytes()
             except OSError as error:
                 faults["image"] = BadRecord(FaultCause.MISSING_IMAGE, str(error))
-        columns = {"class": "class"} if self.table is None else self._columns
-        captions: dict[str, tuple[str, ...]] = {}
-        label = None
-        try:
-            captions = {
-                s: record_fields.parse_captions(row.metadata.get(c)) for s, c in columns.items()
-            }
-        except BadRecord as bad:
-            faults["captions"] = bad
-        try:
-            if self.table is None:
-                label = self.class_names.index(row.metadata["class"])
-            elif self.label is not None:
-                label = record_fields.parse_label(
-                    _parse_number(row.metadata.get(self.label)), self.classes
-                )
-        except BadRecord as bad:
-            faults["label"] = bad
-        group = None
-        try:
-            if self.group is not None:
-                group = record_fields.parse_group(row.metadata.get(self.group))
-        except BadRecord as bad:
-            faults["group"] = bad
         key = row.file or f"{self.table}, {row.fault and row.fault.detail}"
-        return Record(key, image, captions, label, group, row.metadata, faults)
+        return self._record_fields.build_record(
+            key, image=image, metadata=row.metadata, faults=faults
+        )
 
 
-def _merge(old: _TableRow, new: _TableRow, columns: Sequence[str]) -> _TableRow:
-    joined = dict(old.metadata)
+def _merge_captions(old: _TableRow, new: _TableRow, columns: Sequence[str]) -> _TableRow:
+    merged = dict(old.metadata)
     for column in columns:
         both = [old.metadata.get(column), new.metadata.get(column)]
         lists = [[v] if isinstance(v, str) else list(v) for v in both if v]
-        joined[column] = [text for texts in lists for text in texts]
-    return _TableRow(old.file, joined, old.fault or new.fault)
-
-
-def _parse_number(value: Any) -> Any:
-    """A csv's "3" as 3."""
-    return int(value) if isinstance(value, str) and value.isdigit() else value
+        merged[column] = [text for texts in lists for text in texts]
+    return _TableRow(old.file, merged, old.fault or new.fault)
 
 
 def _read_table(path: Path) -> list[_TableRow]:
     data = path.read_bytes()
     if path.suffix == ".jsonl":
         lines = [line for line in data.split(b"\n") if line.strip()]
-        return [_json_row(line, f"{path.name} line {n + 1}") for n, line in enumerate(lines)]
+        return [_parse_json_row(line, f"{path.name} line {n + 1}") for n, line in enumerate(lines)]
     if path.suffix not in (".csv", ".tsv"):
-        raise ValueError(f"{path} is no .jsonl, .csv or .tsv")
-    # A wrong byte spoils its own row only: it comes through as a surrogate, and is found there.
+        raise ValueError(f"table = {str(path)!r}; expected a .jsonl, .csv or .tsv file")
+    # An invalid byte makes only its row bad: it becomes a surrogate, which _parse_csv_row finds.
     text = data.decode("utf-8-sig", errors="surrogateescape")
     header = text.partition("\n")[0]
-    tabs = path.suffix == ".tsv" or "\t" in header  # open_clip's .csv files have tabs
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",")
-    return [_csv_row(row, f"{path.name} line {reader.line_num}") for row in reader]
+    has_tabs = path.suffix == ".tsv" or "\t" in header  # open_clip's .csv files have tabs
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if has_tabs else ",")
+    return [_parse_csv_row(row, f"{path.name} line {reader.line_num}") for row in reader]
 
 
-def _json_row(line: bytes, where: str) -> _TableRow:
+def _parse_json_row(line: bytes, name: str) -> _TableRow:
     try:
-        return _TableRow(None, record_fields.parse_json(line, where), None)
+        return _TableRow(None, parse_json(line, name), None)
     except BadRecord as bad:
         lenient = line.decode("utf-8", errors="replace")
         try:
@@ -208,11 +200,11 @@ def _json_row(line: bytes, where: str) -> _TableRow:
             return _TableRow(None, {}, bad)
 
 
-def _csv_row(row: Mapping[Any, Any], where: str) -> _TableRow:
+def _parse_csv_row(row: Mapping[Any, Any], name: str) -> _TableRow:
     cells = {k: v for k, v in row.items() if isinstance(k, str) and isinstance(v, str)}
     try:
         for cell in cells.values():
             cell.encode("utf-8")
     except UnicodeEncodeError:
-        return _TableRow(None, cells, BadRecord(FaultCause.BAD_UTF8, f"{where} is not UTF-8"))
+        return _TableRow(None, cells, BadRecord(FaultCause.BAD_UTF8, f"{name} is not UTF-8"))
     return _TableRow(None, cells, None)

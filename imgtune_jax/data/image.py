@@ -1,4 +1,7 @@
-"""Whatever holds a picture -> u8[h w 3]. Hostile bytes end in a BadRecord, never in a crash."""
+"""Encoded bytes, path, PIL image or array -> u8[h w 3].
+
+Malformed bytes raise BadRecord, and never another exception.
+"""
 
 from __future__ import annotations
 
@@ -15,30 +18,32 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from imgtune_jax.data.record import BadRecord, FaultCause
 
-MAX_PIXELS = 89_478_485  # Pillow's own warning threshold
-WHITE = (255, 255, 255)
-BUFFER_BYTES = 1 << 24  # a larger picture's pages are little beside its decoding
+Color = tuple[int, int, int]  # RGB
+WHITE: Color = (255, 255, 255)
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MAX_PIXELS = 89_478_485  # Pillow's warning threshold
+BUFFER_BYTES = 1 << 24  # for a larger image, page faults cost little compared with decoding
 ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 
 
 @dataclass(frozen=True, eq=False)
 class LazyJpeg:
-    """An upright JPEG in colour or gray that waits to be decoded, whole or smaller."""
+    """An undecoded, upright RGB or gray JPEG, which can be decoded at full or reduced size."""
 
     data: bytes
-    opened: Image.Image  # Pillow has read its header
+    opened: Image.Image  # its header is read
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of the whole picture: height, width, 3."""
+        """Shape of the image at full size: (height, width, 3)."""
         return self.opened.height, self.opened.width, 3
 
     def decode(self, reduction: int = 1, *, scratch: bool = False) -> UInt8[np.ndarray, "h w 3"]:
-        """RGB by libjpeg-turbo, whole the same to the bit as Pillow's.
+        """Decode to RGB with libjpeg-turbo; at full size, the pixels are Pillow's to the bit.
 
-        A `reduction` of 2, 4 or 8 divides both sides, rounded up: each pixel comes from the lower
-        frequencies of its block. With `scratch`, the thread's next such call overwrites the pixels.
-        Raises BadRecord.
+        A `reduction` of 2, 4 or 8 divides both sides, rounded up: each pixel is computed from the
+        lower frequencies of its DCT block. With `scratch`, the result is valid until the thread's
+        next call with `scratch`. Raises BadRecord.
         """
         height, width = (-(-side // reduction) for side in self.shape[:2])
         try:
@@ -50,7 +55,7 @@ class LazyJpeg:
                 buffer=_thread_buffer(height * width * 3) if scratch else None,
                 strict=True,
             )
-        except ValueError:  # Pillow says what is wrong, or forgives it
+        except ValueError:  # Pillow decodes some damaged files, or reports the cause
             return _decode_with_pillow(self.opened, WHITE, self.data)
 
 
@@ -58,11 +63,11 @@ _THREAD_LOCAL = threading.local()
 
 
 def _thread_buffer(size: int) -> UInt8[np.ndarray, " n"] | None:
-    """Memory of this thread, so that pixels that are let go at once need no fresh pages."""
+    """Return a buffer of this thread, so that short-lived pixels need no newly mapped pages."""
     if size > BUFFER_BYTES:
         return None
     if not hasattr(_THREAD_LOCAL, "memory"):
-        _THREAD_LOCAL.memory = np.empty(BUFFER_BYTES, np.uint8)  # pages come when they are touched
+        _THREAD_LOCAL.memory = np.empty(BUFFER_BYTES, np.uint8)  # its pages are mapped on first use
     return _THREAD_LOCAL.memory
 
 
@@ -70,29 +75,32 @@ def decode_image(
     image: Any,
     *,
     max_pixels: int = MAX_PIXELS,
-    background: tuple[int, int, int] = WHITE,
+    background: Color = WHITE,
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """RGB of encoded bytes, a path, a PIL image or an array: `peek`, decoded whole."""
-    found = open_image(image, max_pixels=max_pixels, background=background)
-    return found.decode() if isinstance(found, LazyJpeg) else found
+    """Return the RGB pixels of encoded bytes, a path, a PIL image or an array.
+
+    The options and errors are those of `open_image`.
+    """
+    opened = open_image(image, max_pixels=max_pixels, background=background)
+    return opened.decode() if isinstance(opened, LazyJpeg) else opened
 
 
 def open_image(
     image: Any,
     *,
     max_pixels: int = MAX_PIXELS,
-    background: tuple[int, int, int] = WHITE,
+    background: Color = WHITE,
 ) -> UInt8[np.ndarray, "h w 3"] | LazyJpeg:
-    """RGB, or a Jpeg that is not decoded yet, of encoded bytes, a path, a PIL image or an array.
+    """Return the RGB pixels, or a LazyJpeg, of encoded bytes, a path, a PIL image or an array.
 
-    EXIF rotation is applied, an animation gives its first frame, alpha is composited on
-    `background`, 16 bits are scaled to 8 (not clipped). The number of pixels is checked in the
-    header, before anything is decoded. Raises BadRecord.
+    EXIF rotation is applied, the first frame of an animation is used, alpha is composited on
+    `background`, and 16 bits are scaled (not clipped) to 8. The number of pixels is checked in the
+    header, before decoding. Raises BadRecord.
     """
     if image is None:
         raise BadRecord(FaultCause.MISSING_IMAGE, "the record has no image")
     if isinstance(image, np.ndarray):
-        return _from_pil(_array_to_pil(image, max_pixels), background)
+        return _pil_to_rgb(_array_to_pil(image, max_pixels), background)
     if isinstance(image, Image.Image):
         _check_size(image, max_pixels)
         return _decode_with_pillow(image, background)
@@ -106,7 +114,7 @@ def open_image(
         opened = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError as error:
         raise BadRecord(FaultCause.TOO_MANY_PIXELS, str(error)) from error
-    except Exception as error:  # Pillow's parsers raise anything on hostile bytes
+    except Exception as error:  # Pillow's parsers raise any exception on malformed bytes
         raise _unreadable(data, error) from error
     _check_size(opened, max_pixels)
     return (
@@ -117,12 +125,12 @@ def open_image(
 
 
 def _is_plain_jpeg(opened: Image.Image) -> bool:
-    """Does libjpeg-turbo alone give what Pillow would? Not for CMYK, several pictures, rotation."""
+    """Whether libjpeg-turbo alone decodes as Pillow does: not CMYK, several images or rotation."""
     if opened.format != "JPEG" or opened.mode not in ("RGB", "L"):
         return False
     try:
         return opened.getexif().get(ORIENTATION, 1) == 1
-    except Exception:  # Pillow's parsers raise anything on hostile bytes; `_guarded` says so
+    except Exception:  # on malformed bytes; `_decode_with_pillow` reports them
         return False
 
 
@@ -131,26 +139,26 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise BadRecord(
             FaultCause.TOO_MANY_PIXELS,
-            f"{width}x{height} has {width * height} pixels; at most {max_pixels} are decoded",
+            f"image of {width}x{height} = {width * height} pixels; expected at most {max_pixels}",
         )
 
 
 def _decode_with_pillow(
-    image: Image.Image, background: tuple[int, int, int], data: bytes = b""
+    image: Image.Image, background: Color, data: bytes = b""
 ) -> UInt8[np.ndarray, "h w 3"]:
     try:
         image.load()
-        return _from_pil(ImageOps.exif_transpose(image), background)
+        return _pil_to_rgb(ImageOps.exif_transpose(image), background)
     except (BadRecord, MemoryError):
         raise
-    except Exception as error:  # Pillow's parsers raise anything on hostile bytes
+    except Exception as error:  # Pillow's parsers raise any exception on malformed bytes
         raise _unreadable(data, error) from error
 
 
 def _unreadable(data: bytes, error: Exception) -> BadRecord:
-    """The BadRecord that says why these bytes did not become a picture."""
+    """Return the BadRecord that classifies a decoder's error."""
     text = f"{type(error).__name__}: {error}"
-    # A WebP names its size in its header; its decoder does not say that bytes are missing.
+    # A WebP header contains the file size; the decoder does not report that bytes are missing.
     short_webp = data[:4] == b"RIFF" and len(data) < int.from_bytes(data[4:8], "little") + 8
     if short_webp or isinstance(error, EOFError) or "truncated" in text.lower():
         return BadRecord(FaultCause.TRUNCATED_IMAGE, f"{text} ({len(data)} bytes)")
@@ -161,21 +169,25 @@ def _unreadable(data: bytes, error: Exception) -> BadRecord:
     return BadRecord(FaultCause.UNDECODABLE_IMAGE, text)
 
 
-def _from_pil(image: Image.Image, background: tuple[int, int, int]) -> UInt8[np.ndarray, "h w 3"]:
+def _pil_to_rgb(image: Image.Image, background: Color) -> UInt8[np.ndarray, "h w 3"]:
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = _scale_16_bit(np.asarray(image))
     if image.mode == "F":
-        raise BadRecord(FaultCause.UNSUPPORTED_IMAGE, "floating-point pixels; wanted 8 or 16 bits")
+        raise BadRecord(
+            FaultCause.UNSUPPORTED_IMAGE, "floating-point pixels; expected 8 or 16 bits"
+        )
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        below = Image.new("RGBA", image.size, (*background, 255))
-        image = Image.alpha_composite(below, image)
+        canvas = Image.new("RGBA", image.size, (*background, 255))
+        image = Image.alpha_composite(canvas, image)
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _scale_16_bit(pixels: Shaped[np.ndarray, "h w"]) -> Image.Image:
     if pixels.min() < 0 or pixels.max() > 65535:
-        raise BadRecord(FaultCause.UNSUPPORTED_IMAGE, "pixels of more than 16 bits; wanted 8 or 16")
+        raise BadRecord(
+            FaultCause.UNSUPPORTED_IMAGE, "pixels of more than 16 bits; expected 8 or 16"
+        )
     return Image.fromarray(((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
@@ -185,11 +197,12 @@ def _array_to_pil(array: np.ndarray, max_pixels: int) -> Image.Image:
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
         raise BadRecord(
             FaultCause.UNSUPPORTED_IMAGE,
-            f"array of shape {array.shape}; wanted [h w], [h w 1], [h w 3] or [h w 4]",
+            f"array of shape {array.shape}; expected [h w], [h w 1], [h w 3] or [h w 4]",
         )
     if array.shape[0] * array.shape[1] > max_pixels:
         raise BadRecord(
-            FaultCause.TOO_MANY_PIXELS, f"array {array.shape}; at most {max_pixels} pixels"
+            FaultCause.TOO_MANY_PIXELS,
+            f"array of shape {array.shape}; expected at most {max_pixels} pixels",
         )
     if array.dtype == np.uint16:
         array = ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
@@ -198,6 +211,6 @@ def _array_to_pil(array: np.ndarray, max_pixels: int) -> Image.Image:
     if array.dtype != np.uint8 or array.size == 0:
         raise BadRecord(
             FaultCause.UNSUPPORTED_IMAGE,
-            f"array {array.dtype}{list(array.shape)}; wanted uint8 or uint16, not empty",
+            f"array {array.dtype}{list(array.shape)}; expected uint8 or uint16, not empty",
         )
     return Image.fromarray(np.ascontiguousarray(array))

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from imgtune_jax.data import record_fields
 from imgtune_jax.data.record import Record, Source, read_metadata
+from imgtune_jax.data.record_fields import Fingerprint
 
 
 @dataclass(frozen=True)
 class Mixture:
     """`sources` in the proportions of `weights` (None: of their lengths).
 
-    An epoch is the shortest in which every source is seen whole: source k fills a share of
-    weights[k] / sum(weights) of it, rounded to a record, and repeats from its beginning. So record
-    i is a pure function of i, and a shuffled epoch shows every record at least once.
+    An epoch is the shortest one that contains every record of every source: source k fills the
+    fraction weights[k] / sum(weights) of it, rounded to a record, and repeats from its beginning.
+    So record i is a pure function of i, and a shuffled epoch contains every record at least once.
     """
 
     sources: Sequence[Source]
@@ -26,20 +26,21 @@ class Mixture:
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise ValueError("a mixture of no sources; give at least one")
+            raise ValueError("a mixture has no sources; set `sources` to at least one")
         weights = self.weights
         if weights is not None and (len(weights) != len(self.sources) or min(weights) <= 0):
             raise ValueError(
-                f"weights {tuple(weights)} for {len(self.sources)} sources; wanted as many, above 0"
+                f"weights = {tuple(weights)}; expected {len(self.sources)} weights above 0, "
+                "one per source"
             )
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
-        """How many records of an epoch come from each source."""
+        """Number of records of an epoch that come from each source."""
         lengths = [len(s) for s in self.sources]
         weights = self.weights or lengths
         scale = max(n / w for n, w in zip(lengths, weights, strict=True))
-        # The scale makes one product a source's own length, up to the rounding of floats.
+        # For the source that determines `scale`, the product is its length only up to rounding.
         return tuple(max(n, round(scale * w)) for n, w in zip(lengths, weights, strict=True))
 
     @cached_property
@@ -47,9 +48,9 @@ class Mixture:
         return [sum(self.counts[: k + 1]) for k in range(len(self.counts))]
 
     def locate(self, index: int) -> tuple[int, int]:
-        """(source, its record) of a record of the mixture."""
+        """Return (source index, index in that source) of a record of the mixture."""
         if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
+            raise IndexError(f"index = {index}; expected 0 <= index < {len(self)}")
         k = bisect.bisect_right(self._cumulative_counts, index)
         first = self._cumulative_counts[k] - self.counts[k]
         return k, (index - first) % len(self.sources[k])
@@ -61,23 +62,23 @@ class Mixture:
         k, i = self.locate(index)
         return self.sources[k][i]
 
-    def describe(self, index: int) -> Record:
-        """The record without its image."""
+    def read_metadata(self, index: int) -> Record:
+        """Return the record, without its image if its source can skip reading it."""
         k, i = self.locate(index)
         return read_metadata(self.sources[k], i)
 
     @property
     def caption_sets(self) -> tuple[str, ...]:
-        """The caption sets that some source can give."""
+        """Names of the caption sets that records of any source may have."""
         sets: list[Any] = [getattr(s, "caption_sets", ()) for s in self.sources]
         return tuple(dict.fromkeys(name for names in sets for name in names))
 
     @property
     def has_group(self) -> bool:
-        """Do records of every source have a group?"""
+        """Whether the records of all sources have groups."""
         return all(getattr(s, "has_group", False) for s in self.sources)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of the sources' and of the proportions."""
-        return record_fields.Fingerprint([s.fingerprint for s in self.sources], self.counts).hex()
+        """Digest of the fingerprints of the sources and of the proportions."""
+        return Fingerprint([s.fingerprint for s in self.sources], self.counts).hex()

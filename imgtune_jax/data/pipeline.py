@@ -1,9 +1,9 @@
-"""Records -> batches, on Grain. Position is one integer.
+"""Batches of records, on Grain. A batch is a pure function of the config and the step.
 
-Batch t of a run is a pure function of (config, t). Its row j is position p = t·B + j of a stream
-that is epoch after epoch of the source, each shuffled by (seed, epoch); a host takes its slice of
-every batch. So a resumed run needs no state but its step, and threads, worker processes and hosts
-may change in number. A broken record keeps its row, with zeros and `example_mask` False.
+Row j of batch t is position p = t·B + j of a stream: the concatenation of epochs of the source,
+each shuffled by (seed, epoch). A host takes its slice of every batch. So a run resumes from its
+step alone, and the number of threads, worker processes and hosts may change. A bad record keeps its
+row, with zeros and `example_mask` False.
 """
 
 from __future__ import annotations
@@ -20,45 +20,43 @@ from absl import flags
 from imgtune_jax.data import image as image_lib
 from imgtune_jax.data.caption_sampler import CaptionSampler
 from imgtune_jax.data.feature_store import FeatureStore
-from imgtune_jax.data.record import (
-    BadRecordCounter,
-    Fault,
-    Source,
-)
+from imgtune_jax.data.record import BadRecordCounter, Fault, Source
 from imgtune_jax.data.rows import PADDING_INDEX, Collator, RowBuilder
 from imgtune_jax.data.tokenizer import Tokenizer
 from imgtune_jax.data.transforms import Compose
 
 NumpyBatch = dict[str, np.ndarray]
-NO_END = 1 << 40  # batches; more than a run takes
+NO_END = 1 << 40  # batches; more than any run takes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pipeline:
-    """Batches as dicts of NumPy arrays, for this host.
+    """Batches of a source for this host, as dicts of NumPy arrays.
 
-    image u8[b h w 3] if there is a transform; text i32[b l], text_mask and target_mask bool[b l] if
-    there is a tokenizer, with group i32[b] if the source has groups; always example_mask bool[b]
-    and index i64[b] (-1 is padding). `captions` weighs caption sets; `templates` and `prefixes` as
-    in CaptionDraw.
+    A batch has example_mask bool[b] and index i64[b] (-1 for padding). With a transform, it has
+    image u8[b h w 3]. With a tokenizer, it has text i32[b l], text_mask and target_mask bool[b l],
+    and, if the source has groups, group i32[b]. `caption_weights`, `templates` and `prefixes` are
+    the fields of CaptionSampler.
 
-    `stores` of features, by tower ("image", "text"), replace what the towers read: a batch whose
-    rows a store holds has image_features or text_features f32[b …] in the place of its image (none
-    is opened), or beside its text. With a store, a record is augmented, or its caption drawn, as
-    in epoch `view` = epoch % views, and image_good and text_good bool[b] say which rows to store.
-    What a store holds is read once, when iteration begins.
+    `stores` maps a modality ("image", "text") to the store of its cached features. If a store holds
+    all rows of a batch, the batch has `image_features` f32[b …] instead of `image` (no image is
+    decoded), or `text_features` f32[b …] in addition to `text`. With a store, augmentation or the
+    caption is sampled as in epoch `view` = epoch % views. A batch whose rows are to be stored has
+    image_view or text_view i64[b], and image_good or text_good bool[b], False for bad records.
+    Which views a store holds is read once, when iteration begins.
 
-    `num_threads` read `prefetch` batches ahead. With `num_workers` processes, each has so many
-    threads, and they hold at most num_threads + 2 ceil(prefetch / num_workers) + 2 batches each.
+    With `num_workers` = 0, `num_threads` threads read max(prefetch, num_threads) batches ahead.
+    With worker processes, each has `num_threads` threads, and each holds at most
+    num_threads + 2 ceil(prefetch / num_workers) + 2 batches.
 
-    Raises ValueError when fields do not fit each other or the source.
+    Raises ValueError if the fields contradict each other or the source.
     """
 
     source: Source
-    batch_size: int
+    batch_size: int  # of all hosts
     transform: Compose | None = None
     tokenizer: Tokenizer | None = None
-    captions: Mapping[str, float] = field(default_factory=dict)
+    caption_weights: Mapping[str, float] = field(default_factory=dict)
     templates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     prefixes: Mapping[str, str] = field(default_factory=dict)
     length_buckets: tuple[int, ...] = ()
@@ -72,137 +70,157 @@ class Pipeline:
     max_bad_fraction: float = 0.1
     max_bad_fraction_after: int = 1000
     max_pixels: int = image_lib.MAX_PIXELS
-    background: tuple[int, int, int] = image_lib.WHITE
+    background: image_lib.Color = image_lib.WHITE
     stores: Mapping[str, FeatureStore] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         n = len(self.source)
         if n == 0:
-            raise ValueError("the source is empty")
+            raise ValueError("the source has no records; expected at least one")
         if self.batch_size < 1 or self.batch_size % self.host_count:
+            divisible = max(1, self.batch_size // self.host_count) * self.host_count
             raise ValueError(
-                f"batch {self.batch_size} does not divide over {self.host_count} hosts; "
-                f"{max(1, self.batch_size // self.host_count) * self.host_count} would"
+                f"batch_size = {self.batch_size} is not divisible by {self.host_count} hosts; "
+                f"{divisible} would be"
             )
         if not 0 <= self.host_index < self.host_count:
-            raise ValueError(f"host_index = {self.host_index} of host_count = {self.host_count}")
-        for tower, store in self.stores.items():
+            raise ValueError(
+                f"host_index = {self.host_index} with host_count = {self.host_count}; expected "
+                "0 <= host_index < host_count"
+            )
+        for modality, store in self.stores.items():
             if store.num_records != n:
                 raise ValueError(
-                    f"{tower} features of {store.num_records} records, and the source has {n}; compute them "
-                    "from this source"
+                    f"{modality} features of {store.num_records} records, but the source has {n}; "
+                    "compute them from this source"
                 )
         self._check_buckets()
-        if self.tokenizer is not None:
-            self._caption_sampler().check(
-                getattr(self.source, "caption_sets", tuple(self.captions))
-            )
+        if self.caption_sampler is not None:
+            known = getattr(self.source, "caption_sets", tuple(self.caption_weights))
+            self.caption_sampler.check(known)
 
     def _check_buckets(self) -> None:
         buckets = self.length_buckets
         if not buckets:
             return
-        longest = self.tokenizer.length if self.tokenizer else 0
-        if list(buckets) != sorted({*buckets}) or not 0 < buckets[0] <= buckets[-1] < longest:
+        length = self.tokenizer.length if self.tokenizer else 0
+        if list(buckets) != sorted({*buckets}) or not 0 < buckets[0] <= buckets[-1] < length:
             raise ValueError(
-                f"length_buckets = {buckets}; wanted rising lengths of at least 1, all below the "
-                f"tokenizer's, {longest}"
+                f"length_buckets = {buckets}; expected increasing lengths of at least 1, all below "
+                f"the tokenizer's length, {length}"
             )
         if self.host_count > 1:
             raise ValueError(
-                "length_buckets on several hosts: each sees its own texts only, and they would not "
-                "agree on a length; set length_buckets=() and a shorter tokenizer.length"
+                f"length_buckets = {buckets} with {self.host_count} hosts: each host knows only "
+                "its texts, so hosts would not agree on a length; set length_buckets=() and a "
+                "smaller tokenizer.length"
             )
         if "text" in self.stores:
             raise ValueError(
-                "length_buckets with a text tower's cache, whose rows have one length; set "
-                "length_buckets=() or cache.text_views=0"
+                f"length_buckets = {buckets} with cached text features, whose rows have one "
+                "length; set length_buckets=() or cache.text_views=0"
             )
+
+    @cached_property
+    def caption_sampler(self) -> CaptionSampler | None:
+        """The sampler of captions, or None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        return CaptionSampler(self.caption_weights, self.templates, self.prefixes)
+
+    @property
+    def has_group(self) -> bool:
+        """Whether batches have groups."""
+        return self.tokenizer is not None and getattr(self.source, "has_group", False)
+
+    @property
+    def local_batch_size(self) -> int:
+        """Rows per batch of this host."""
+        return self.batch_size // self.host_count
 
     @cached_property
     def _counter(self) -> BadRecordCounter:
         return BadRecordCounter(self.max_bad_fraction, self.max_bad_fraction_after)
 
-    def _caption_sampler(self) -> CaptionSampler:
-        return CaptionSampler(self.captions, self.templates, self.prefixes)
-
     def bad_records(self) -> dict[str, int]:
-        """{"seen": records so far, cause: broken ones, …} of this host, ready for JSON."""
+        """Return {"seen": number of records so far, cause: number of bad ones, …} of this host."""
         return self._counter.summary()
 
     def epoch_end(self, step: int) -> int:
-        """The first batch that holds nothing of the epoch in which batch `step` begins."""
+        """Return the first batch that begins after the epoch in which batch `step` begins."""
         n = len(self.source)
         return -(-(step * self.batch_size // n + 1) * n // self.batch_size)
 
     def batches(self, start: int = 0, stop: int = NO_END) -> Iterator[NumpyBatch]:
-        """Batches start, start + 1, … until `stop`. Raises TooManyBadRecords past the cap."""
-        return self._run(self.row_builder(deterministic=False), start, stop)
+        """Yield the batches start, start + 1, …, stop - 1.
+
+        Raises TooManyBadRecordsError if the fraction of bad records exceeds `max_bad_fraction`.
+        """
+        return self._iterate(start, stop, one_pass=False)
 
     def one_pass(self) -> Iterator[NumpyBatch]:
-        """Every record once, in source order; the last batch is padded.
+        """Yield every record once, in the order of the source, with the last batch padded.
 
-        Captions are the first alternative of the heaviest set. A random transform draws as in
-        epoch 0, so use a deterministic one to evaluate.
+        Captions are not sampled: each is the first alternative of the set with the largest weight.
+        Random transforms sample as in epoch 0, so use deterministic ones for evaluation. Feature
+        stores and length buckets are not used.
         """
-        return self._run(
-            self.row_builder(deterministic=True), 0, -(-len(self.source) // self.batch_size)
-        )
+        return self._iterate(0, -(-len(self.source) // self.batch_size), one_pass=True)
 
-    def row_builder(self, *, deterministic: bool = False) -> RowBuilder:
-        """What makes a row of a position of the stream; `deterministic` as `one_pass` needs it."""
-        stores = {} if deterministic else self.stores
-        return RowBuilder(
-            source=self.source,
-            transform=self.transform,
-            captions=self._caption_sampler() if self.tokenizer else None,
-            with_group=self.tokenizer is not None and getattr(self.source, "has_group", False),
-            seed=self.seed,
-            shuffle=self.shuffle and not deterministic,
-            one_pass=deterministic,
-            max_pixels=self.max_pixels,
-            background=self.background,
-            batch_size=self.batch_size,
-            host_index=self.host_index,
-            host_count=self.host_count,
-            views={tower: store.views for tower, store in stores.items()},
-            complete={tower: tuple(store.complete_views()) for tower, store in stores.items()},
-        )
+    def row_builder(self, *, one_pass: bool = False) -> RowBuilder:
+        """Return the function from a position of this host's stream to its row."""
+        stores = {} if one_pass else self.stores
+        complete_views = {m: tuple(store.complete_views()) for m, store in stores.items()}
+        return RowBuilder(self, one_pass, complete_views)
 
-    def collator(self, rows: RowBuilder) -> Collator:
-        """What makes a batch of what `rows` gives."""
-        stores = self.stores if rows.views else {}
-        buckets = () if rows.one_pass else self.length_buckets
-        return Collator(self.tokenizer, rows.with_group, rows.shape(), stores, buckets)
+    def collator(self, *, one_pass: bool = False) -> Collator:
+        """Return the function from the rows of a batch to the batch.
 
-    def _run(self, rows: RowBuilder, start: int, stop: int) -> Iterator[NumpyBatch]:
-        local = self.batch_size // self.host_count
-        collate = self.collator(rows)
-        dataset = grain.MapDataset.range(start * local, stop * local).map(rows)
-        batched = dataset.batch(local, drop_remainder=True, batch_fn=collate)
-        iterator = iter(self._parallel(batched))
+        Raises ValueError if the shape of the transformed images depends on the image.
+        """
+        return Collator(self, one_pass, self._image_shape())
+
+    def _image_shape(self) -> tuple[int, ...] | None:
+        """Return the shape of the transformed images, which two blank ones determine."""
+        if self.transform is None:
+            return None
+        blanks = np.zeros((48, 64, 3), np.uint8), np.zeros((80, 40, 3), np.uint8)
+        first, second = (self.transform(b, np.random.default_rng(0)).shape for b in blanks)
+        if first != second:
+            raise ValueError(
+                f"the transforms return images of different sizes ({first}, {second}); end them "
+                "with a resize (squash or longest) or a crop"
+            )
+        return first
+
+    def _iterate(self, start: int, stop: int, *, one_pass: bool) -> Iterator[NumpyBatch]:
+        size = self.local_batch_size
+        rows, collate = self.row_builder(one_pass=one_pass), self.collator(one_pass=one_pass)
+        dataset = grain.MapDataset.range(start * size, stop * size).map(rows)
+        batched = dataset.batch(size, drop_remainder=True, batch_fn=collate)
+        iterator = iter(self._parallelize(batched))
         try:
             for _ in range(start, stop):
                 yield self._count_faults(next(iterator))
         finally:
             iterator.close()
 
-    def _parallel(self, batches: grain.MapDataset) -> grain.IterDataset:
+    def _parallelize(self, batches: grain.MapDataset) -> grain.IterDataset:
         workers, threads = self.num_workers, self.num_threads
-        ahead = threads if workers else max(self.prefetch, threads)
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+        thread_buffer = threads if workers else max(self.prefetch, threads)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=thread_buffer)
         dataset = batches.to_iter_dataset(options)
         if not workers:
             return dataset
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain passes its flags on to workers
-        each = max(1, -(-self.prefetch // workers))
+        worker_buffer = max(1, -(-self.prefetch // workers))
         return dataset.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=each)
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=worker_buffer)
         )
 
     def _count_faults(self, loaded: dict[str, Any]) -> NumpyBatch:
-        """In the main process: count what was broken."""
+        """Count the bad records of a batch, in the main process, and return its arrays."""
         faults: tuple[Fault, ...] = loaded.pop("faults").faults
         batch: NumpyBatch = {k: np.asarray(v) for k, v in loaded.items()}
         self._counter.add(int((batch["index"] != PADDING_INDEX).sum()), faults)

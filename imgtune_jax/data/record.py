@@ -1,7 +1,7 @@
-"""Records, what can be wrong with one, and how much of that is too much.
+"""Records, the faults of bad records, and the limit on their number.
 
-Web data is broken data. A broken record keeps its place in its batch, masked, and is counted by
-cause; a run goes on until more than a stated share is broken.
+Web data contains bad records. A bad record keeps its row in the batch, masked, and is counted by
+cause. A run continues until more than a set fraction of its records is bad.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from imgtune_jax.errors import UserError
 
 log = logging.getLogger("imgtune_jax.data")
-MAX_LOGGED_PER_CAUSE = 5  # so many broken records of one cause are named in the log
+MAX_LOGGED_PER_CAUSE = 5  # bad records of one cause that the log names
 
 
 class FaultCause(enum.StrEnum):
-    """Why a record is broken."""
+    """The reason that a record is bad."""
 
     MISSING_IMAGE = "missing_image"
     NOT_AN_IMAGE = "not_an_image"
@@ -36,7 +36,7 @@ class FaultCause(enum.StrEnum):
 
 
 class BadRecord(Exception):
-    """One record cannot be used; `cause` says why in a word, `detail` in a sentence."""
+    """A record that cannot be used: `cause` classifies the reason, `detail` explains it."""
 
     def __init__(self, cause: FaultCause, detail: str) -> None:
         super().__init__(cause, detail)
@@ -48,11 +48,11 @@ class BadRecord(Exception):
 
 
 class TooManyBadRecordsError(UserError):
-    """More records are broken than the run allows."""
+    """The fraction of bad records exceeds the limit of the run."""
 
 
 class Fault(NamedTuple):
-    """A broken record, by name."""
+    """The key of a bad record and the reason that it is bad."""
 
     key: str
     cause: FaultCause
@@ -61,13 +61,13 @@ class Fault(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """One example, as a source gives it.
+    """One example of a source.
 
     `image` is encoded bytes, a uint8 or uint16 array [h w], [h w 1], [h w 3] or [h w 4], a PIL
     image, or None. `captions` maps a caption set ("name", "keywords") to its alternatives. Records
-    of equal `group` show the same thing, so any of the group's captions is right. `faults` says
-    what could not be read ("image", "captions", "label", "group"): it matters only to who needs
-    that part.
+    with equal `group` show the same thing, so each caption of the group is a positive for each
+    image of the group. `faults` maps a field that could not be read ("image", "captions", "label",
+    "group") to the reason; the record is bad only for users of that field.
     """
 
     key: str
@@ -78,20 +78,20 @@ class Record:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     faults: Mapping[str, BadRecord] = field(default_factory=dict)
 
-    def check(self, *parts: str) -> None:
-        """Raise the BadRecord of the first of these parts that could not be read."""
-        for part in parts:
-            if part in self.faults:
-                raise self.faults[part]
+    def check(self, *fields: str) -> None:
+        """Raise the BadRecord of the first of these fields that could not be read."""
+        for name in fields:
+            if name in self.faults:
+                raise self.faults[name]
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Random access to records, in an order that does not change. Instances can be pickled.
+    """Random access to records in a fixed order. Instances can be pickled.
 
-    `fingerprint` is a digest of what the records are, cheap to make. A source may also have
-    `describe(i)`, which is `[i]` without reading the image; `caption_sets`, the names of the sets
-    it can give; and `has_group`.
+    `fingerprint` is a digest of the records that is cheap to compute. A source may also have
+    `read_metadata(i)`, which returns record i without reading its image; `caption_sets`, the names
+    of the caption sets that its records may have; and `has_group`, whether its records have groups.
     """
 
     def __len__(self) -> int: ...
@@ -101,24 +101,25 @@ class Source(Protocol):
 
 
 def read_metadata(source: Source, index: int) -> Record:
-    """The record without its image, where the source can leave it unread."""
-    reader = getattr(source, "describe", None)
+    """Return a record, without its image if the source can skip reading it."""
+    reader = getattr(source, "read_metadata", None)
     return source[index] if reader is None else reader(index)
 
 
 def group_id(value: Any) -> int:
-    """31 bits of a digest of a group's value, so that all sources agree without a common table.
+    """Return 31 bits of the digest of a group's value.
 
-    Two of n groups collide with a probability of about n² / 2³².
+    All sources agree on it without a shared table. Two of n groups collide with a probability of
+    about n² / 2³².
     """
     return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=4).digest()) >> 1
 
 
 @dataclass
 class BadRecordCounter:
-    """Counts broken records by cause, names the first few, and says when there are too many.
+    """Counts bad records by cause, logs the first few, and raises an error above the limit.
 
-    Too many: a larger share than `max_bad_fraction` once `max_bad_fraction_after` have been seen.
+    The limit is the fraction `max_bad_fraction`, checked after `max_bad_fraction_after` records.
     """
 
     max_bad_fraction: float = 0.1
@@ -128,9 +129,9 @@ class BadRecordCounter:
     examples: dict[FaultCause, list[str]] = field(default_factory=dict)
 
     def add(self, seen: int, faults: Iterable[Fault]) -> None:
-        """Count `seen` more records, of which `faults` are broken.
+        """Count `seen` more records, of which `faults` are bad.
 
-        Raises TooManyBadRecords when the cap is passed.
+        Raises TooManyBadRecordsError if the fraction of bad records is above the limit.
         """
         self.seen += seen
         for fault in faults:
@@ -138,21 +139,21 @@ class BadRecordCounter:
             examples = self.examples.setdefault(fault.cause, [])
             if len(examples) < MAX_LOGGED_PER_CAUSE and fault.key not in examples:
                 examples.append(fault.key)
-                log.warning("broken record %s: %s: %s", *fault)
+                log.warning("bad record %s: %s: %s", *fault)
                 if len(examples) == MAX_LOGGED_PER_CAUSE:
-                    log.warning("further records with %s are counted, not named", fault.cause)
-        self._check()
+                    log.warning("further records with %s are counted, not logged", fault.cause)
+        self._check_limit()
 
     @property
     def bad(self) -> int:
-        """The number of broken records, of every cause."""
+        """Number of bad records, of all causes."""
         return sum(self.counts.values())
 
     def summary(self) -> dict[str, int]:
-        """{"seen": n, cause: count, …}, ready for JSON."""
+        """Return {"seen": number of records, cause: number of bad records, …}, ready for JSON."""
         return {"seen": self.seen, **{str(c): n for c, n in sorted(self.counts.items())}}
 
-    def _check(self) -> None:
+    def _check_limit(self) -> None:
         if self.seen < self.max_bad_fraction_after or self.bad <= self.max_bad_fraction * self.seen:
             return
         causes = "; ".join(
@@ -160,6 +161,6 @@ class BadRecordCounter:
             for cause, n in sorted(self.counts.items(), key=lambda item: -item[1])
         )
         raise TooManyBadRecordsError(
-            f"{self.bad} of {self.seen} records are broken ({self.bad / self.seen:.1%}, allowed "
+            f"{self.bad} of {self.seen} records are bad ({self.bad / self.seen:.1%}, allowed "
             f"{self.max_bad_fraction:.1%}): {causes}. Repair the data, or raise max_bad_fraction"
         )

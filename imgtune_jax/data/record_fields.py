@@ -1,25 +1,27 @@
-"""Reading captions, labels and groups out of a record's JSON-like metadata."""
+"""Captions, labels and groups, read from a record's JSON-like metadata; digests of sources."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from imgtune_jax.data.record import BadRecord, FaultCause, group_id
+from imgtune_jax.data.record import BadRecord, FaultCause, Record, group_id
 
 FieldPath = tuple[str, ...]  # ("name", "en"): the keys from the outermost object inwards
+MAX_SAMPLE_BYTES = 1 << 16  # of each sampled span of a file, in a fingerprint
 
 
 def as_field_path(value: str | Sequence[str]) -> FieldPath:
-    """A field path; a single name may be given as a string."""
+    """Return a field path; a string is a path of one key."""
     return (value,) if isinstance(value, str) else tuple(value)
 
 
 def get_field(metadata: Any, path: FieldPath) -> Any:
-    """What lies at a path, or None."""
+    """Return the value at a path, or None if there is none."""
     for key in path:
         if not isinstance(metadata, Mapping) or key not in metadata:
             return None
@@ -28,79 +30,150 @@ def get_field(metadata: Any, path: FieldPath) -> Any:
 
 
 def parse_captions(value: Any) -> tuple[str, ...]:
-    """Caption alternatives of a value: a string, a list of strings, or None. Empty ones go."""
+    """Return the caption alternatives in a value: a string, a list of strings, or None.
+
+    Blank strings are dropped. Raises BadRecord for any other value.
+    """
     if value is None:
         return ()
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, Sequence) or not all(isinstance(v, str) for v in values):
         raise BadRecord(
             FaultCause.BAD_METADATA,
-            f"caption {str(value)[:60]!r}; wanted a string or a list of strings",
+            f"caption = {str(value)[:60]!r}; expected a string or a list of strings",
         )
     return tuple(v for v in values if v.strip())
 
 
 def parse_label(value: Any, classes: Sequence[str] | None) -> int:
-    """A class id: an integer as it is, a name by its place in `classes`."""
+    """Return a class id: the value, or with `classes` the index of the value in it.
+
+    Raises BadRecord if the value is not an integer, or not one of `classes`.
+    """
     if classes is not None and value in classes:
         return list(classes).index(value)
     if classes is None and isinstance(value, int) and not isinstance(value, bool):
         return value
-    wanted = "an integer" if classes is None else f"one of the {len(classes)} classes"
-    raise BadRecord(FaultCause.MISSING_LABEL, f"label {str(value)[:60]!r}; wanted {wanted}")
+    expected = "an integer" if classes is None else f"one of the {len(classes)} classes"
+    raise BadRecord(FaultCause.MISSING_LABEL, f"label = {str(value)[:60]!r}; expected {expected}")
 
 
 def parse_group(value: Any) -> int:
-    """A group's id. Raises BadRecord for a record that names none."""
+    """Return a group's id. Raises BadRecord for None, the value of a missing field."""
     if value is None:
-        raise BadRecord(FaultCause.BAD_METADATA, "the field that names the group is not there")
+        raise BadRecord(FaultCause.BAD_METADATA, "the group field is missing")
     return group_id(value)
 
 
-def decode_utf8(data: bytes, what: str) -> str:
-    """Text of bytes. Raises BadRecord."""
+def decode_utf8(data: bytes, name: str) -> str:
+    """Decode the bytes of `name`. Raises BadRecord if they are not UTF-8."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadRecord(FaultCause.BAD_UTF8, f"{what}: {error}") from error
+        raise BadRecord(FaultCause.BAD_UTF8, f"{name}: {error}") from error
 
 
-def parse_json(data: bytes, what: str) -> Mapping[str, Any]:
-    """A JSON object. Raises BadRecord."""
+def parse_json(data: bytes, name: str) -> Mapping[str, Any]:
+    """Parse the bytes of `name`. Raises BadRecord if they are not a JSON object."""
     try:
-        parsed = json.loads(decode_utf8(data, what))
+        parsed = json.loads(decode_utf8(data, name))
     except (json.JSONDecodeError, RecursionError) as error:
-        raise BadRecord(FaultCause.BAD_METADATA, f"{what} is not JSON: {error}") from error
+        raise BadRecord(FaultCause.BAD_METADATA, f"{name} is not JSON: {error}") from error
     if not isinstance(parsed, Mapping):
         raise BadRecord(
-            FaultCause.BAD_METADATA, f"{what} is no JSON object, but {str(parsed)[:40]!r}"
+            FaultCause.BAD_METADATA, f"{name} = {str(parsed)[:40]!r}; expected a JSON object"
         )
     return parsed
 
 
 def matches_filter(metadata: Any, where: Mapping[str, Sequence[Any]]) -> bool:
-    """Does every top-level field of `where` have one of its values?"""
+    """Return whether every top-level field that `where` names has one of its values."""
     return all(get_field(metadata, (key,)) in values for key, values in where.items())
 
 
+def as_int_if_digits(value: Any) -> Any:
+    """Return "3" as 3, and any other value unchanged: a csv file has no integers."""
+    return int(value) if isinstance(value, str) and value.isdigit() else value
+
+
+@dataclass(frozen=True)
+class RecordFields:
+    """Paths of captions (by caption set), label and group in the metadata of a source's records.
+
+    `classes` as in `parse_label`. With `labels_from_digits` and no `classes`, the label "3" is the
+    integer 3.
+    """
+
+    captions: Mapping[str, FieldPath]
+    label: FieldPath | None = None
+    classes: Sequence[str] | None = None
+    group: FieldPath | None = None
+    labels_from_digits: bool = False
+
+    def build_record(
+        self,
+        key: str,
+        *,
+        image: Any,
+        metadata: Mapping[str, Any],
+        faults: Mapping[str, BadRecord],
+        captions: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> Record:
+        """Return the record whose captions, label and group are read from `metadata`.
+
+        `captions` replaces the captions of the metadata. A field in `faults` is not read; a field
+        that cannot be read becomes a further fault of the record.
+        """
+        readers: dict[str, Callable[[], Any]] = {
+            "captions": lambda: self._read_captions(metadata) if captions is None else captions,
+            "label": lambda: self._read_label(metadata),
+            "group": lambda: self._read_group(metadata),
+        }
+        values, all_faults = {}, dict(faults)
+        for field, read_field in readers.items():
+            if field in all_faults:
+                continue
+            try:
+                values[field] = read_field()
+            except BadRecord as bad:
+                all_faults[field] = bad
+        return Record(key, image, metadata=metadata, faults=all_faults, **values)
+
+    def _read_captions(self, metadata: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+        return {
+            name: parse_captions(get_field(metadata, path)) for name, path in self.captions.items()
+        }
+
+    def _read_label(self, metadata: Mapping[str, Any]) -> int | None:
+        if self.label is None:
+            return None
+        value = get_field(metadata, self.label)
+        if self.labels_from_digits and self.classes is None:
+            value = as_int_if_digits(value)
+        return parse_label(value, self.classes)
+
+    def _read_group(self, metadata: Mapping[str, Any]) -> int | None:
+        return None if self.group is None else parse_group(get_field(metadata, self.group))
+
+
 class Fingerprint:
-    """Collects what a source's records are, for its fingerprint."""
+    """Digest of the options and the content of a source."""
 
     def __init__(self, *options: Any) -> None:
         self._hash = hashlib.sha256(repr(options).encode())
 
     def add(self, *values: Any) -> None:
-        """Mix in names and sizes."""
+        """Add values with a fixed `repr`, such as names and sizes."""
         self._hash.update(repr(values).encode())
 
     def add_samples(self, path: Path, spans: Sequence[tuple[int, int]], samples: int = 16) -> None:
-        """Mix in some of a file's (offset, size) spans, evenly chosen."""
-        chosen = spans[:: max(1, len(spans) // samples)]
+        """Add the bytes of about `samples` evenly spaced (offset, size) spans of a file."""
+        sampled = spans[:: max(1, len(spans) // samples)]
         with path.open("rb") as file:
-            for offset, size in chosen:
+            for offset, size in sampled:
                 file.seek(offset)
-                self._hash.update(file.read(min(size, 1 << 16)))
+                self._hash.update(file.read(min(size, MAX_SAMPLE_BYTES)))
 
     def hex(self) -> str:
-        """The digest."""
+        """Return the digest, 32 hexadecimal digits."""
         return self._hash.hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""Resizing, antialiased: Pillow's, and the same filters in SIMD for a window of a picture."""
+"""Antialiased resizing: by Pillow, and a crop-and-resize with the same filters in SIMD."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from cykooz_resizer import (
 from jaxtyping import UInt8
 from PIL import Image
 
+from imgtune_jax.data.image import Color
+
 ImageArray = UInt8[np.ndarray, "h w 3"]
 Box = tuple[float, float, float, float]  # top, left, height, width, in pixels
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
@@ -28,39 +30,38 @@ INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-_SIMD = {
+_SIMD_FILTERS = {
     "nearest": ResizeAlg.nearest(),
     "bilinear": ResizeAlg.convolution(FilterType.bilinear),
     "bicubic": ResizeAlg.convolution(FilterType.catmull_rom),  # a = -0.5, as Pillow's
     "lanczos": ResizeAlg.convolution(FilterType.lanczos3),
 }
-Color = tuple[int, int, int]
-WHITE: Color = (255, 255, 255)
 
 
 def check_choice(name: str, value: str, known: Iterable[str]) -> None:
-    """Raise ValueError unless `value` is known."""
+    """Raise ValueError unless `value` is one of `known`."""
     if value not in known:
         raise ValueError(f"{name} = {value!r}; known: {', '.join(known)}")
 
 
 def as_height_width(size: int | tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of a size in pixels. Raises ValueError unless both are positive."""
+    """Return (height, width) of a size in pixels. Raises ValueError unless both are positive."""
     height, width = (size, size) if isinstance(size, int) else size
     if height < 1 or width < 1:
-        raise ValueError(f"size = {size}; wanted a positive number of pixels, or (height, width)")
+        raise ValueError(f"size = {size}; expected a positive number of pixels, or (height, width)")
     return height, width
 
 
-def require_rng(rng: np.random.Generator | None, what: object) -> np.random.Generator:
-    """The generator. Raises ValueError if there is none."""
+def require_rng(rng: np.random.Generator | None, transform: object) -> np.random.Generator:
+    """Return the random generator. Raises ValueError if it is None."""
     if rng is None:
-        raise ValueError(f"{type(what).__name__} is random: call it with rng, or leave it out")
+        name = type(transform).__name__
+        raise ValueError(f"{name} is random: call it with rng, or remove it from the transforms")
     return rng
 
 
 def resize(image: ImageArray, height: int, width: int, interpolation: str) -> ImageArray:
-    """To height x width by Pillow: what peers' preprocessing computes, to the bit."""
+    """Resize to height x width with Pillow; bit-identical to torchvision's resize of PIL images."""
     if image.shape[:2] == (height, width):
         return image
     return np.asarray(Image.fromarray(image).resize((width, height), INTERPOLATIONS[interpolation]))
@@ -69,26 +70,27 @@ def resize(image: ImageArray, height: int, width: int, interpolation: str) -> Im
 def crop_and_resize(
     image: ImageArray, box: Box, height: int, width: int, interpolation: str
 ) -> ImageArray:
-    """The window `box` to height x width, in one go: Pillow's filters to a rounding, in SIMD.
+    """Resize the window `box` to height x width in one step, with Pillow's filters in SIMD.
 
-    Always a new array. Pixels outside the window count only where its edge cuts them.
+    The values equal Pillow's up to rounding. The result is always a new array. A pixel outside the
+    window contributes only if the edge of the window crosses it.
     """
     top, left, h, w = box
     y, x = int(top), int(left)
-    part = image[y : math.ceil(top + h), x : math.ceil(left + w)]
-    if part.shape[:2] == (height, width) == (h, w):
-        return part.copy()
+    window = image[y : math.ceil(top + h), x : math.ceil(left + w)]
+    if window.shape[:2] == (height, width) == (h, w):
+        return window.copy()
     options = ResizeOptions(
-        resize_alg=_SIMD[interpolation], crop_box=CropBox(left - x, top - y, w, h)
+        resize_alg=_SIMD_FILTERS[interpolation], crop_box=CropBox(left - x, top - y, w, h)
     )
-    source = ImageData(part.shape[1], part.shape[0], PixelType.U8x3, part.tobytes())
+    source = ImageData(window.shape[1], window.shape[0], PixelType.U8x3, window.tobytes())
     out = ImageData(width, height, PixelType.U8x3)
-    Resizer().resize(source, out, options)  # its own: one must not be shared between threads
+    Resizer().resize(source, out, options)  # a new one: threads must not share a Resizer
     return np.frombuffer(out.get_buffer(), np.uint8).reshape(height, width, 3)
 
 
 def pad_to(image: ImageArray, height: int, width: int, fill: Color) -> ImageArray:
-    """Grow to at least height x width, the picture in the middle (torchvision's rounding)."""
+    """Pad to at least height x width, with the image centered (torchvision's rounding)."""
     h, w = image.shape[:2]
     if h >= height and w >= width:
         return image

@@ -1,4 +1,4 @@
-"""Stream position -> row, and rows -> batch: what threads and worker processes run."""
+"""Stream position -> row, and rows -> batch. Threads and worker processes run both."""
 
 from __future__ import annotations
 
@@ -6,182 +6,202 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grain
 import numpy as np
+from jaxtyping import Bool
 
 from imgtune_jax.data import image as image_lib
-from imgtune_jax.data.caption_sampler import CaptionSampler, PrefixedCaption
-from imgtune_jax.data.feature_store import FeatureStore
-from imgtune_jax.data.record import BadRecord, Fault, FaultCause, Record, Source, read_metadata
-from imgtune_jax.data.tokenizer import Tokenizer
-from imgtune_jax.data.transforms import Compose
+from imgtune_jax.data.caption_sampler import PrefixedCaption
+from imgtune_jax.data.record import BadRecord, Fault, FaultCause, Record, read_metadata
 
-CAPTION_STREAM, IMAGE_STREAM = 0, 1  # apart, so a run without decoding draws the same captions
+if TYPE_CHECKING:
+    from imgtune_jax.data.pipeline import Pipeline
+
+# Separate random streams, so that captions are the same in a run that decodes no images.
+CAPTION_STREAM, IMAGE_STREAM = 0, 1
 PADDING_INDEX = -1
 
 
 @dataclass(frozen=True)
 class RowBuilder:
-    """Local stream position -> one row. Pure, and what worker processes run."""
+    """`row_builder(local_position)` -> one row. A pure function.
 
-    source: Source
-    transform: Compose | None
-    captions: CaptionSampler | None
-    with_group: bool
-    seed: int
-    shuffle: bool
+    A local position counts the rows of this host's stream; a position counts those of all hosts'.
+    `complete_views` holds, for each modality whose store is used, whether it has all rows of each
+    view.
+    """
+
+    pipeline: Pipeline
     one_pass: bool
-    max_pixels: int
-    background: tuple[int, int, int]
-    batch_size: int
-    host_index: int
-    host_count: int
-    views: Mapping[str, int]
-    complete: Mapping[str, tuple[bool, ...]]
+    complete_views: Mapping[str, tuple[bool, ...]]
 
     @cached_property
-    def _order(self) -> grain.MapDataset:
-        # Grain derives an epoch's order from seed + epoch: a digest keeps runs of neighbouring
-        # seeds from sharing each other's epochs.
-        seed = int.from_bytes(hashlib.sha256(f"order {self.seed}".encode()).digest()[:4])
-        return grain.MapDataset.range(len(self.source)).shuffle(seed=seed)
+    def _shuffled_indices(self) -> grain.MapDataset:
+        # Grain derives the order of an epoch from seed + epoch. Hashing the seed prevents runs with
+        # neighboring seeds from having the same epochs, shifted by one.
+        digest = hashlib.sha256(f"order {self.pipeline.seed}".encode()).digest()
+        seed = int.from_bytes(digest[:4])
+        return grain.MapDataset.range(len(self.pipeline.source)).shuffle(seed=seed)
 
-    def _shuffled(self, position: int) -> int:
-        index: Any = self._order[position]
+    def _shuffled_index(self, position: int) -> int:
+        index: Any = self._shuffled_indices[position]
         return int(index)
 
-    def locate(self, local: int) -> tuple[int, int]:
-        """(epoch, record) of a position of this host's stream; the record -1 is padding."""
-        size = self.batch_size // self.host_count
-        step, row = divmod(local, size)
-        position = step * self.batch_size + self.host_index * size + row
-        epoch, index = divmod(position, len(self.source))
-        if self.one_pass and epoch:
-            return 0, PADDING_INDEX
-        return epoch, self._shuffled(position) if self.shuffle else index
+    def locate(self, local_position: int) -> tuple[int, int]:
+        """Return (epoch, record index) of a local position; the index of padding is -1."""
+        pipeline = self.pipeline
+        size = pipeline.local_batch_size
+        step, row = divmod(local_position, size)
+        position = step * pipeline.batch_size + pipeline.host_index * size + row
+        epoch, index = divmod(position, len(pipeline.source))
+        if self.one_pass:
+            return (0, PADDING_INDEX) if epoch else (0, index)
+        return epoch, self._shuffled_index(position) if pipeline.shuffle else index
 
-    def has_features(self, tower: str, local: int) -> bool:
-        """Does a position's whole batch, on all hosts, find its features in the store?"""
-        if tower not in self.views:
+    def has_features(self, modality: str, local_position: int) -> bool:
+        """Return whether the store holds all rows of a position's batch, on all hosts."""
+        if modality not in self.complete_views:
             return False
-        first = local // (self.batch_size // self.host_count) * self.batch_size
-        epochs = {p // len(self.source) for p in (first, first + self.batch_size - 1)}
-        return all(self.complete[tower][epoch % self.views[tower]] for epoch in epochs)
+        pipeline, complete = self.pipeline, self.complete_views[modality]
+        first = local_position // pipeline.local_batch_size * pipeline.batch_size
+        ends = (first, first + pipeline.batch_size - 1)
+        epochs = {position // len(pipeline.source) for position in ends}
+        return all(complete[epoch % len(complete)] for epoch in epochs)
 
-    def __call__(self, local: int) -> dict[str, Any]:
-        epoch, index = self.locate(int(local))
-        row: dict[str, Any] = {"index": index, "key": "", "fault": None, "epoch": epoch}
-        row["reads"] = [t for t in self.views if self.has_features(t, int(local))]
+    def __call__(self, local_position: int) -> dict[str, Any]:
+        """Return the row: index, epoch, key, fault, and which modalities have cached features.
+
+        If they could be read, it has the image, the caption and the group too.
+        """
+        local_position = int(local_position)
+        epoch, index = self.locate(local_position)
+        cached = [m for m in self.complete_views if self.has_features(m, local_position)]
+        row = {"index": index, "key": "", "fault": None, "epoch": epoch, "cached": cached}
         if index == PADDING_INDEX:
             return row
-        with_image = self.transform is not None and "image" not in row["reads"]
-        record = self.source[index] if with_image else read_metadata(self.source, index)
+        pipeline = self.pipeline
+        with_image = pipeline.transform is not None and "image" not in cached
+        record = pipeline.source[index] if with_image else read_metadata(pipeline.source, index)
         row["key"] = record.key
-        parts: dict[str, Any] = {} if self.captions is None else {"text": self._text}
-        parts |= {"image": self._image} if with_image else {}
-        for tower, part in parts.items():  # both, even if one is broken: each has its own store
-            drawn = epoch % self.views[tower] if tower in self.views else epoch
+        readers: dict[str, Any] = {}
+        if pipeline.caption_sampler is not None:
+            readers["text"] = self._read_text
+        if with_image:
+            readers["image"] = self._read_image
+        for modality, read in readers.items():  # both, even if one fails: each has its store
+            views = self.complete_views.get(modality)
+            view = epoch if views is None else epoch % len(views)
             try:
-                row.update(part(record, drawn, index))
-                row[f"{tower}_good"] = True
+                row.update(read(record, view, index))
+                row[f"{modality}_good"] = True
             except BadRecord as bad:
                 row["fault"] = row["fault"] or Fault(record.key, bad.cause, bad.detail)
         if row["fault"] is None:
             row["good"] = True
         return row
 
-    def _text(self, record: Record, epoch: int, index: int) -> dict[str, Any]:
-        assert self.captions is not None
-        rng = np.random.default_rng((self.seed, epoch, index, CAPTION_STREAM))
-        draw = self.captions
-        values: dict[str, Any] = {
-            "caption": draw.first(record) if self.one_pass else draw(record, rng)
-        }
-        if self.with_group:
-            record.check("group")
-            values["group"] = record.group
-        return values
+    def _read_text(self, record: Record, view: int, index: int) -> dict[str, Any]:
+        sampler = self.pipeline.caption_sampler
+        assert sampler is not None
+        rng = np.random.default_rng((self.pipeline.seed, view, index, CAPTION_STREAM))
+        caption = sampler.first(record) if self.one_pass else sampler(record, rng)
+        if not self.pipeline.has_group:
+            return {"caption": caption}
+        record.check("group")
+        return {"caption": caption, "group": record.group}
 
-    def _image(self, record: Record, epoch: int, index: int) -> dict[str, Any]:
-        assert self.transform is not None
+    def _read_image(self, record: Record, view: int, index: int) -> dict[str, Any]:
+        pipeline = self.pipeline
+        assert pipeline.transform is not None
         record.check("image")
-        picture = image_lib.open_image(
-            record.image, max_pixels=self.max_pixels, background=self.background
+        image = image_lib.open_image(
+            record.image, max_pixels=pipeline.max_pixels, background=pipeline.background
         )
-        rng = np.random.default_rng((self.seed, epoch, index, IMAGE_STREAM))
-        return {"image": self.transform(picture, rng)}
-
-    def shape(self) -> tuple[int, ...] | None:
-        """The pictures' shape, found on two blank ones.
-
-        Raises ValueError when the transforms leave it to the picture.
-        """
-        if self.transform is None:
-            return None
-        blank = np.zeros((48, 64, 3), np.uint8), np.zeros((80, 40, 3), np.uint8)
-        first, second = (self.transform(b, np.random.default_rng(0)).shape for b in blank)
-        if first != second:
-            raise ValueError(
-                f"the transforms give pictures of different sizes ({first}, {second}); end them "
-                "with a resize (squash or longest) or a crop"
-            )
-        return first
+        rng = np.random.default_rng((pipeline.seed, view, index, IMAGE_STREAM))
+        return {"image": pipeline.transform(image, rng)}
 
 
 @dataclass(frozen=True)
 class OpaqueFaults:
-    """One leaf to Grain, whatever it holds."""
+    """Faults of a batch. Grain treats an object of this class as one leaf."""
 
     faults: tuple[Fault, ...]
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Rows -> batch. Texts are tokenized together, features read together."""
+    """`collator(rows)` -> batch. Texts are tokenized together, and features read together.
 
-    tokenizer: Tokenizer | None
-    with_group: bool
-    shape: tuple[int, ...] | None
-    stores: Mapping[str, FeatureStore]
-    length_buckets: tuple[int, ...]
+    `image_shape` is the shape of the transformed images, or None without images.
+    """
+
+    pipeline: Pipeline
+    one_pass: bool
+    image_shape: tuple[int, ...] | None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        good = np.array(["good" in row for row in rows])
-        faults = [row["fault"] for row in rows if row["fault"] is not None]
+        """Return the arrays of a batch, with zeros in the rows of bad records, and its faults."""
         batch: dict[str, Any] = {"index": np.array([row["index"] for row in rows], np.int64)}
-        epochs = np.array([row["epoch"] for row in rows], np.int64)
-        for tower, store in self.stores.items():
-            views = epochs % store.views
-            if tower in rows[0]["reads"]:
-                batch[f"{tower}_features"], usable = store.read(views, batch["index"])
-                for j in np.flatnonzero(good & ~usable).tolist():
-                    what = f"its {tower} could not be read when cached"
-                    faults.append(Fault(rows[j]["key"], FaultCause.INVALID_FEATURES, what))
-                good = good & usable
-            else:
-                batch[f"{tower}_view"] = views
-                batch[f"{tower}_good"] = np.array([f"{tower}_good" in row for row in rows])
+        faults = [row["fault"] for row in rows if row["fault"] is not None]
+        good = np.array(["good" in row for row in rows])
+        if not self.one_pass:
+            good = self._add_features(batch, rows, good, faults)
         batch |= {"example_mask": good, "faults": OpaqueFaults(tuple(faults))}
-        if self.shape is not None and "image_features" not in batch:
-            blank = np.zeros(self.shape, np.uint8)
-            present = batch.get("image_good", good)
-            pictures = zip(rows, present, strict=True)
-            batch["image"] = np.stack([row["image"] if p else blank for row, p in pictures])
-        if self.tokenizer is not None:
-            captions = [row.get("caption", PrefixedCaption("")) for row in rows]
-            ids, mask, targets = self.tokenizer.encode_with_prefix(
-                [c.prefix for c in captions], [c.text for c in captions]
-            )
-            present = batch.get("text_good", good)[:, None]
-            mask &= present
-            longest, lengths = mask.sum(1).max(), (*self.length_buckets, mask.shape[1])
-            short = slice(next(length for length in lengths if length >= longest))
-            batch["text"] = np.where(present, ids, 0).astype(np.int32)[:, short]
-            batch["text_mask"] = mask[:, short]
-            batch["target_mask"] = (targets & present)[:, short]
-        if self.with_group:
+        if self.image_shape is not None and "image_features" not in batch:
+            blank = np.zeros(self.image_shape, np.uint8)
+            images = zip(rows, batch.get("image_good", good), strict=True)
+            batch["image"] = np.stack([row["image"] if g else blank for row, g in images])
+        if self.pipeline.tokenizer is not None:
+            batch |= self._tokenize(rows, batch.get("text_good", good))
+        if self.pipeline.has_group:
             groups = np.array([row.get("group", -1) for row in rows], np.int32)
             batch["group"] = np.where(good, groups, np.int32(-1))
         return batch
+
+    def _add_features(
+        self,
+        batch: dict[str, Any],
+        rows: Sequence[dict[str, Any]],
+        good: Bool[np.ndarray, " b"],
+        faults: list[Fault],
+    ) -> Bool[np.ndarray, " b"]:
+        """Add features or, where the store lacks them, the views and validity of their inputs.
+
+        Appends records that were bad when cached to `faults`; returns `good` without them.
+        """
+        epochs = np.array([row["epoch"] for row in rows], np.int64)
+        for modality, store in self.pipeline.stores.items():
+            views = epochs % store.views
+            if modality not in rows[0]["cached"]:
+                batch[f"{modality}_view"] = views
+                batch[f"{modality}_good"] = np.array([f"{modality}_good" in row for row in rows])
+                continue
+            batch[f"{modality}_features"], valid = store.read(views, batch["index"])
+            detail = f"its {modality} could not be read when its features were cached"
+            for j in np.flatnonzero(good & ~valid).tolist():
+                faults.append(Fault(rows[j]["key"], FaultCause.INVALID_FEATURES, detail))
+            good = good & valid
+        return good
+
+    def _tokenize(
+        self, rows: Sequence[dict[str, Any]], good: Bool[np.ndarray, " b"]
+    ) -> dict[str, np.ndarray]:
+        """Return text, text_mask and target_mask, truncated to the shortest sufficient bucket."""
+        tokenizer = self.pipeline.tokenizer
+        assert tokenizer is not None
+        captions = [row.get("caption", PrefixedCaption("")) for row in rows]
+        ids, mask, targets = tokenizer.encode_with_prefix(
+            [c.prefix for c in captions], [c.text for c in captions]
+        )
+        good = good[:, None]
+        mask &= good
+        buckets = () if self.one_pass else self.pipeline.length_buckets
+        longest = mask.sum(1).max()
+        length = next(n for n in (*buckets, mask.shape[1]) if n >= longest)
+        return {
+            "text": np.where(good, ids, 0).astype(np.int32)[:, :length],
+            "text_mask": mask[:, :length],
+            "target_mask": (targets & good)[:, :length],
+        }

@@ -1,4 +1,4 @@
-"""The table of sources, and from a config to one of them."""
+"""The table of sources, and the builder of a source from its config."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ SOURCES: dict[str, type] = {
 
 
 def build_source(config: Mapping[str, Any]) -> Source:
-    """From `{"name": "webdataset", "path": …}`; a mixture's `sources` are such mappings too.
+    """Build a source from `{"name": "webdataset", "path": …}`.
 
-    Raises ValueError for an unknown name or field, and for a path that is not there.
+    The `sources` of a mixture are such mappings too. Raises ValueError for an unknown name or
+    field, and for a path that does not exist.
     """
     values = dict(config)
     name = values.pop("name", None)
     if name not in SOURCES:
         raise ValueError(f"source {name!r} is unknown; known: {', '.join(SOURCES)}")
-    kind = SOURCES[name]
-    known = [f.name for f in dataclasses.fields(kind)]
-    if wrong := sorted(set(values) - set(known)):
-        raise ValueError(f"source {name!r} has no {wrong}; it has {', '.join(known)}")
+    source_class = SOURCES[name]
+    known = [f.name for f in dataclasses.fields(source_class)]
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(f"source {name!r} has no {unknown}; it has {', '.join(known)}")
     if name == "mixture":
         values["sources"] = tuple(build_source(s) for s in values.get("sources", ()))
     try:
-        return kind(**values)
+        return source_class(**values)
     except TypeError as error:
         raise ValueError(f"source {name!r}: {error}") from error

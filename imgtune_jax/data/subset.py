@@ -1,11 +1,11 @@
-"""Some records of a source."""
+"""A subset of a source's records, and evenly spaced indices."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
 
-from imgtune_jax.data import Record, Source, read_metadata
+from imgtune_jax.data.record import Record, Source, read_metadata
 
 
 @dataclass(frozen=True)
@@ -21,18 +21,18 @@ class Subset:
     def __getitem__(self, index: int) -> Record:
         return self.source[self.indices[index]]
 
-    def describe(self, index: int) -> Record:
-        """The record without its image, where the source can leave it unread."""
+    def read_metadata(self, index: int) -> Record:
+        """Return the record, without its image if the source can skip reading it."""
         return read_metadata(self.source, self.indices[index])
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the source and of what is chosen of it."""
-        which = hashlib.sha256(repr(self.indices).encode()).hexdigest()
-        return f"{self.source.fingerprint} {which[:24]}"
+        """Digest of the source and of the indices."""
+        indices_digest = hashlib.sha256(repr(self.indices).encode()).hexdigest()
+        return f"{self.source.fingerprint} {indices_digest[:24]}"
 
 
 def evenly_spaced(n: int, limit: int | None) -> tuple[int, ...]:
-    """`limit` of n places, evenly apart; all of them if there are no more, or limit is None."""
+    """Return `limit` evenly spaced indices of range(n), or all if `limit` is None or above n."""
     k = n if limit is None else min(n, limit)
     return tuple(i * n // k for i in range(k))

@@ -1,7 +1,8 @@
-"""Where each member of a tar lies, found once.
+"""Index of the members of a tar: names, offsets and sizes.
 
-A large tar's index is kept beside it, or in the user's cache folder where that is not writable. It
-is an npz without pickle, and holds only for the size and modification time it was made for.
+The index of a large tar is cached next to it, or in the user's cache folder if that folder is not
+writable. The cached index is an npz without pickle. It is valid only for the size and modification
+time of the tar that it was made from.
 """
 
 from __future__ import annotations
@@ -32,35 +33,35 @@ class TarIndex:
     sizes: Int64[np.ndarray, " n"]
 
     def read(self, member: int) -> bytes:
-        """A member's bytes; fewer than its size where the tar was cut off."""
+        """Return a member's bytes, fewer than its size if the tar is truncated."""
         with self.path.open("rb") as file:
             file.seek(int(self.offsets[member]))
             return file.read(int(self.sizes[member]))
 
 
 def index_tar(path: Path) -> TarIndex:
-    """The tar's index, from its kept file if that still holds, else from the headers.
+    """Return the tar's index, from its cache if that is valid, else from the tar's headers.
 
-    Raises ValueError for what is no uncompressed tar.
+    Raises ValueError if the file is not an uncompressed tar.
     """
     stat = path.stat()
     stamp = (stat.st_size, stat.st_mtime_ns)
     if stat.st_size < CACHE_MIN_BYTES:
-        return _scan(path)
-    places = (path.with_name(path.name + ".index.npz"), _cache_folder() / _cache_name(path))
-    for place in places:
-        found = _read_cached(place, path, stamp)
-        if found is not None:
-            return found
-    log.info("indexing %s (once)", path)
-    index = _scan(path)
-    for place in places:
-        if _write_cached(place, index, stamp):
+        return _scan_headers(path)
+    cache_paths = (path.with_name(path.name + ".index.npz"), _cache_folder() / _cache_name(path))
+    for cache_path in cache_paths:
+        cached = _read_cached(cache_path, path, stamp)
+        if cached is not None:
+            return cached
+    log.info("indexing %s (the index is cached)", path)
+    index = _scan_headers(path)
+    for cache_path in cache_paths:
+        if _write_cached(cache_path, index, stamp):
             break
     return index
 
 
-def _scan(path: Path) -> TarIndex:
+def _scan_headers(path: Path) -> TarIndex:
     names, offsets, sizes = [], [], []
     try:
         with tarfile.open(path, "r:") as tar:
@@ -69,14 +70,15 @@ def _scan(path: Path) -> TarIndex:
                     names.append(info.name)
                     offsets.append(info.offset_data)
                     sizes.append(info.size)
-                tar.members = []  # type: ignore[attr-defined]  # else millions of headers stay in memory
+                # Without this, millions of headers stay in memory.
+                tar.members = []  # type: ignore[attr-defined]
     except tarfile.ReadError as error:
         if not names:
             raise ValueError(
-                f"{path} is no uncompressed tar ({error}); a compressed one has no random access: "
-                "unpack it with gunzip, unxz or unzstd"
+                f"{path} is not an uncompressed tar ({error}); a compressed tar has no random "
+                "access: unpack it with gunzip, unxz or unzstd"
             ) from error
-        log.warning("%s is cut off after %d files (%s)", path, len(names), error)
+        log.warning("%s is truncated after %d files (%s)", path, len(names), error)
     return TarIndex(path, tuple(names), np.array(offsets, np.int64), np.array(sizes, np.int64))
 
 
@@ -89,24 +91,24 @@ def _cache_name(path: Path) -> str:
     return hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32] + ".npz"
 
 
-def _read_cached(place: Path, path: Path, stamp: tuple[int, int]) -> TarIndex | None:
-    if not place.is_file():
+def _read_cached(cache_path: Path, path: Path, stamp: tuple[int, int]) -> TarIndex | None:
+    if not cache_path.is_file():
         return None
     try:
-        with np.load(place, allow_pickle=False) as kept:
-            if tuple(kept["stamp"]) != stamp:
+        with np.load(cache_path, allow_pickle=False) as cached:
+            if tuple(cached["stamp"]) != stamp:
                 return None
-            names = tuple(kept["names"].tobytes().decode().split("\0"))
-            return TarIndex(path, names, kept["offsets"], kept["sizes"])
+            names = tuple(cached["names"].tobytes().decode().split("\0"))
+            return TarIndex(path, names, cached["offsets"], cached["sizes"])
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        log.warning("the kept index %s is not readable (%s); making it anew", place, error)
+        log.warning("cannot read the cached index %s (%s); scanning the tar", cache_path, error)
         return None
 
 
-def _write_cached(place: Path, index: TarIndex, stamp: tuple[int, int]) -> bool:
-    temporary = place.with_name(f"{place.name}.tmp{os.getpid()}")
+def _write_cached(cache_path: Path, index: TarIndex, stamp: tuple[int, int]) -> bool:
+    temporary = cache_path.with_name(f"{cache_path.name}.tmp{os.getpid()}")
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
+        cache_path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             np.savez(
                 file,
@@ -115,15 +117,15 @@ def _write_cached(place: Path, index: TarIndex, stamp: tuple[int, int]) -> bool:
                 offsets=index.offsets,
                 sizes=index.sizes,
             )
-        temporary.replace(place)  # whole or not at all: other hosts may be reading
+        temporary.replace(cache_path)  # atomic: other hosts may be reading it
     except OSError as error:
-        log.info("index not kept at %s: %s", place, error)
+        log.info("cannot cache the index at %s: %s", cache_path, error)
         return False
     return True
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """`a-{000..002}.tar` and `{a,b}.tar` as a shell expands them."""
+    """Expand `a-{000..002}.tar` and `{a,b}.tar` as a shell does."""
     start = pattern.find("{")
     end = pattern.find("}", start)
     if start < 0 or end < 0:
@@ -134,5 +136,5 @@ def expand_braces(pattern: str) -> list[str]:
         choices = [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
     else:
         choices = body.split(",")
-    rests = expand_braces(pattern[end + 1 :])
-    return [pattern[:start] + c + r for c, r in itertools.product(choices, rests)]
+    suffixes = expand_braces(pattern[end + 1 :])
+    return [pattern[:start] + c + s for c, s in itertools.product(choices, suffixes)]

@@ -9,17 +9,27 @@ from typing import Any
 
 import numpy as np
 
-from imgtune_jax.data import record_fields
 from imgtune_jax.data.record import BadRecord, Record
+from imgtune_jax.data.record_fields import (
+    Fingerprint,
+    as_field_path,
+    decode_utf8,
+    get_field,
+    parse_captions,
+    parse_group,
+)
 
 
 @dataclass(frozen=True)
 class TFDS:
-    """A prepared TFDS data set, `name` with its version if wanted ("coco_captions/2014:1.1.0").
+    """A prepared TFDS data set.
 
-    image, label, group: paths of features, as in ("captions", "text"); captions: set -> path.
-    A feature that holds many texts gives that many alternatives. The data must lie in `data_dir`
-    in the format array_record, which `tfds build --file_format=array_record` writes.
+    `dataset` is its name, optionally with a version ("coco_captions/2014:1.1.0").
+
+    `image`, `label` and `group` are paths of features, such as ("captions", "text"); `captions`
+    maps a caption set to such a path. A feature with several texts has several alternatives. The
+    data must be in `data_dir` in the format array_record, which
+    `tfds build --file_format=array_record` writes.
     """
 
     dataset: str
@@ -35,82 +45,76 @@ class TFDS:
             raise ValueError(f"{self.dataset}, split {self.split!r}, has no records")
 
     def __len__(self) -> int:
-        return len(self._data)
+        return len(self._data_source)
 
     def __getitem__(self, index: int) -> Record:
-        example = self._data[index]
+        example = self._data_source[index]
         faults: dict[str, BadRecord] = {}
         captions: dict[str, tuple[str, ...]] = {}
         try:
             for name, path in (self.captions or {}).items():
-                captions[name] = _decode_captions(
-                    record_fields.get_field(example, record_fields.as_field_path(path))
-                )
+                captions[name] = _decode_captions(get_field(example, as_field_path(path)))
         except BadRecord as bad:
             faults["captions"] = bad
         label, group = (
-            None
-            if path is None
-            else record_fields.get_field(example, record_fields.as_field_path(path))
+            None if path is None else get_field(example, as_field_path(path))
             for path in (self.label, self.group)
         )
         return Record(
             key=f"{self.dataset}[{self.split}] {index}",
-            image=record_fields.get_field(example, record_fields.as_field_path(self.image)),
+            image=get_field(example, as_field_path(self.image)),
             captions=captions,
             label=None if label is None else int(label),
-            group=None if group is None else record_fields.parse_group(_plain(group)),
+            group=None if group is None else parse_group(_as_python_scalar(group)),
             faults=faults,
         )
 
     @property
     def caption_sets(self) -> tuple[str, ...]:
-        """The caption sets that records may have."""
+        """Names of the caption sets that records may have."""
         return tuple(self.captions or ())
 
     @property
     def has_group(self) -> bool:
-        """Do records have a group?"""
+        """Whether records have a group."""
         return self.group is not None
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of the data set's name, version, split and number of records, and of options."""
+        """Digest of the name, version, split, number of records and options."""
         info = self._builder.info
         options = sorted((k, tuple(v)) for k, v in (self.captions or {}).items())
-        digest = record_fields.Fingerprint(
-            info.full_name, self.split, len(self), tuple(self.image), options
-        )
+        digest = Fingerprint(info.full_name, self.split, len(self), tuple(self.image), options)
         digest.add(self.label, self.group, info.splits[self.split.partition("[")[0]].num_bytes)
         return digest.hex()
 
     @cached_property
     def _builder(self) -> Any:
-        import tensorflow_datasets  # a second, which workers of other sources need not spend
+        import tensorflow_datasets  # takes a second, which users of other sources do not pay
 
         try:
             return tensorflow_datasets.builder(self.dataset, data_dir=self.data_dir)
         except tensorflow_datasets.core.DatasetNotFoundError as error:
             raise ValueError(
-                f"no TFDS data set {self.dataset!r} in data_dir={self.data_dir!r}: {error}"
+                f"no TFDS data set {self.dataset!r} in data_dir = {self.data_dir!r}: {error}"
             ) from error
 
     @cached_property
-    def _data(self) -> Any:
+    def _data_source(self) -> Any:
         import tensorflow_datasets
 
-        path = record_fields.as_field_path(self.image)
-        skip: Any = tensorflow_datasets.decode.SkipDecoding()  # broken images are ours to count
+        path = as_field_path(self.image)
+        skip: Any = tensorflow_datasets.decode.SkipDecoding()  # decode_image counts bad images
         for name in reversed(path):
             skip = {name: skip}
         return self._builder.as_data_source(self.split, decoders=skip)
 
 
-def _plain(value: Any) -> Any:
+def _as_python_scalar(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
 def _decode_captions(value: Any) -> tuple[str, ...]:
     values = [value] if isinstance(value, bytes | str) else list(value if value is not None else ())
-    return record_fields.parse_captions([record_fields.decode_utf8(v, "caption") if isinstance(v, bytes) else v
-                         for v in values])  # fmt: skip
+    texts = [decode_utf8(v, "caption") if isinstance(v, bytes) else v for v in values]
+    return parse_captions(texts)

@@ -1,8 +1,9 @@
-"""Text -> fixed-length token ids and their mask, with a tokenizer that travels with the weights.
+"""Texts -> token ids of fixed length and their mask, by a tokenizer saved with the weights.
 
-Wrong text preprocessing is silent and costs points: SigLIP wants canonicalised text, CLIP its own
-cleaning, both an end token that truncation must not cut off. So cleaning, length and padding are
-fields, saved beside the tokenizer, and a saved one is not loaded under other settings.
+Text preprocessing that differs from training causes no error and lowers accuracy: SigLIP needs
+canonicalized text, CLIP its cleaning, and both an end token that truncation preserves. So cleaning,
+length and padding are settings that are saved with the tokenizer, and loading it with different
+settings is an error.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import string
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,12 +29,12 @@ PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>")
 
 
 def lower(text: str) -> str:
-    """Lower case, white space collapsed."""
+    """Convert to lower case and collapse white space."""
     return " ".join(text.split()).lower()
 
 
 def canonicalize(text: str) -> str:
-    """SigLIP's: lower case, "_" to space, no ASCII punctuation, white space collapsed."""
+    """Clean a text as SigLIP does: "_" to space, no ASCII punctuation, then as `lower`."""
     text = text.replace("_", " ").translate(str.maketrans("", "", string.punctuation))
     return " ".join(text.lower().split())
 
@@ -48,10 +49,10 @@ CLEANINGS: dict[str, Callable[[str], str]] = {
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """`tokenizer(texts)` -> (ids i32[b l], mask bool[b l]), every row exactly `length` long.
+    """`tokenizer(texts)` -> (ids i32[b l], mask bool[b l]) with l = `length`.
 
-    The mask is True on a text's own tokens, its begin and end tokens included. A longer text loses
-    its last words, never its end token. `backend` adds the begin and end tokens.
+    The mask is True on a text's tokens, including its begin and end tokens, and False on padding. A
+    longer text is truncated before its end token. `backend` adds the begin and end tokens.
     """
 
     backend: tokenizers.Tokenizer = field(repr=False)
@@ -65,7 +66,7 @@ class Tokenizer:
         added = self.backend.num_special_tokens_to_add(False)
         if self.length <= added:
             raise ValueError(
-                f"length = {self.length} leaves no room beside {added} begin and end tokens"
+                f"length = {self.length}; expected more than the {added} begin and end tokens"
             )
         self.backend.no_padding()
         self.backend.enable_truncation(self.length)
@@ -73,9 +74,9 @@ class Tokenizer:
     def __call__(
         self, texts: Sequence[str]
     ) -> tuple[Int32[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:
-        """Token ids, padded with `pad_id`, and which of them are real."""
+        """Return token ids, padded with `pad_id`, and the mask that is False on padding."""
         if isinstance(texts, str):
-            raise ValueError(f"got one string, {texts[:40]!r}; wanted a list of texts")
+            raise ValueError(f"texts = {texts[:40]!r}, one string; expected a list of texts")
         clean = CLEANINGS[self.cleaning]
         rows = [e.ids for e in self.backend.encode_batch_fast([clean(t) for t in texts])]
         ids = np.full((len(rows), self.length), self.pad_id, np.int32)
@@ -88,169 +89,186 @@ class Tokenizer:
     def encode_with_prefix(
         self, prefixes: Sequence[str], texts: Sequence[str]
     ) -> tuple[Int32[np.ndarray, "b l"], Bool[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:
-        """(ids, mask, target mask) of begin, prefix, text, end.
+        """Return (ids, mask, target mask) of begin tokens, prefix, text and end tokens.
 
-        The target mask is True on a text and its end: what a captioner is to write. A prefix is
-        tokenized apart from its text, so that it is the same tokens before every text.
+        The target mask is True on a text and its end tokens, which a captioner is to generate. A
+        prefix is tokenized separately from its text, so its tokens do not depend on the text.
         """
-        plain, mask = self(texts)
+        ids, mask = self(texts)
         targets = mask.copy()
-        begin, end = len(self.bos_ids), len(self.eos_ids)
-        targets[:, :begin] = False
+        num_bos, num_eos = len(self.bos_ids), len(self.eos_ids)
+        targets[:, :num_bos] = False
         for i, prefix in enumerate(prefixes):
             if not prefix:
                 continue
-            inner = self.prompt_ids(prefix)[begin:]
-            row = plain[i][mask[i]].tolist()
-            body = row[begin : len(row) - end][: self.length - begin - end - len(inner)]
-            row = [*self.bos_ids, *inner, *body, *self.eos_ids]
-            plain[i] = row + [self.pad_id] * (self.length - len(row))
+            prefix_ids = self.prompt_ids(prefix)[num_bos:]
+            row = ids[i][mask[i]].tolist()
+            max_text = self.length - num_bos - num_eos - len(prefix_ids)
+            text_ids = row[num_bos : len(row) - num_eos][:max_text]
+            row = [*self.bos_ids, *prefix_ids, *text_ids, *self.eos_ids]
+            ids[i] = row + [self.pad_id] * (self.length - len(row))
             mask[i] = np.arange(self.length) < len(row)
-            targets[i] = mask[i] & (np.arange(self.length) >= begin + len(inner))
-        return plain, mask, targets
+            targets[i] = mask[i] & (np.arange(self.length) >= num_bos + len(prefix_ids))
+        return ids, mask, targets
 
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        """Texts of token ids, without begin, end and padding; white space collapsed."""
+        """Return the texts of token ids, without special tokens and with white space collapsed."""
         texts = self.backend.decode_batch([list(row) for row in rows])
         return [" ".join(text.split()) for text in texts]
 
     def prompt_ids(self, prefix: str = "") -> list[int]:
-        """What generation starts from: the begin tokens and the prefix.
+        """Return the ids that generation starts from: the begin tokens and the prefix.
 
-        Raises ValueError for a prefix that leaves no room for a text.
+        Raises ValueError for a prefix that leaves no token for a text.
         """
-        inner = self.backend.encode(CLEANINGS[self.cleaning](prefix), add_special_tokens=False).ids
-        if len(self.bos_ids) + len(inner) + len(self.eos_ids) >= self.length:
-            raise ValueError(f"the prefix {prefix!r} fills all {self.length} tokens of a text")
-        return [*self.bos_ids, *inner]
+        clean = CLEANINGS[self.cleaning]
+        prefix_ids = self.backend.encode(clean(prefix), add_special_tokens=False).ids
+        if len(self.bos_ids) + len(prefix_ids) + len(self.eos_ids) >= self.length:
+            raise ValueError(
+                f"the prefix {prefix!r} fills all {self.length} tokens of a text; use a shorter "
+                "prefix or a larger tokenizer length"
+            )
+        return [*self.bos_ids, *prefix_ids]
 
     @cached_property
     def bos_ids(self) -> tuple[int, ...]:
-        """The tokens in front of every text."""
+        """Begin tokens, which precede every text."""
         return self._bos_eos[0]
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
-        """The tokens behind every text."""
+        """End tokens, which follow every text."""
         return self._bos_eos[1]
 
     @cached_property
     def _bos_eos(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        bare = self.backend.encode("a", add_special_tokens=False).ids
-        whole = self.backend.encode("a").ids
-        starts = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
-        if not bare or not starts:
-            raise ValueError("this tokenizer changes a text when it adds its begin and end tokens")
-        return tuple(whole[: starts[0]]), tuple(whole[starts[0] + len(bare) :])
+        text_ids = self.backend.encode("a", add_special_tokens=False).ids
+        all_ids = self.backend.encode("a").ids
+        starts = [i for i in range(len(all_ids)) if all_ids[i : i + len(text_ids)] == text_ids]
+        if not text_ids or not starts:
+            raise ValueError(
+                "the tokenizer changes the tokens of a text when it adds begin and end tokens; "
+                "expected one that only adds tokens before and after them"
+            )
+        return tuple(all_ids[: starts[0]]), tuple(all_ids[starts[0] + len(text_ids) :])
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id."""
+        """Number of ids: the largest id plus one."""
         return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What must match besides the vocabulary, ready for JSON."""
+        """Settings that must match in addition to the vocabulary, ready for JSON."""
         return {"length": self.length, "pad_id": self.pad_id, "cleaning": self.cleaning}
 
     @property
     def fingerprint(self) -> str:
-        """Digest of all that determines the ids."""
-        whole = json.dumps([self.backend.to_str(), self.settings], sort_keys=True)
-        return hashlib.sha256(whole.encode()).hexdigest()[:24]
+        """Digest of everything that determines the ids."""
+        serialized = json.dumps([self.backend.to_str(), self.settings], sort_keys=True)
+        return hashlib.sha256(serialized.encode()).hexdigest()[:24]
 
     def save(self, folder: str | Path) -> Path:
         """Write `tokenizer.json` and the settings; `load_tokenizer(folder)` reads them."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        _save(self.backend, self.settings, folder)
+        save_tokenizer_files(self.backend, self.settings, folder)
         return folder
 
 
-def _save(backend: tokenizers.Tokenizer, settings: Mapping[str, Any], folder: Path) -> None:
+def save_tokenizer_files(
+    backend: tokenizers.Tokenizer, settings: Mapping[str, Any], folder: Path
+) -> None:
+    """Write `tokenizer.json` and the settings to a folder, which is created if missing."""
+    folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
     (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=1) + "\n")
 
 
 def load_tokenizer(path: str | Path, **settings: Any) -> Tokenizer:
-    """From a local folder or file; nothing is downloaded.
+    """Load a tokenizer from a local folder or file; nothing is downloaded.
 
-    Path: a folder with `tokenizer.json`, one that `transformers` can read (`spiece.model`, …), a
-    `tokenizer.json` itself, or CLIP's `bpe_simple_vocab_16e6.txt.gz` (then cleaning is "clip",
-    padding is 0 and the length 77 unless set). Settings: `length`, `pad_id`, `cleaning`; where
-    the folder was saved with settings, these hold.
-    Raises ValueError when nothing is there, or when the saved settings are others.
+    `path` is a folder with `tokenizer.json`, a folder that `transformers` can read (`spiece.model`,
+    …), a `tokenizer.json`, or CLIP's `bpe_simple_vocab_16e6.txt.gz` (for which the defaults are
+    cleaning "clip", padding 0 and length 77). `settings` are `length`, `pad_id` and `cleaning`;
+    those saved in the folder are the defaults. Raises ValueError if there is no tokenizer at the
+    path, or if `settings` differ from the saved ones.
     """
     path = Path(path)
     settings = {k: v for k, v in settings.items() if v is not None}
     if path.name.endswith(".txt.gz") and path.is_file():
         defaults = {"length": clip_bpe.LENGTH, "pad_id": 0, "cleaning": "clip"}
         return Tokenizer(clip_bpe.build_clip_tokenizer(path), **(defaults | settings))
-    if path.is_file():
-        backend, folder = tokenizers.Tokenizer.from_file(str(path)), path.parent
-    elif (path / "tokenizer.json").is_file():
-        backend, folder = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")), path
-    elif path.is_dir():
-        backend, folder = _from_transformers(path), path
-    else:
-        raise ValueError(
-            f"no tokenizer at {str(path)!r}; wanted a local folder with tokenizer.json (or a "
-            "spiece.model that transformers can read), or CLIP's bpe_simple_vocab_16e6.txt.gz"
-        )
-    saved = (
-        json.loads((folder / SETTINGS_FILE).read_text())
-        if (folder / SETTINGS_FILE).is_file()
-        else {}
-    )
+    backend, folder = _load_backend(path)
+    settings_file = folder / SETTINGS_FILE
+    saved = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
     changed = {k: (saved[k], v) for k, v in settings.items() if k in saved and saved[k] != v}
     if changed:
         raise ValueError(
-            f"the tokenizer in {folder} was saved with other settings (saved, asked): {changed}; "
-            "weights trained with it expect the saved ones"
+            f"the tokenizer in {folder} was saved with other settings: (saved, got) = {changed}; "
+            "weights trained with it expect the saved ones, so remove these settings"
         )
-    merged = saved | settings
-    if "length" not in merged:
-        raise ValueError(f"the length of texts is not set for the tokenizer {path}: length=64, say")
-    if "pad_id" not in merged:
-        merged["pad_id"] = _find_pad_id(backend, folder)
-    return Tokenizer(backend, **merged)
+    settings = saved | settings
+    if "length" not in settings:
+        raise ValueError(
+            f"the length of the tokenizer {path} is not set; set it to the number of tokens that "
+            "texts are padded or truncated to, such as 64"
+        )
+    if "pad_id" not in settings:
+        settings["pad_id"] = _find_pad_id(backend, folder)
+    return Tokenizer(backend, **settings)
 
 
 def build_tokenizer(config: Mapping[str, Any]) -> Tokenizer:
-    """From `{"path": …, "length": 64}` or `{"package": "pip-name", "length": 64}`.
+    """Build from `{"path": …, "length": 64}` or `{"package": "pip-name", "length": 64}`.
 
-    With `package`, the tokenizer is in an installed pip package: its one file that fits the glob
-    `path` ("*tokenizer.json" unless given). Other keys are `load_tokenizer`'s settings.
+    With `package`, the tokenizer is the only file of an installed pip package that matches the glob
+    `path` (by default "*tokenizer.json"). Other keys are the settings of `load_tokenizer`.
     """
-    config = dict(config)
-    package, path = config.pop("package", None), config.pop("path", None)
+    settings = dict(config)
+    package, path = settings.pop("package", None), settings.pop("path", None)
     known = ("length", "pad_id", "cleaning")
-    if wrong := set(config) - set(known):
+    if unknown := set(settings) - set(known):
         raise ValueError(
-            f"tokenizer has no {sorted(wrong)}; it has path, package, {', '.join(known)}"
+            f"tokenizer has no {sorted(unknown)}; it has path, package, {', '.join(known)}"
         )
     if package is not None:
-        return load_tokenizer(package_file(package, path or "*tokenizer.json"), **config)
+        return load_tokenizer(package_file(package, path or "*tokenizer.json"), **settings)
     if not path:
-        raise ValueError("the tokenizer has no path; give a local folder that holds tokenizer.json")
-    return load_tokenizer(path, **config)
+        raise ValueError(
+            "the tokenizer has no path; set it to a local folder that contains tokenizer.json"
+        )
+    return load_tokenizer(path, **settings)
 
 
-def _from_transformers(folder: Path) -> tokenizers.Tokenizer:
-    import transformers  # seconds to import, and most tokenizers do not need it
+def _load_backend(path: Path) -> tuple[tokenizers.Tokenizer, Path]:
+    """Return the tokenizer at a path, and the folder of its settings."""
+    if path.is_file():
+        return tokenizers.Tokenizer.from_file(str(path)), path.parent
+    if (path / "tokenizer.json").is_file():
+        return tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")), path
+    if path.is_dir():
+        return _load_with_transformers(path), path
+    raise ValueError(
+        f"no tokenizer at {str(path)!r}; expected a local folder with tokenizer.json (or a "
+        "spiece.model that transformers can read), or CLIP's bpe_simple_vocab_16e6.txt.gz"
+    )
+
+
+def _load_with_transformers(folder: Path) -> tokenizers.Tokenizer:
+    import transformers  # takes seconds, and most tokenizers do not need it
 
     try:
         loaded = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, ImportError) as error:
-        listed = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing"
+        listed = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "no file"
         raise ValueError(
-            f"no tokenizer in {folder}: wanted tokenizer.json, or files that transformers reads "
-            f"(it said: {' '.join(str(error).split())}); there is {listed}"
+            f"no tokenizer in {folder}, which contains {listed}; expected tokenizer.json, or files "
+            f"that transformers reads (its error: {' '.join(str(error).split())})"
         ) from error
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(
-            f"{folder}: {type(loaded).__name__} has no fast version; convert it to a tokenizer.json"
+            f"{folder}: {type(loaded).__name__} has no fast version; convert it to tokenizer.json"
         )
     if loaded.pad_token is not None:
         backend.enable_padding(pad_id=loaded.pad_token_id, pad_token=loaded.pad_token)
@@ -266,83 +284,7 @@ def _find_pad_id(backend: tokenizers.Tokenizer, folder: Path) -> int:
         pad = json.loads(config.read_text()).get("pad_token")
         names.insert(0, pad["content"] if isinstance(pad, dict) else pad or "")
     for name in names:
-        found = backend.token_to_id(name)
-        if found is not None:
-            return found
-    raise ValueError(f"{folder} does not say which token pads; set pad_id")
-
-
-def train_tokenizer(
-    texts: Iterable[str],
-    folder: str | Path,
-    *,
-    vocab_size: int,
-    kind: str = "bpe",
-    length: int = 64,
-    cleaning: str = "lower",
-    prompts: Sequence[str] = (),
-) -> Tokenizer:
-    """Learn a tokenizer from texts and save it. The same texts give the same file.
-
-    kind: "bpe" (byte-level, so no text is unknown) or "wordpiece". Ids 0 to 3 are <pad>, <bos>,
-    <eos>, <unk>; every text is wrapped in <bos> and <eos>. Each of `prompts` ("<de>") is one token,
-    and none of what decoding shows. `length` is that of the tokenizer returned; it is not saved, as
-    no weights depend on it yet: each config says its own.
-    """
-    if kind not in TOKENIZER_KINDS:
-        raise ValueError(f"kind = {kind!r}; known: {', '.join(TOKENIZER_KINDS)}")
-    corpus = sorted(CLEANINGS[cleaning](t) for t in texts)
-    backend = TOKENIZER_KINDS[kind](corpus, vocab_size - len(prompts))
-    backend.add_special_tokens(list(prompts))
-    backend.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
-    )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _save(backend, {"pad_id": 0, "cleaning": cleaning}, folder)
-    return Tokenizer(backend, length=length, pad_id=0, cleaning=cleaning)
-
-
-# GPT-2's words, with marks: without them no Hindi word would be one token.
-WORD_PATTERN = r" ?[\p{L}\p{M}]+| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]+|\s+"
-SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>"]
-
-
-def _bpe(corpus: Sequence[str], vocab_size: int) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.normalizer = tokenizers.normalizers.Prepend(" ")
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [
-            tokenizers.pre_tokenizers.Split(tokenizers.Regex(WORD_PATTERN), behavior="isolated"),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=SPECIALS,
-        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    backend.train_from_iterator(corpus, trainer)
-    return backend
-
-
-def _wordpiece(corpus: Sequence[str], vocab_size: int) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="<unk>"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    backend.decoder = tokenizers.decoders.WordPiece()
-    # The trainer numbers continuing letters in the order of a hash table, which differs between
-    # runs; given as special tokens they have an order, and afterwards they are special no more.
-    letters = [f"##{letter}" for letter in sorted(set("".join(corpus))) if not letter.isspace()]
-    trainer = tokenizers.trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIALS + letters, show_progress=False
-    )
-    backend.train_from_iterator(corpus, trainer)
-    state = json.loads(backend.to_str())
-    state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] in SPECIALS]
-    return tokenizers.Tokenizer.from_str(json.dumps(state))
-
-
-# No unigram: the library's trainer gives another file at every run.
-TOKENIZER_KINDS = {"bpe": _bpe, "wordpiece": _wordpiece}
+        pad_id = backend.token_to_id(name)
+        if pad_id is not None:
+            return pad_id
+    raise ValueError(f"{folder} does not name its padding token; set pad_id to its id")

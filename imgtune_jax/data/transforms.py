@@ -1,7 +1,7 @@
-"""Picture -> picture, u8[h w 3] both. Normalisation happens on the device, with the weights.
+"""Image transforms, u8[h w 3] -> u8[h w 3], and their table. The model normalizes, on the device.
 
-Resizing is Pillow's, antialiased, so an evaluation pipeline of `resize` (shortest, bicubic) and
-`center_crop` gives CLIP's pixels to the bit, for RGB images.
+`resize` is Pillow's antialiased resize, so `resize` (shortest, bicubic) followed by `center_crop`
+returns CLIP's pixels to the bit, for RGB images.
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ from PIL import Image
 
 from imgtune_jax.data.color import ColorJitter, Grayscale
 from imgtune_jax.data.crops import CenterCrop, Pad, RandomCrop, RandomResizedCrop
-from imgtune_jax.data.image import LazyJpeg
+from imgtune_jax.data.image import WHITE, Color, LazyJpeg
 from imgtune_jax.data.resample import (
     INTERPOLATIONS,
-    WHITE,
-    Color,
     ImageArray,
     Interpolation,
     as_height_width,
@@ -29,13 +27,12 @@ from imgtune_jax.data.resample import (
     resize,
 )
 
-TRANSFORMS_VERSION = (
-    2  # raise it when equal settings give other pixels: what was cached of them is then stale
-)
+# Part of the feature cache's key: increment it when equal settings produce other pixels.
+TRANSFORMS_VERSION = 2
 
 
 class Transform(Protocol):
-    """A pure function of the picture and of a generator that is its own."""
+    """A pure function of an image and of a random generator for this image."""
 
     def __call__(self, image: ImageArray, rng: np.random.Generator | None = None) -> ImageArray: ...
 
@@ -44,9 +41,9 @@ class Transform(Protocol):
 class Resize:
     """Resize to `size` pixels, antialiased.
 
-    mode "squash": to (size, size), whatever the aspect; "shortest": the shorter side to size,
-    aspect kept (torchvision's Resize(int)); "longest": the longer side to size, aspect kept, then
-    padded with `fill` to a square.
+    Modes: "squash" resizes to (size, size) and ignores the aspect ratio. "shortest" resizes the
+    shorter side to `size` and preserves the aspect ratio, as torchvision's Resize(int). "longest"
+    resizes the longer side to `size`, preserves the aspect ratio, and pads with `fill` to a square.
     """
 
     size: int | tuple[int, int]
@@ -59,7 +56,7 @@ class Resize:
         check_choice("interpolation", self.interpolation, INTERPOLATIONS)
         as_height_width(self.size)
         if self.mode != "squash" and not isinstance(self.size, int):
-            raise ValueError(f"size = {self.size} with mode {self.mode!r}; wanted one integer")
+            raise ValueError(f"size = {self.size} with mode {self.mode!r}; expected one integer")
 
     def __call__(self, image: ImageArray, rng: np.random.Generator | None = None) -> ImageArray:
         height, width = as_height_width(self.size)
@@ -78,7 +75,7 @@ class Resize:
 
 @dataclass(frozen=True)
 class HorizontalFlip:
-    """Mirror left and right with probability `p`."""
+    """Mirror the image left to right with probability `p`."""
 
     p: float = 0.5
 
@@ -86,31 +83,32 @@ class HorizontalFlip:
         if require_rng(rng, self).random() >= self.p:
             return image
         flipped = np.empty_like(image)
-        for channel in range(3):  # NumPy mirrors planes five times faster than pixels of three
+        for channel in range(3):  # NumPy mirrors single channels five times faster than all three
             flipped[..., channel] = image[:, ::-1, channel]
         return flipped
 
 
 @dataclass(frozen=True)
 class Rotate:
-    """Turn by an angle drawn from ± `degrees`; corners are filled with `fill`."""
+    """Rotate by an angle sampled from ± `degrees`; corners are filled with `fill`."""
 
     degrees: float
     fill: Color = WHITE
 
     def __call__(self, image: ImageArray, rng: np.random.Generator | None = None) -> ImageArray:
         angle = require_rng(rng, self).uniform(-self.degrees, self.degrees)
-        turned = Image.fromarray(image).rotate(
+        rotated = Image.fromarray(image).rotate(
             angle, Image.Resampling.BILINEAR, fillcolor=tuple(self.fill)
         )
-        return np.asarray(turned)
+        return np.asarray(rotated)
 
 
 @dataclass(frozen=True)
 class Compose:
-    """One transform after the other, all drawing from one generator.
+    """Apply transforms in order, with one random generator.
 
-    A JPEG may come undecoded: a crop that is first decodes no more of it than it needs.
+    The input may be a LazyJpeg: if the first transform is a RandomResizedCrop, it decodes the JPEG
+    at a reduced size where that suffices.
     """
 
     transforms: tuple[Transform, ...]
@@ -118,30 +116,30 @@ class Compose:
     def __call__(
         self, image: ImageArray | LazyJpeg, rng: np.random.Generator | None = None
     ) -> ImageArray:
-        rest = self.transforms
+        remaining = self.transforms
         if isinstance(image, LazyJpeg):
-            first = rest[0] if rest else None
+            first = remaining[0] if remaining else None
             if isinstance(first, RandomResizedCrop):
-                image, rest = first(image, rng), rest[1:]
+                image, remaining = first(image, rng), remaining[1:]
             else:
                 image = image.decode()
         image = np.asarray(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"got {image.dtype}{list(image.shape)}; wanted uint8 [h w 3]")
-        for transform in rest:
+            raise ValueError(f"image is {image.dtype}{list(image.shape)}; expected uint8 [h w 3]")
+        for transform in remaining:
             image = transform(image, rng)
         return image
 
 
 @dataclass(frozen=True)
 class RandomApply:
-    """With probability `p`, all of `transforms` (components or their mappings); else none."""
+    """Apply all of `transforms` (components or their configs) with probability `p`, else none."""
 
     transforms: tuple[Transform | Mapping[str, Any], ...]
     p: float = 0.5
 
     def __post_init__(self) -> None:
-        built = (_build(dict(t)) if isinstance(t, Mapping) else t for t in self.transforms)
+        built = (_build_one_transform(t) if isinstance(t, Mapping) else t for t in self.transforms)
         object.__setattr__(self, "transforms", tuple(built))
 
     def __call__(self, image: ImageArray, rng: np.random.Generator | None = None) -> ImageArray:
@@ -165,20 +163,24 @@ TRANSFORMS: dict[str, type] = {
 
 
 def build_transform(configs: Iterable[Mapping[str, Any]]) -> Compose:
-    """From `[{"name": "resize", "size": 224}, …]`, in order. Raises ValueError on a wrong one."""
-    return Compose(tuple(_build(dict(config)) for config in configs))
+    """Build transforms from `[{"name": "resize", "size": 224}, …]`, in order.
+
+    Raises ValueError for an unknown name or field, and for an invalid value.
+    """
+    return Compose(tuple(_build_one_transform(config) for config in configs))
 
 
-def _build(config: dict[str, Any]) -> Transform:
-    name = config.pop("name", None)
+def _build_one_transform(config: Mapping[str, Any]) -> Transform:
+    settings = dict(config)
+    name = settings.pop("name", None)
     if name not in TRANSFORMS:
         raise ValueError(f"transform {name!r} is unknown; known: {', '.join(TRANSFORMS)}")
-    kind = TRANSFORMS[name]
-    known = [f.name for f in fields(kind)]
-    if wrong := set(config) - set(known):
-        raise ValueError(f"transform {name!r} has no {sorted(wrong)}; it has {', '.join(known)}")
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+    transform_class = TRANSFORMS[name]
+    known = [f.name for f in fields(transform_class)]
+    if unknown := set(settings) - set(known):
+        raise ValueError(f"transform {name!r} has no {sorted(unknown)}; it has {', '.join(known)}")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
     try:
-        return kind(**values)
+        return transform_class(**values)
     except TypeError as error:
         raise ValueError(f"transform {name!r}: {error}") from error

@@ -1,4 +1,4 @@
-"""WebDataset tars with random access: indexed once, read in place, never executed."""
+"""WebDataset tars with random access: indexed once, read in place, no code executed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from imgtune_jax.data import record_fields
 from imgtune_jax.data.record import BadRecord, FaultCause, Record
+from imgtune_jax.data.record_fields import (
+    Fingerprint,
+    RecordFields,
+    as_field_path,
+    decode_utf8,
+    matches_filter,
+    parse_captions,
+    parse_json,
+)
 from imgtune_jax.data.tar_index import TarIndex, expand_braces, index_tar
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -23,15 +31,17 @@ NO_MEMBER = -1
 
 @dataclass(frozen=True)
 class WebDataset:
-    """Each image of each key is a record.
+    """WebDataset tars, in which each image of each key is a record.
 
-    path: a tar, a list of tars, or patterns with `*` and `{000..099}`. image: the extensions that
-    are images (what follows the first dot of a name); a key without any is a record whose image is
-    missing. captions: set -> field path in the key's JSON, ("name", "en") say, whose value is a
-    string or a list of alternatives; without it there is one set, "caption", from the `txt` member
-    or the JSON's "caption" or "text". label: field path of an integer, or of a name in `classes`.
-    group: field path; equal values, equal group. where: keep the keys whose JSON has, for each of
-    these top-level fields, one of the values.
+    `path`: a tar, a list of tars, or patterns with `*` and `{000..099}`.
+    `image`: the extensions of images (an extension is what follows the first dot of a name). A key
+    without any of them is a record whose image is missing.
+    `captions`: caption set -> field path in the key's JSON, such as ("name", "en"), to a string or
+    a list of alternatives. If None, the only caption set is "caption", from the `txt` member or
+    from "caption" or "text" in the JSON.
+    `label`: field path to an integer, or to a name in `classes`.
+    `group`: field path; records with equal values have equal groups.
+    `where`: select the keys whose JSON has, for each of these top-level fields, one of its values.
     """
 
     path: str | Sequence[str]
@@ -49,30 +59,30 @@ class WebDataset:
             )
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._record_members)
 
     def __getitem__(self, index: int) -> Record:
-        return self._record(index, with_image=True)
+        return self._build_record(index, with_image=True)
 
-    def describe(self, index: int) -> Record:
-        """The record without its image."""
-        return self._record(index, with_image=False)
+    def read_metadata(self, index: int) -> Record:
+        """Return the record without its image."""
+        return self._build_record(index, with_image=False)
 
     @property
     def caption_sets(self) -> tuple[str, ...]:
-        """The caption sets that records may have."""
+        """Names of the caption sets that records may have."""
         return ("caption",) if self.captions is None else tuple(self.captions)
 
     @property
     def has_group(self) -> bool:
-        """Do records have a group?"""
+        """Whether records have a group."""
         return self.group is not None
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of options, names, sizes, and the bytes of a few members of each tar."""
+        """Digest of the options, names, sizes, and the bytes of a few members of each tar."""
         options = (self.image, self.captions, self.label, self.classes, self.group, self.where)
-        digest = record_fields.Fingerprint(*map(_plain, options))
+        digest = Fingerprint(*map(_canonical, options))
         for tar in self._tars:
             digest.add(tar.names, tar.sizes.tolist())
             spans = list(zip(tar.offsets.tolist(), tar.sizes.tolist(), strict=True))
@@ -80,15 +90,24 @@ class WebDataset:
         return digest.hex()
 
     @cached_property
+    def _record_fields(self) -> RecordFields:
+        return RecordFields(
+            captions={name: as_field_path(path) for name, path in (self.captions or {}).items()},
+            label=None if self.label is None else as_field_path(self.label),
+            classes=self.classes,
+            group=None if self.group is None else as_field_path(self.group),
+        )
+
+    @cached_property
     def _tars(self) -> tuple[TarIndex, ...]:
         return tuple(index_tar(path) for path in _expand_paths(self.path))
 
     @cached_property
-    def _rows(self) -> Int64[np.ndarray, "n 4"]:
-        """(tar, image member, json member, txt member) of each record; NONE where there is none."""
+    def _record_members(self) -> Int64[np.ndarray, "n 4"]:
+        """(tar, image member, JSON member, txt member) of each record; NO_MEMBER if missing."""
         rows = []
         for t, tar in enumerate(self._tars):
-            for members in _by_key(tar.names).values():
+            for members in _group_by_key(tar.names).values():
                 if self.where and not self._is_selected(tar, members):
                     continue
                 images = [members[e] for e in self.image if e in members] or [NO_MEMBER]
@@ -97,84 +116,61 @@ class WebDataset:
         return np.array(rows, np.int64).reshape(-1, 4)
 
     def _is_selected(self, tar: TarIndex, members: Mapping[str, int]) -> bool:
-        """A key whose JSON cannot be read stays in: its record says why it is broken."""
+        """Return whether `where` selects a key. Unreadable JSON does, as a bad record."""
         if "json" not in members:
             return False
         try:
-            metadata = record_fields.parse_json(tar.read(members["json"]), "json")
+            metadata = parse_json(tar.read(members["json"]), "json")
         except BadRecord:
             return True
-        return record_fields.matches_filter(metadata, self.where)
+        return matches_filter(metadata, self.where)
 
-    def _record(self, index: int, *, with_image: bool) -> Record:
-        t, image, json_member, txt = (int(x) for x in self._rows[index])
+    def _build_record(self, index: int, *, with_image: bool) -> Record:
+        t, image, json_member, txt = (int(x) for x in self._record_members[index])
         tar = self._tars[t]
-        named = image if image != NO_MEMBER else max(json_member, txt)
-        name = tar.names[named] if named != NO_MEMBER else f"record {index}"
+        named_member = image if image != NO_MEMBER else max(json_member, txt)
+        name = tar.names[named_member] if named_member != NO_MEMBER else f"record {index}"
         faults: dict[str, BadRecord] = {}
         if image == NO_MEMBER:
-            faults["image"] = BadRecord(
-                FaultCause.MISSING_IMAGE, f"no {'|'.join(self.image)} member"
-            )
+            detail = f"no {'|'.join(self.image)} member"
+            faults["image"] = BadRecord(FaultCause.MISSING_IMAGE, detail)
         metadata: Mapping[str, Any] = {}
-        captions: dict[str, tuple[str, ...]] = {}
+        captions: dict[str, tuple[str, ...]] | None = None  # from `_record_fields`
         try:
             if json_member != NO_MEMBER:
-                metadata = record_fields.parse_json(tar.read(json_member), tar.names[json_member])
-            captions = self._captions(tar, metadata, txt)
+                metadata = parse_json(tar.read(json_member), tar.names[json_member])
+            if self.captions is None:
+                captions = {"caption": _default_captions(tar, metadata, txt)}
         except BadRecord as bad:
-            faults["captions"] = bad
-        label, group = None, None
-        try:
-            if self.label is not None:
-                found = record_fields.get_field(metadata, record_fields.as_field_path(self.label))
-                label = record_fields.parse_label(found, self.classes)
-        except BadRecord as bad:
-            faults["label"] = bad
-        try:
-            if self.group is not None:
-                group = record_fields.parse_group(
-                    record_fields.get_field(metadata, record_fields.as_field_path(self.group))
-                )
-        except BadRecord as bad:
-            faults["group"] = bad
-        data = tar.read(image) if with_image and image != NO_MEMBER else None
-        key = f"{tar.path.name}:{name}"
-        return Record(key, data, captions, label, group, metadata, faults)
-
-    def _captions(
-        self, tar: TarIndex, metadata: Mapping[str, Any], txt: int
-    ) -> dict[str, tuple[str, ...]]:
-        if self.captions is not None:
-            return {
-                name: record_fields.parse_captions(
-                    record_fields.get_field(metadata, record_fields.as_field_path(path))
-                )
-                for name, path in self.captions.items()
-            }
-        if txt != NO_MEMBER:
-            return {
-                "caption": record_fields.parse_captions(
-                    record_fields.decode_utf8(tar.read(txt), tar.names[txt])
-                )
-            }
-        found = (
-            record_fields.parse_captions(metadata.get(name)) for name in DEFAULT_CAPTION_FIELDS
+            faults["captions"], captions = bad, {}
+        return self._record_fields.build_record(
+            f"{tar.path.name}:{name}",
+            image=tar.read(image) if with_image and image != NO_MEMBER else None,
+            metadata=metadata,
+            faults=faults,
+            captions=captions,
         )
-        return {"caption": next((f for f in found if f), ())}
 
 
-def _plain(value: Any) -> Any:
-    """Mappings as sorted pairs and sequences as tuples, so that equal options read equal."""
+def _default_captions(tar: TarIndex, metadata: Mapping[str, Any], txt: int) -> tuple[str, ...]:
+    """Return the captions in the txt member or, without one, in the default JSON fields."""
+    if txt != NO_MEMBER:
+        return parse_captions(decode_utf8(tar.read(txt), tar.names[txt]))
+    candidates = (parse_captions(metadata.get(name)) for name in DEFAULT_CAPTION_FIELDS)
+    return next((captions for captions in candidates if captions), ())
+
+
+def _canonical(value: Any) -> Any:
+    """Convert mappings to sorted pairs and sequences to tuples: equal options have equal reprs."""
     if isinstance(value, Mapping):
-        return tuple((k, _plain(value[k])) for k in sorted(value))
+        return tuple((k, _canonical(value[k])) for k in sorted(value))
     if isinstance(value, list | tuple):
-        return tuple(map(_plain, value))
+        return tuple(map(_canonical, value))
     return value
 
 
-def _by_key(names: Sequence[str]) -> dict[str, dict[str, int]]:
-    """{key: {extension: member}}; the extension begins after the first dot of the file's name."""
+def _group_by_key(names: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Return {key: {extension: member}}; the extension follows the first dot of the file name."""
     keys: dict[str, dict[str, int]] = {}
     for member, name in enumerate(names):
         folder, slash, file = name.rpartition("/")
@@ -185,17 +181,21 @@ def _by_key(names: Sequence[str]) -> dict[str, dict[str, int]]:
 
 
 def _expand_paths(path: str | Sequence[str]) -> list[Path]:
-    """The tars of a path, list or pattern. Raises ValueError naming what is not there."""
+    """Return the tars of a path, list or pattern. Raises ValueError if one does not exist."""
     patterns = [path] if isinstance(path, str | Path) else list(path)
-    found: list[Path] = []
-    for pattern in (p for given in patterns for p in expand_braces(str(given))):
+    tars: list[Path] = []
+    for pattern in (expanded for p in patterns for expanded in expand_braces(str(p))):
         if "://" in pattern:
-            raise ValueError(f"{pattern}: only local files are read; copy or mount it first")
+            raise ValueError(
+                f"path = {pattern!r}; expected a local path: copy or mount the files first"
+            )
         matches = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
         missing = [m for m in matches if not Path(m).is_file()]
         if not matches or missing:
-            raise ValueError(f"no tar at {pattern!r}; give a path, or a pattern with * or {{0..9}}")
-        found += map(Path, matches)
-    if not found:
-        raise ValueError("webdataset has no path; give a tar, a list of tars or a pattern")
-    return found
+            raise ValueError(
+                f"no tar at {pattern!r}; set path to a tar, or to a pattern with * or {{0..9}}"
+            )
+        tars += map(Path, matches)
+    if not tars:
+        raise ValueError("webdataset has no path; set it to a tar, a list of tars or a pattern")
+    return tars

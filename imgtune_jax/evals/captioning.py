@@ -10,8 +10,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from imgtune_jax import decoding
-from imgtune_jax.data import Source, read_metadata
-from imgtune_jax.data.subset import Subset, evenly_spaced
+from imgtune_jax.data import Source, Subset, evenly_spaced, read_metadata
 from imgtune_jax.evals import caption_metrics
 from imgtune_jax.evals.protocol import GeneratedCaption, Predictor
 

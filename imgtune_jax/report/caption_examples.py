@@ -8,7 +8,7 @@ from itertools import takewhile
 
 import numpy as np
 
-from imgtune_jax.data.subset import Subset
+from imgtune_jax.data import Subset
 from imgtune_jax.evals.caption_metrics.string_metrics import exact_match
 from imgtune_jax.evals.captioning import Captioning
 from imgtune_jax.evals.protocol import Predictor

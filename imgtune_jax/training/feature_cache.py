@@ -157,7 +157,12 @@ def open_stores(
             if not path.exists():
                 _log_key_changes(path, parts)
             out[tower] = data.FeatureStore.open(
-                path, views=views, n=len(pipeline.source), shape=shape, dtype=c.dtype, key=parts
+                path,
+                views=views,
+                num_records=len(pipeline.source),
+                shape=shape,
+                dtype=c.dtype,
+                key=parts,
             )
     return out
 

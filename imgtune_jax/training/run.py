@@ -217,7 +217,7 @@ def training_pipeline(exp: experiment.Experiment, source: data.Source) -> data.P
         source=source,
         transform=data.build_transform(c.data.transforms or c.preprocess),
         tokenizer=exp.tokenizer,
-        captions=c.data.caption_weights,
+        caption_weights=c.data.caption_weights,
         prefixes=c.data.prefixes,
         length_buckets=c.data.length_buckets,
         batch_size=c.batch_size,

@@ -22,51 +22,53 @@ def jpeg(pixels, **options):
     return out.getvalue()
 
 
-def pillow(pixels, height, width, interpolation):
+def resize_with_pillow(pixels, height, width, interpolation):
     image = Image.fromarray(np.ascontiguousarray(pixels))
     return np.asarray(image.resize((width, height), INTERPOLATIONS[interpolation])).astype(int)
 
 
-@pytest.mark.parametrize("window", [(0, 0, 360, 480), (7, 31, 300, 211), (50, 60, 40, 33)])
+@pytest.mark.parametrize("box", [(0, 0, 360, 480), (7, 31, 300, 211), (50, 60, 40, 33)])
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
-def test_a_window_is_resized_as_pillow_resizes_it(window, interpolation):
-    """To a rounding. Both keep 8 bits between rows and columns, and may take either first."""
-    top, left, h, w = window
+def test_crop_and_resize_equals_pillow_up_to_rounding(box, interpolation):
+    """Both round to 8 bits between the two axes, and may resize either axis first."""
+    top, left, h, w = box
     for pixels in (SMOOTH, RNG.integers(0, 256, SMOOTH.shape, dtype=np.uint8)):
-        part = pixels[top : top + h, left : left + w]
-        found = crop_and_resize(pixels, window, 96, 128, interpolation)
-        rows_first = pillow(part, 96, 128, interpolation)
-        columns_first = pillow(part.swapaxes(0, 1), 128, 96, interpolation).swapaxes(0, 1)
-        off = min((np.abs(found - x) for x in (rows_first, columns_first)), key=np.mean)
-        assert off.max() <= 2 and off.mean() < 0.05
+        window = pixels[top : top + h, left : left + w]
+        resized = crop_and_resize(pixels, box, 96, 128, interpolation)
+        rows_first = resize_with_pillow(window, 96, 128, interpolation)
+        columns_first = resize_with_pillow(window.swapaxes(0, 1), 128, 96, interpolation)
+        columns_first = columns_first.swapaxes(0, 1)
+        errors = [np.abs(resized - x) for x in (rows_first, columns_first)]
+        error = min(errors, key=np.mean)
+        assert error.max() <= 2 and error.mean() < 0.05
 
 
-def test_a_window_with_fractions_is_cut_at_them():
-    """Columns 0..9.5 of a ramp, to one pixel: the mean of what lies under the filter."""
+def test_a_fractional_window_includes_a_part_of_its_edge_pixels():
+    """Columns 0 to 9.5 of a ramp, resized to one pixel: a mean weighted by the filter."""
     ramp = np.broadcast_to(np.arange(0, 200, 10, dtype=np.uint8)[None, :, None], (8, 20, 3))
-    whole = crop_and_resize(ramp, (0, 0, 8, 9), 1, 1, "bilinear")[0, 0, 0]
-    part = crop_and_resize(ramp, (0, 0, 8, 9.5), 1, 1, "bilinear")[0, 0, 0]
-    more = crop_and_resize(ramp, (0, 0, 8, 10), 1, 1, "bilinear")[0, 0, 0]
-    assert whole < part < more
+    nine = crop_and_resize(ramp, (0, 0, 8, 9), 1, 1, "bilinear")[0, 0, 0]
+    nine_and_half = crop_and_resize(ramp, (0, 0, 8, 9.5), 1, 1, "bilinear")[0, 0, 0]
+    ten = crop_and_resize(ramp, (0, 0, 8, 10), 1, 1, "bilinear")[0, 0, 0]
+    assert nine < nine_and_half < ten
 
 
-def test_an_undecoded_jpeg_gives_the_pixels_of_a_decoded_one():
+def test_transforms_of_a_lazy_and_of_a_decoded_jpeg_are_equal():
     data = jpeg(SMOOTH)
     crop = {"name": "random_resized_crop", "size": 100}
     flip = {"name": "horizontal_flip"}
-    exact = [
+    deterministic = [
         {"name": "resize", "size": 90, "mode": "shortest"},
         {"name": "center_crop", "size": 80},
     ]
-    for configs in ([crop, flip], [flip, crop], exact, []):
+    for configs in ([crop, flip], [flip, crop], deterministic, []):
         transform = build_transform(configs)
         for seed in range(5):
-            found = transform(open_image(data), np.random.default_rng(seed))
-            want = transform(decode_image(data), np.random.default_rng(seed))
-            np.testing.assert_array_equal(found, want)
+            lazy = transform(open_image(data), np.random.default_rng(seed))
+            decoded = transform(decode_image(data), np.random.default_rng(seed))
+            np.testing.assert_array_equal(lazy, decoded)
 
 
-def test_a_jpeg_is_reduced_only_where_its_window_keeps_twice_the_size():
+def test_a_jpeg_is_reduced_only_if_its_window_keeps_twice_the_size():
     crop = RandomResizedCrop((32, 64))
     windows = [
         (127, 999),
@@ -82,37 +84,37 @@ def test_a_jpeg_is_reduced_only_where_its_window_keeps_twice_the_size():
 
 
 def test_scaled_decode_changes_less_than_another_interpolation(monkeypatch):
-    data, seen = jpeg(SMOOTH), []
-    plain = LazyJpeg.decode
+    data, reductions = jpeg(SMOOTH), []
+    original_decode = LazyJpeg.decode
     monkeypatch.setattr(
-        LazyJpeg, "decode", lambda s, r=1, **kw: seen.append(r) or plain(s, r, **kw)
+        LazyJpeg, "decode", lambda s, r=1, **kw: reductions.append(r) or original_decode(s, r, **kw)
     )
 
     def crops(**fields):
         crop = RandomResizedCrop(40, scale=(0.5, 1.0), **fields)
         rngs = [np.random.default_rng(seed) for seed in range(20)]
-        found = np.array([crop(open_image(data), rng) for rng in rngs]).astype(int)
-        return found, [rng.random() for rng in rngs]
+        cropped = np.array([crop(open_image(data), rng) for rng in rngs]).astype(int)
+        return cropped, [rng.random() for rng in rngs]
 
-    reduced, drawn = crops()
-    assert set(seen) == {2, 4}
-    seen.clear()
-    whole, drawn_whole = crops(scaled_decode=False)
-    assert set(seen) == {1} and drawn == drawn_whole
+    reduced, next_random = crops()
+    assert set(reductions) == {2, 4}
+    reductions.clear()
+    full, next_random_full = crops(scaled_decode=False)
+    assert set(reductions) == {1} and next_random == next_random_full
     bilinear, _ = crops(scaled_decode=False, interpolation="bilinear")
-    assert 0 < np.abs(reduced - whole).mean() < np.abs(bilinear - whole).mean()
+    assert 0 < np.abs(reduced - full).mean() < np.abs(bilinear - full).mean()
 
 
-def test_pictures_share_no_memory():
-    """Also where the window needs no resize, though both were decoded into one place."""
+def test_images_share_no_memory():
+    """Even if the window needs no resize, although both are decoded into one buffer."""
     crop = RandomResizedCrop((360, 480), scale=(1.0, 1.0), ratio=(4 / 3, 4 / 3))
-    pictures = [SMOOTH, SMOOTH[::-1]]
-    found = [crop(open_image(jpeg(x)), np.random.default_rng(0)) for x in pictures]
-    for one, picture in zip(found, pictures, strict=True):
-        np.testing.assert_array_equal(one, decode_image(jpeg(picture)))
+    images = [SMOOTH, SMOOTH[::-1]]
+    crops = [crop(open_image(jpeg(x)), np.random.default_rng(0)) for x in images]
+    for cropped, image in zip(crops, images, strict=True):
+        np.testing.assert_array_equal(cropped, decode_image(jpeg(image)))
 
 
-def test_threads_do_not_disturb_each_other():
+def test_crops_in_threads_equal_crops_in_one_thread():
     crop, data = RandomResizedCrop(64), [jpeg(np.roll(SMOOTH, 9 * i, 1)) for i in range(8)]
     jobs = [(data[i % 8], i) for i in range(200)]
 
@@ -120,6 +122,6 @@ def test_threads_do_not_disturb_each_other():
         return crop(open_image(job[0]), np.random.default_rng(job[1]))
 
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(run, jobs))
-    for job, one in zip(jobs, found, strict=True):
-        np.testing.assert_array_equal(one, run(job))
+        crops = list(pool.map(run, jobs))
+    for job, cropped in zip(jobs, crops, strict=True):
+        np.testing.assert_array_equal(cropped, run(job))

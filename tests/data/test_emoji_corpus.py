@@ -1,4 +1,4 @@
-"""The embedded corpus is what its README says, and can be built again from the packages."""
+"""The corpus agrees with its README, and can be rebuilt from the packages."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ def concepts(files):
     return [json.loads(data) for name, data in files.items() if name.endswith(".json")]
 
 
-def test_counts(tars):
+def test_number_of_concepts_and_files(tars):
     assert len(concepts(tars["seen"])) == 1573
     assert len(concepts(tars["heldout"])) == 279
     for files in tars.values():
@@ -48,19 +48,19 @@ def test_split_is_by_subcategory(tars):
     for name, files in tars.items():
         for record in concepts(files):
             sub = record["subcategory"]
-            law = int(hashlib.sha256(sub.encode()).hexdigest(), 16) % 5 == 0
-            held = law and sub != "country-flag"
-            assert held == (name == "heldout"), sub
+            selected = int(hashlib.sha256(sub.encode()).hexdigest(), 16) % 5 == 0
+            is_held_out = selected and sub != "country-flag"
+            assert is_held_out == (name == "heldout"), sub
 
 
 def test_every_concept_has_a_name_and_keywords_in_every_language(tars):
-    both = [r for files in tars.values() for r in concepts(files)]
-    assert len({r["concept"] for r in both}) == 1852
-    for record in both:
+    records = [r for files in tars.values() for r in concepts(files)]
+    assert len({r["concept"] for r in records}) == 1852
+    for record in records:
         assert set(record["name"]) == set(record["keywords"]) == LANGUAGES
         assert all(record["name"].values()) and all(record["keywords"].values())
     for language in LANGUAGES:
-        assert len({r["name"][language] for r in both}) == 1852
+        assert len({r["name"][language] for r in records}) == 1852
 
 
 def test_corpus_is_under_15_megabytes():
@@ -70,44 +70,44 @@ def test_corpus_is_under_15_megabytes():
 def test_checksums_match():
     sums = dict(line.split()[::-1] for line in (CORPUS / "SHA256SUMS").read_text().splitlines())
     assert set(sums) == {"seen.tar", "heldout.tar"}
-    for name, want in sums.items():
-        assert hashlib.sha256((CORPUS / name).read_bytes()).hexdigest() == want
+    for name, expected in sums.items():
+        assert hashlib.sha256((CORPUS / name).read_bytes()).hexdigest() == expected
 
 
-def test_each_licence_text_is_there():
-    begins = {
+def test_every_license_text_is_included():
+    phrases = {
         "Apache-2.0.txt": "Apache License",
         "CC-BY-4.0.txt": "Creative Commons Attribution 4.0 International",
         "MIT-emoji-data.txt": "Copyright (c) 2013 Cal Henderson",
         "MIT-fluent-emoji.txt": "Copyright (c) Microsoft Corporation.",
         "Unicode-3.0.txt": "UNICODE LICENSE V3",
     }
-    assert {p.name for p in (CORPUS / "LICENSES").iterdir()} == set(begins)
-    for name, phrase in begins.items():
+    assert {p.name for p in (CORPUS / "LICENSES").iterdir()} == set(phrases)
+    for name, phrase in phrases.items():
         assert phrase in (CORPUS / "LICENSES" / name).read_text()
 
 
-def test_build_refuses_a_changed_package(tmp_path):
+def test_build_rejects_a_changed_package(tmp_path):
     build = runpy.run_path(str(CORPUS / "build.py"))
     for file, _ in build["PACKAGES"].values():
         (tmp_path / file).write_bytes(b"changed")
-    with pytest.raises(ValueError, match=r"has sha256 .* wanted .*: download"):
+    with pytest.raises(ValueError, match=r"has sha256 .*; expected .*; download"):
         build["verify"](tmp_path)
 
 
 @pytest.mark.skipif(
     "EMOJI_PACKAGES" not in os.environ,
-    reason="EMOJI_PACKAGES names no folder of the five .tgz packages (two minutes)",
+    reason="EMOJI_PACKAGES is not set to a folder of the five .tgz packages (two minutes)",
 )
 def test_rebuild_is_byte_for_byte(tmp_path):
     build = runpy.run_path(str(CORPUS / "build.py"))
-    build["build"](Path(os.environ["EMOJI_PACKAGES"]), tmp_path)
+    build["build_corpus"](Path(os.environ["EMOJI_PACKAGES"]), tmp_path)
     for name in ("seen.tar", "heldout.tar", "SHA256SUMS"):
         assert (tmp_path / name).read_bytes() == (CORPUS / name).read_bytes()
 
 
-def test_tokenizer_is_learnt_from_the_training_names_alone_and_can_be_learnt_again(tmp_path):
-    """Byte for byte; it writes every seen name of every language, and fits every name."""
+def test_tokenizer_can_be_trained_again_from_the_training_names_alone(tmp_path):
+    """Byte for byte. It encodes every name of every language, reversibly and without truncation."""
     folder = CORPUS / "tokenizer"
     subprocess.run(
         [sys.executable, "-m", "corpora.emoji.tokenizer", "--out", tmp_path], check=True, cwd=ROOT
@@ -117,13 +117,13 @@ def test_tokenizer_is_learnt_from_the_training_names_alone_and_can_be_learnt_aga
     tokenizer = load_tokenizer(folder, length=caption_emoji.LENGTH)
     english = load_tokenizer(folder, length=coca_emoji.LENGTH)
     for split in ("seen", "heldout"):
-        named = [c["name"] for c in concepts(read(f"{split}.tar"))]
-        assert english([n["en"] for n in named])[1].sum(1).max() < english.length
-        names = [n for name in named for n in name.values()]
+        names_by_language = [c["name"] for c in concepts(read(f"{split}.tar"))]
+        assert english([n["en"] for n in names_by_language])[1].sum(1).max() < english.length
+        names = [n for by_language in names_by_language for n in by_language.values()]
         ids, mask = tokenizer(names)
-        assert mask.sum(1).max() < tokenizer.length  # there is room for a prompt
-        back = [
+        assert mask.sum(1).max() < tokenizer.length  # one token is left for a prompt
+        decoded = [
             tokenizer.backend.decode(row[m].tolist()).strip()
             for row, m in zip(ids, mask, strict=True)
         ]
-        assert back == names
+        assert decoded == names

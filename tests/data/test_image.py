@@ -24,36 +24,36 @@ def cause_of(image, **options):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
-@pytest.mark.parametrize("kept", [0.3, 0.9])
-def test_truncated_images_are_called_truncated(kind, kept):
+@pytest.mark.parametrize("fraction", [0.3, 0.9])
+def test_truncated_images_are_classified_as_truncated(kind, fraction):
     data = encode(PIXELS, kind)
-    assert cause_of(data[: int(len(data) * kept)]) is FaultCause.TRUNCATED_IMAGE
+    assert cause_of(data[: int(len(data) * fraction)]) is FaultCause.TRUNCATED_IMAGE
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", b"<html>404</html>", bytes(5000)])
-def test_other_bytes_are_not_an_image(data):
+def test_other_bytes_are_classified_as_no_image(data):
     assert cause_of(data) is FaultCause.NOT_AN_IMAGE
 
 
-def test_damaged_image_is_undecodable():
+def test_damaged_images_are_classified_as_undecodable():
     data = bytearray(encode(PIXELS, "PNG"))
     data[200:260] = bytes(60)
     assert cause_of(bytes(data)) is FaultCause.UNDECODABLE_IMAGE
 
 
-def test_bomb_is_refused_by_its_header(monkeypatch):
+def test_decompression_bomb_is_rejected_from_its_header(monkeypatch):
     bomb = encode(Image.new("1", (10_000, 10_000)), "PNG")
     assert len(bomb) < 100_000
 
     def load(self):
-        raise AssertionError("decoded")
+        raise AssertionError("the image was decoded")
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
     with pytest.warns(Image.DecompressionBombWarning):
         assert cause_of(bomb) is FaultCause.TOO_MANY_PIXELS
 
 
-def test_limit_of_pixels_is_inclusive():
+def test_pixel_limit_is_inclusive():
     data = encode(PIXELS, "PNG")
     assert decode_image(data, max_pixels=4800).shape == (60, 80, 3)
     assert cause_of(data, max_pixels=4799) is FaultCause.TOO_MANY_PIXELS
@@ -61,14 +61,14 @@ def test_limit_of_pixels_is_inclusive():
     assert cause_of(Image.fromarray(PIXELS), max_pixels=4799) is FaultCause.TOO_MANY_PIXELS
 
 
-def test_rgb_is_exact_however_it_comes(tmp_path):
+def test_every_kind_of_input_returns_the_same_rgb(tmp_path):
     data = encode(PIXELS, "PNG")
     path = tmp_path / "a.png"
     path.write_bytes(data)
     for image in (data, path, str(path), PIXELS, Image.fromarray(PIXELS), memoryview(data)):
-        got = decode_image(image)
-        assert got.dtype == np.uint8
-        np.testing.assert_array_equal(got, PIXELS)
+        decoded = decode_image(image)
+        assert decoded.dtype == np.uint8
+        np.testing.assert_array_equal(decoded, PIXELS)
 
 
 @pytest.mark.parametrize("background", [(255, 255, 255), (10, 20, 30)])
@@ -77,19 +77,19 @@ def test_alpha_is_composited_on_the_background(background):
     alpha[:, 40:] = 255
     alpha[:30, 20:40] = 128
     rgba = np.concatenate([PIXELS, alpha], axis=2)
-    share = alpha / 255
-    want = PIXELS * share + np.array(background) * (1 - share)
+    opacity = alpha / 255
+    expected = PIXELS * opacity + np.array(background) * (1 - opacity)
     for image in (rgba, encode(rgba, "PNG"), encode(rgba, "WEBP", lossless=True, exact=True)):
-        got = decode_image(image, background=background)
-        np.testing.assert_allclose(got, want, atol=1)  # integers
-        np.testing.assert_array_equal(got[:, 40:], PIXELS[:, 40:])
+        decoded = decode_image(image, background=background)
+        np.testing.assert_allclose(decoded, expected, atol=1)  # rounded to integers
+        np.testing.assert_array_equal(decoded[:, 40:], PIXELS[:, 40:])
 
 
 def test_transparent_palette_and_gray_are_composited():
     palette = Image.fromarray(PIXELS).quantize(8)
     index = np.asarray(palette)
-    got = decode_image(encode(palette, "PNG", transparency=3))
-    assert (got[index == 3] == 255).all()
+    decoded = decode_image(encode(palette, "PNG", transparency=3))
+    assert (decoded[index == 3] == 255).all()
     gray_alpha = Image.merge("LA", [Image.new("L", (4, 4), 7), Image.new("L", (4, 4), 0)])
     assert (decode_image(encode(gray_alpha, "PNG")) == 255).all()
 
@@ -106,14 +106,14 @@ def test_palette_gray_one_bit_and_cmyk_become_rgb():
     np.testing.assert_array_equal(decode_image(encode(cmyk, "TIFF"))[0, 0], (255, 0, 0))
 
 
-def test_sixteen_bits_are_scaled_not_clipped():
-    deep = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
-    want = np.round(deep / 257)
-    for image in (encode(deep, "PNG"), encode(deep, "TIFF"), deep, Image.fromarray(deep)):
-        np.testing.assert_array_equal(decode_image(image)[..., 1], want)
+def test_sixteen_bits_are_scaled_and_not_clipped():
+    pixels = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    expected = np.round(pixels / 257)
+    for image in (encode(pixels, "PNG"), encode(pixels, "TIFF"), pixels, Image.fromarray(pixels)):
+        np.testing.assert_array_equal(decode_image(image)[..., 1], expected)
 
 
-def test_float_pixels_are_refused():
+def test_unsupported_pixel_types_and_shapes_are_rejected():
     assert cause_of(PIXELS / 255) is FaultCause.UNSUPPORTED_IMAGE
     assert cause_of(Image.new("F", (4, 4))) is FaultCause.UNSUPPORTED_IMAGE
     assert cause_of(np.zeros((4, 4, 2), np.uint8)) is FaultCause.UNSUPPORTED_IMAGE
@@ -124,8 +124,8 @@ def test_float_pixels_are_refused():
 def test_exif_rotation_is_applied(orientation):
     upright = np.zeros((16, 24, 3), np.uint8)
     upright[:8, :8] = 255  # white in the upper left corner
-    # Stored such that the tag's operation brings it back: the table of the EXIF specification.
-    undo = {
+    # The inverse of each tag's operation, from the table of the EXIF specification.
+    inverse = {
         1: lambda x: x,
         2: lambda x: x[:, ::-1],
         3: lambda x: x[::-1, ::-1],
@@ -137,19 +137,19 @@ def test_exif_rotation_is_applied(orientation):
     }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encode(np.ascontiguousarray(undo(upright)), "PNG", exif=exif)
+    data = encode(np.ascontiguousarray(inverse(upright)), "PNG", exif=exif)
     np.testing.assert_array_equal(decode_image(data), upright)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
-def test_animation_gives_its_first_frame(kind):
+def test_first_frame_of_an_animation_is_used(kind):
     frames = [Image.new("RGB", (8, 8), c) for c in ("red", "blue")]
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
     assert (decode_image(data) == (255, 0, 0)).all()
 
 
-def test_missing_image_and_missing_file(tmp_path):
+def test_missing_images_and_files_are_classified_as_missing(tmp_path):
     assert cause_of(None) is FaultCause.MISSING_IMAGE
     assert cause_of(tmp_path / "no.png") is FaultCause.MISSING_IMAGE
 
@@ -168,62 +168,62 @@ JPEGS = {
 }
 
 
-def by_pillow(data):
+def decode_with_pillow(data):
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 @pytest.mark.parametrize("kind", JPEGS)
-def test_jpeg_is_decoded_as_pillow_decodes_it_to_the_bit(kind):
+def test_jpeg_pixels_equal_pillows_to_the_bit(kind):
     assert isinstance(open_image(JPEGS[kind]), LazyJpeg) == (kind != "cmyk")
-    np.testing.assert_array_equal(decode_image(JPEGS[kind]), by_pillow(JPEGS[kind]))
+    np.testing.assert_array_equal(decode_image(JPEGS[kind]), decode_with_pillow(JPEGS[kind]))
 
 
-def test_damage_that_pillow_forgives_is_forgiven():
+def test_damaged_jpegs_that_pillow_decodes_are_decoded():
     data = bytearray(JPEGS["4:2:0"])
     data[-60:-50] = bytes(10)
-    want = by_pillow(bytes(data))
-    assert (want != by_pillow(JPEGS["4:2:0"])).any()
-    np.testing.assert_array_equal(decode_image(bytes(data)), want)
+    expected = decode_with_pillow(bytes(data))
+    assert (expected != decode_with_pillow(JPEGS["4:2:0"])).any()
+    np.testing.assert_array_equal(decode_image(bytes(data)), expected)
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6])
-def test_rotated_jpeg_is_upright(orientation):
+def test_jpegs_with_exif_rotation_become_upright(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encode(SMOOTH, "JPEG", exif=exif)
     turns = {1: 0, 3: 2, 6: 3}[orientation]  # quarter turns to the left
-    np.testing.assert_array_equal(decode_image(data), np.rot90(by_pillow(data), turns))
+    np.testing.assert_array_equal(decode_image(data), np.rot90(decode_with_pillow(data), turns))
 
 
-def test_jpeg_that_xmp_turns_is_upright():
+def test_jpegs_with_xmp_rotation_become_upright():
     xmp = b'http://ns.adobe.com/xap/1.0/\0<rdf:Description tiff:Orientation="6"/>'
     app1 = b"\xff\xe1" + (len(xmp) + 2).to_bytes(2) + xmp
     data = JPEGS["4:2:0"][:2] + app1 + JPEGS["4:2:0"][2:]
     np.testing.assert_array_equal(decode_image(data), np.rot90(decode_image(JPEGS["4:2:0"]), 3))
 
 
-def test_several_pictures_in_a_jpeg_give_the_first():
+def test_first_of_several_images_in_a_jpeg_is_used():
     other = Image.fromarray(SMOOTH[::-1].copy())
     data = encode(SMOOTH, "MPO", save_all=True, append_images=[other])
     assert not isinstance(open_image(data), LazyJpeg)
-    np.testing.assert_array_equal(decode_image(data), by_pillow(data))
+    np.testing.assert_array_equal(decode_image(data), decode_with_pillow(data))
     assert np.abs(decode_image(data).astype(int) - SMOOTH).mean() < 5
 
 
-def test_jpeg_of_too_many_pixels_is_refused_by_its_header(monkeypatch):
+def test_jpeg_with_too_many_pixels_is_rejected_from_its_header(monkeypatch):
     monkeypatch.setattr("simplejpeg.decode_jpeg", lambda *a, **k: pytest.fail("decoded"))
     assert cause_of(JPEGS["4:2:0"], max_pixels=93 * 131 - 1) is FaultCause.TOO_MANY_PIXELS
 
 
 @pytest.mark.parametrize("reduction", [2, 4, 8])
-def test_reduced_jpeg_is_the_mean_of_its_pixels(reduction):
+def test_reduced_jpeg_approximates_the_mean_of_its_pixels(reduction):
     data = JPEGS["4:4:4"]
-    found = open_image(data).decode(reduction)
-    assert found.shape == (-(-93 // reduction), -(-131 // reduction), 3)
+    reduced = open_image(data).decode(reduction)
+    assert reduced.shape == (-(-93 // reduction), -(-131 // reduction), 3)
     h, w = 93 // reduction, 131 // reduction
-    whole = decode_image(data)[: h * reduction, : w * reduction].astype(float)
-    means = whole.reshape(h, reduction, w, reduction, 3).mean((1, 3))
-    # At an eighth a pixel is its block's mean, but for the roundings of two conversions of colour;
-    # else lower frequencies come close to a mean.
-    np.testing.assert_allclose(found[:h, :w], means, atol=2 if reduction == 8 else 8)
-    assert np.abs(found[:h, :w] - means).mean() < 1.5
+    full = decode_image(data)[: h * reduction, : w * reduction].astype(float)
+    means = full.reshape(h, reduction, w, reduction, 3).mean((1, 3))
+    # At 1/8, a pixel is the mean of its block, up to the rounding of two color conversions. At 1/2
+    # and 1/4, it is computed from lower frequencies, which approximate the mean.
+    np.testing.assert_allclose(reduced[:h, :w], means, atol=2 if reduction == 8 else 8)
+    assert np.abs(reduced[:h, :w] - means).mean() < 1.5

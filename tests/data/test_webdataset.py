@@ -10,6 +10,7 @@ from PIL import Image
 
 from imgtune_jax.data import FaultCause, build_source, decode_image, tar_index
 from imgtune_jax.data.record import group_id
+from tests.data.conftest import write_tar
 
 CORPUS = Path(__file__).parents[2] / "corpora" / "emoji"
 
@@ -20,16 +21,7 @@ def png(value, size=(6, 4)):
     return out.getvalue()
 
 
-def write(path, files, **options):
-    with tarfile.open(path, "w", **options) as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return str(path)
-
-
-def dump(value):
+def to_json(value):
     return json.dumps(value).encode()
 
 
@@ -38,19 +30,19 @@ def tar(tmp_path):
     files = {}
     for i in range(5):
         files[f"dir/{i:03d}.png"] = png(i)
-        files[f"dir/{i:03d}.json"] = dump(
+        files[f"dir/{i:03d}.json"] = to_json(
             {"name": {"en": f"name {i}", "de": f"Name {i}"}, "tags": ["x", f"tag {i}"],
              "kind": "even" if i % 2 == 0 else "odd", "n": i % 3}
         )  # fmt: skip
-    return write(tmp_path / "a.tar", files)
+    return write_tar(tmp_path / "a.tar", files)
 
 
-def source(path, **options):
+def tar_source(path, **options):
     return build_source({"name": "webdataset", "path": path, **options})
 
 
 def test_captions_label_group_and_filter_come_from_the_json(tar):
-    records = source(
+    records = tar_source(
         tar,
         captions={"name": ("name", "de"), "tags": ("tags",)},
         label=("kind",),
@@ -68,70 +60,72 @@ def test_captions_label_group_and_filter_come_from_the_json(tar):
     assert not record.faults
 
 
-def test_describe_is_the_record_without_its_image(tar):
-    records = source(tar, captions={"name": ("name", "en")})
-    told, whole = records.describe(2), records[2]
-    assert told.image is None and whole.image is not None
-    assert (told.key, told.captions, told.meta) == (whole.key, whole.captions, whole.metadata)
+def test_read_metadata_returns_the_record_without_its_image(tar):
+    records = tar_source(tar, captions={"name": ("name", "en")})
+    partial, full = records.read_metadata(2), records[2]
+    assert partial.image is None and full.image is not None
+    assert partial.key == full.key and partial.captions == full.captions
+    assert partial.metadata == full.metadata
 
 
-def test_default_captions_are_txt_or_json(tmp_path):
+def test_default_captions_come_from_txt_or_json(tmp_path):
     files = {
-        "a.jpg": b"", "a.txt": b"aus txt", "a.json": dump({"caption": "not this"}),
-        "b.jpg": b"", "b.json": dump({"caption": "from caption"}),
-        "c.jpg": b"", "c.json": dump({"text": "from text"}),
+        "a.jpg": b"", "a.txt": b"aus txt", "a.json": to_json({"caption": "not this"}),
+        "b.jpg": b"", "b.json": to_json({"caption": "from caption"}),
+        "c.jpg": b"", "c.json": to_json({"text": "from text"}),
         "d.jpg": b"",
     }  # fmt: skip
-    records = source(write(tmp_path / "a.tar", files))
-    found = [records[i].captions["caption"] for i in range(4)]
-    assert found == [("aus txt",), ("from caption",), ("from text",), ()]
+    records = tar_source(write_tar(tmp_path / "a.tar", files))
+    captions = [records[i].captions["caption"] for i in range(4)]
+    assert captions == [("aus txt",), ("from caption",), ("from text",), ()]
 
 
 def test_each_listed_image_of_a_key_is_a_record():
-    both = source(str(CORPUS / "heldout.tar"), image=("google.webp", "fluent.webp"))
-    one = source(str(CORPUS / "heldout.tar"), image=("fluent.webp",))
-    assert len(both) == 2 * len(one) == 558
-    assert both[0].key.endswith(".google.webp") and both[1].key.endswith(".fluent.webp")
-    assert both[1].image == one[0].image
+    two_vendors = tar_source(str(CORPUS / "heldout.tar"), image=("google.webp", "fluent.webp"))
+    one_vendor = tar_source(str(CORPUS / "heldout.tar"), image=("fluent.webp",))
+    assert len(two_vendors) == 2 * len(one_vendor) == 558
+    assert two_vendors[0].key.endswith(".google.webp")
+    assert two_vendors[1].key.endswith(".fluent.webp")
+    assert two_vendors[1].image == one_vendor[0].image
 
 
-def test_emoji_groups_do_not_collide():
+def test_group_ids_of_the_emoji_do_not_collide():
     path = str(CORPUS / "{seen,heldout}.tar")
-    records = source(path, image=("google.webp",), group=("concept",))
-    assert len({records.describe(i).group for i in range(len(records))}) == 1852
+    records = tar_source(path, image=("google.webp",), group=("concept",))
+    assert len({records.read_metadata(i).group for i in range(len(records))}) == 1852
 
 
-def test_patterns_lists_and_braces_read_the_same_shards(tmp_path):
-    paths = [write(tmp_path / f"s-{i:03d}.tar", {f"{i}.png": png(i)}) for i in range(3)]
+def test_patterns_lists_and_braces_select_the_same_shards(tmp_path):
+    paths = [write_tar(tmp_path / f"s-{i:03d}.tar", {f"{i}.png": png(i)}) for i in range(3)]
     for path in (paths, f"{tmp_path}/s-{{000..002}}.tar", f"{tmp_path}/s-*.tar",
                  f"{tmp_path}/s-00{{0,1,2}}.tar"):  # fmt: skip
-        records = source(path)
+        records = tar_source(path)
         assert [decode_image(records[i].image)[0, 0, 0] for i in range(3)] == [0, 1, 2]
 
 
-def test_missing_shards_are_named(tmp_path):
-    write(tmp_path / "s-000.tar", {"0.png": png(0)})
+def test_errors_name_missing_shards(tmp_path):
+    write_tar(tmp_path / "s-000.tar", {"0.png": png(0)})
     with pytest.raises(ValueError, match=r"no tar at .*s-001\.tar"):
-        source(f"{tmp_path}/s-{{000..001}}.tar")
-    with pytest.raises(ValueError, match=r"no tar at .*nothing"):
-        source(f"{tmp_path}/nothing*.tar")
+        tar_source(f"{tmp_path}/s-{{000..001}}.tar")
+    with pytest.raises(ValueError, match=r"no tar at .*missing"):
+        tar_source(f"{tmp_path}/missing*.tar")
     with pytest.raises(ValueError, match="has no path"):
-        source(())
-    with pytest.raises(ValueError, match="only local"):
-        source("gs://bucket/a.tar")
+        tar_source(())
+    with pytest.raises(ValueError, match="expected a local path"):
+        tar_source("gs://bucket/a.tar")
     with pytest.raises(ValueError, match="no records"):
-        source(str(tmp_path / "s-000.tar"), where={"kind": ("x",)})
+        tar_source(str(tmp_path / "s-000.tar"), where={"kind": ("x",)})
 
 
-def test_compressed_tar_is_refused(tmp_path):
+def test_compressed_tar_is_rejected(tmp_path):
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("a.png"))
     with pytest.raises(ValueError, match="no random access"):
-        source(str(path))
+        tar_source(str(path))
 
 
-def test_hidden_files_and_folders_are_no_records(tmp_path):
+def test_hidden_files_links_and_folders_are_not_records(tmp_path):
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as tar:
         folder = tarfile.TarInfo("dir")
@@ -144,39 +138,39 @@ def test_hidden_files_and_folders_are_no_records(tmp_path):
             info = tarfile.TarInfo(name)
             info.size = len(png(0))
             tar.addfile(info, io.BytesIO(png(0)))
-    records = source(str(path))
+    records = tar_source(str(path))
     assert [records[i].key for i in range(len(records))] == ["a.tar:dir/0.png"]
 
 
-def test_long_names_are_read(tmp_path):
+def test_long_member_names_are_read(tmp_path):
     name = "d" * 120 + "/" + "k" * 150 + ".png"
-    records = source(write(tmp_path / "a.tar", {name: png(9)}, format=tarfile.PAX_FORMAT))
+    records = tar_source(write_tar(tmp_path / "a.tar", {name: png(9)}, format=tarfile.PAX_FORMAT))
     assert records[0].key.endswith(name) and decode_image(records[0].image)[0, 0, 0] == 9
 
 
-def test_cut_off_tar_gives_what_is_whole(tmp_path, caplog):
-    path = Path(write(tmp_path / "a.tar", {f"{i}.png": png(i, (200, 200)) for i in range(3)}))
+def test_complete_members_of_a_truncated_tar_are_read(tmp_path, caplog):
+    path = Path(write_tar(tmp_path / "a.tar", {f"{i}.png": png(i, (200, 200)) for i in range(3)}))
     data = path.read_bytes()
     with tarfile.open(path) as tar:
         last = tar.getmembers()[2]
     path.write_bytes(data[: last.offset_data + 20])
-    records = source(str(path))
+    records = tar_source(str(path))
     assert decode_image(records[1].image)[0, 0, 0] == 1
-    assert "cut off after" in caplog.text
+    assert "is truncated after" in caplog.text
     if len(records) == 3:
-        assert len(records[2].image) == 20  # the decoder will call it truncated
+        assert len(records[2].image) == 20  # the decoder classifies it as truncated
 
 
-def test_faults_are_told_by_part(tmp_path):
+def test_faults_are_recorded_by_field(tmp_path):
     files = {
         "a.png": png(0), "a.json": b'{"caption": "\xff\xfe"}',
         "b.png": png(0), "b.json": b"{not json",
-        "c.json": dump({"caption": "no image"}),
-        "d.png": png(0), "d.json": dump({"caption": 3, "label": "cat"}),
+        "c.json": to_json({"caption": "no image"}),
+        "d.png": png(0), "d.json": to_json({"caption": 3, "label": "cat"}),
         "e.png": png(0), "e.json": b"[1]",
     }  # fmt: skip
-    records = source(write(tmp_path / "a.tar", files), label=("label",), group=("id",))
-    causes = [{part: bad.cause for part, bad in records[i].faults.items()} for i in range(5)]
+    records = tar_source(write_tar(tmp_path / "a.tar", files), label=("label",), group=("id",))
+    causes = [{name: bad.cause for name, bad in records[i].faults.items()} for i in range(5)]
     label = {"label": FaultCause.MISSING_LABEL, "group": FaultCause.BAD_METADATA}
     assert causes[0] == {"captions": FaultCause.BAD_UTF8, **label}
     assert causes[1] == {"captions": FaultCause.BAD_METADATA, **label}
@@ -186,53 +180,53 @@ def test_faults_are_told_by_part(tmp_path):
     assert records[2].captions == {"caption": ("no image",)}
 
 
-def test_source_survives_pickling(tar):
-    records = source(tar, captions={"name": ("name", "en")})
+def test_source_can_be_pickled(tar):
+    records = tar_source(tar, captions={"name": ("name", "en")})
     copy = pickle.loads(pickle.dumps(records))
     assert copy.fingerprint == records.fingerprint and copy[3] == records[3]
 
 
-def test_fingerprint_follows_content_and_options_not_place(tar, tmp_path):
-    first = source(tar).fingerprint
+def test_fingerprint_depends_on_content_and_options_and_not_on_path(tar, tmp_path):
+    first = tar_source(tar).fingerprint
     moved = tmp_path / "elsewhere"
     moved.mkdir()
     copy = moved / "b.tar"
     copy.write_bytes(Path(tar).read_bytes())
-    assert source(str(copy)).fingerprint == first
-    assert source(tar, captions={"name": ("name", "en")}).fingerprint != first
-    assert source(tar, where={"n": (0,)}).fingerprint != first
+    assert tar_source(str(copy)).fingerprint == first
+    assert tar_source(tar, captions={"name": ("name", "en")}).fingerprint != first
+    assert tar_source(tar, where={"n": (0,)}).fingerprint != first
     data = Path(tar).read_bytes()
     copy.write_bytes(data.replace(b"name 4", b"NAME 4"))  # same sizes, other bytes
-    assert source(str(copy)).fingerprint != first
+    assert tar_source(str(copy)).fingerprint != first
 
 
 def test_large_tars_are_indexed_once(tar, monkeypatch, tmp_path):
-    monkeypatch.setattr(tar_index, "KEEP_FROM_BYTES", 0)
-    first = source(tar, captions={"name": ("name", "en")})
-    kept = Path(tar + ".index.npz")
-    assert kept.is_file()
+    monkeypatch.setattr(tar_index, "CACHE_MIN_BYTES", 0)
+    first = tar_source(tar, captions={"name": ("name", "en")})
+    index_file = Path(tar + ".index.npz")
+    assert index_file.is_file()
     with monkeypatch.context() as patch:
-        patch.setattr(tar_index, "_scan", lambda path: pytest.fail("scanned again"))
-        again = source(tar, captions={"name": ("name", "en")})
-    assert [again[i] for i in range(5)] == [first[i] for i in range(5)]
-    write(Path(tar), {"new.png": png(7)})  # another size and time: the index holds no more
-    assert len(source(tar)) == 1
-    kept.write_bytes(b"damaged")
-    assert len(source(tar)) == 1
+        patch.setattr(tar_index, "_scan_headers", lambda path: pytest.fail("scanned again"))
+        second = tar_source(tar, captions={"name": ("name", "en")})
+    assert [second[i] for i in range(5)] == [first[i] for i in range(5)]
+    write_tar(Path(tar), {"new.png": png(7)})  # another size and time: the index is not valid
+    assert len(tar_source(tar)) == 1
+    index_file.write_bytes(b"damaged")
+    assert len(tar_source(tar)) == 1
 
 
-def test_index_goes_to_the_users_cache_where_the_folder_is_read_only(tar, monkeypatch, tmp_path):
-    monkeypatch.setattr(tar_index, "KEEP_FROM_BYTES", 0)
+def test_index_is_cached_for_the_user_if_the_folder_is_not_writable(tar, monkeypatch, tmp_path):
+    monkeypatch.setattr(tar_index, "CACHE_MIN_BYTES", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    Path(tar + ".index.npz").mkdir()  # nothing can be written there, not even by root
-    source(tar)
+    Path(tar + ".index.npz").mkdir()  # a file cannot replace a folder, not even as root
+    tar_source(tar)
     assert len(list((tmp_path / "cache").rglob("*.npz"))) == 1
-    monkeypatch.setattr(tar_index, "_scan", lambda path: pytest.fail("scanned again"))
-    assert len(source(tar)) == 5
+    monkeypatch.setattr(tar_index, "_scan_headers", lambda path: pytest.fail("scanned again"))
+    assert len(tar_source(tar)) == 5
 
 
-def test_kept_index_runs_no_code(tar, monkeypatch):
-    monkeypatch.setattr(tar_index, "KEEP_FROM_BYTES", 0)
+def test_cached_index_executes_no_code(tar, monkeypatch):
+    monkeypatch.setattr(tar_index, "CACHE_MIN_BYTES", 0)
     stamp = np.array([Path(tar).stat().st_size, Path(tar).stat().st_mtime_ns])
 
     class Evil:
@@ -241,10 +235,10 @@ def test_kept_index_runs_no_code(tar, monkeypatch):
 
     np.savez(tar + ".index.npz", stamp=stamp, names=np.array([Evil()], object),
              offsets=stamp, sizes=stamp)  # fmt: skip
-    assert len(source(tar)) == 5
+    assert len(tar_source(tar)) == 5
 
 
-def test_unknown_sources_and_fields_are_named(tar):
+def test_errors_name_unknown_sources_and_fields(tar):
     with pytest.raises(ValueError, match="'webdatset' is unknown; known: webdataset, folder"):
         build_source({"name": "webdatset", "path": tar})
     with pytest.raises(ValueError, match=r"has no \['tars'\]; it has path, image"):

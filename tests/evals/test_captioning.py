@@ -5,8 +5,7 @@ import math
 
 import pytest
 
-from imgtune_jax.data import read_metadata
-from imgtune_jax.data.subset import Subset, evenly_spaced
+from imgtune_jax.data import Subset, evenly_spaced
 from imgtune_jax.evals.captioning import Captioning
 from imgtune_jax.evals.results import evaluator_result
 
@@ -71,7 +70,7 @@ def test_subset_fingerprint_depends_on_the_indices(fakes):
     source = toy_source(fakes)
     fingerprints = {Subset(source, indices).fingerprint for indices in ((0, 1), (1, 0), (0, 1, 2))}
     assert len(fingerprints) == 3
-    assert Subset(source, (3,))[0].image == "Katze" == read_metadata(Subset(source, (3,)), 0).image
+    assert Subset(source, (3,))[0].image == "Katze" == Subset(source, (3,)).read_metadata(0).image
 
 
 def test_results_have_the_clip_benchmark_schema(fakes):

@@ -1,9 +1,9 @@
-"""Token ids of open_clip 3.3.0's SimpleTokenizer, and its canonicalize, on texts that are hard.
+"""Write the token ids and canonical texts of open_clip 3.3.0 for difficult texts.
 
     pip download open-clip-torch==3.3.0 --no-deps && unzip open_clip_torch-3.3.0-*.whl
     python tests/golden/clip_tokenizer.py open_clip/tokenizer.py
 
-Loads that one file, with NumPy in torch's place where torch is not installed.
+Only that file is loaded. If torch is not installed, NumPy replaces it.
 """
 
 import importlib.util
@@ -33,8 +33,8 @@ TEXTS = [
 ]
 
 
-def load(path):
-    """The module at a path."""
+def load_module(path):
+    """Load the module at a path."""
     if importlib.util.find_spec("torch") is None:
         fake = types.ModuleType("torch")
         fake.zeros = lambda *shape, dtype: np.zeros(shape, np.int64)
@@ -48,8 +48,8 @@ def load(path):
 
 
 def main():
-    """Write clip_tokenizer.json beside this file."""
-    module = load(sys.argv[1])
+    """Write clip_tokenizer.json next to this file."""
+    module = load_module(sys.argv[1])
     golden = [
         {
             "text": text,

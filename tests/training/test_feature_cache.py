@@ -176,7 +176,7 @@ def test_a_second_run_decodes_no_image_and_runs_no_locked_tower(tmp_path, monkey
     def fail(*args, **kwargs):
         raise AssertionError("this is in the cache")
 
-    monkeypatch.setattr("imgtune_jax.data.image.peek", fail)
+    monkeypatch.setattr("imgtune_jax.data.image.open_image", fail)
     monkeypatch.setattr("imgtune_jax.training.feature_cache.CachedFeed._compute_features", fail)
     changes["optim.lr"] = 0.5  # another run, the same key
     loop.train(settings(**changes), tmp_path / "second", make_feed=feature_cache.build_batch_source)

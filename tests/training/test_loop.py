@@ -158,9 +158,7 @@ def test_training_goes_on_over_broken_records_and_counts_them(tmp_path, caplog):
     assert all(counted[c] == counted["seen"] // 40 for c in causes)
     assert all(f"{i}.jpg" in caplog.text for i in range(5))
     changes["data.max_bad_fraction"] = 0.1
-    with pytest.raises(
-        TooManyBadRecordsError, match=r"5 of 40 records are broken \(12\.5%, allowed"
-    ):
+    with pytest.raises(TooManyBadRecordsError, match=r"5 of 40 records are bad \(12\.5%, allowed"):
         loop.train(settings(**changes), tmp_path / "capped")
 
 

@@ -1,4 +1,4 @@
-"""Broken records of every kind: counted, named in the log, and the run goes on."""
+"""Bad records of every cause are counted, logged and masked, and the run continues."""
 
 import io
 import itertools
@@ -10,37 +10,37 @@ import pytest
 from PIL import Image
 
 from imgtune_jax.data import BadRecordCounter, Fault, FaultCause, Pipeline, TooManyBadRecordsError
-from tests.data.conftest import encode, good_files, source_of, write_tar
+from tests.data.conftest import build_tar_source, encode, valid_files, write_tar
 
 
-def bomb():
+def decompression_bomb():
     out = io.BytesIO()
     Image.new("1", (10_000, 10_000)).save(out, "PNG")
     return out.getvalue()
 
 
-def floats():
+def float_image():
     out = io.BytesIO()
     Image.new("F", (4, 4)).save(out, "TIFF")
     return out.getvalue()
 
 
-def broken_files():
+def bad_files():
     damaged = bytearray(encode(1))
     damaged[200:260] = bytes(60)
-    meta = json.dumps({"name": "a thing", "keywords": [], "group": 0}).encode()
+    metadata = json.dumps({"name": "a thing", "keywords": [], "group": 0}).encode()
     images = {
         "truncated_image": encode(0, "JPEG", (60, 60))[:900],
         "not_an_image": b"<html>404 not found</html>",
-        "too_many_pixels": bomb(),
+        "too_many_pixels": decompression_bomb(),
         "undecodable_image": bytes(damaged),
-        "unsupported_image": floats(),
+        "unsupported_image": float_image(),
     }
     files = {}
     for cause, data in images.items():
         files[f"{cause}.png"] = data
-        files[f"{cause}.json"] = meta
-    files["missing_image.json"] = meta
+        files[f"{cause}.json"] = metadata
+    files["missing_image.json"] = metadata
     for cause, data in {
         "missing_caption": b'{"name": " ", "group": 0}',
         "bad_utf8": b'{"name": "\xff\xfe", "group": 0}',
@@ -51,24 +51,24 @@ def broken_files():
     return files
 
 
-KINDS = {
+CAUSES = {
     "truncated_image", "not_an_image", "too_many_pixels", "undecodable_image",
     "unsupported_image", "missing_image", "missing_caption", "bad_utf8", "bad_metadata",
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def broken(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("broken")
-    return source_of(write_tar(folder / "b.tar", good_files(15) | broken_files()))
+def bad_source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    return build_tar_source(write_tar(folder / "b.tar", valid_files(15) | bad_files()))
 
 
 @pytest.fixture
-def make(broken, tokenizer, augment):
+def make(bad_source, tokenizer, augment):
     def build(**changes):
         fields = dict(
-            source=broken, transform=augment, tokenizer=tokenizer, batch_size=12,
-            captions={"name": 1.0, "keywords": 1.0}, num_threads=2, max_bad_fraction=0.5,
+            source=bad_source, transform=augment, tokenizer=tokenizer, batch_size=12,
+            caption_weights={"name": 1.0, "keywords": 1.0}, num_threads=2, max_bad_fraction=0.5,
         )  # fmt: skip
         return Pipeline(**(fields | changes))
 
@@ -77,14 +77,14 @@ def make(broken, tokenizer, augment):
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("workers", [0, 1])
-def test_every_kind_is_counted_named_and_masked(make, caplog, workers):
+def test_every_cause_is_counted_logged_and_masked(make, caplog, workers):
     pipeline = make(num_workers=workers)
     with caplog.at_level(logging.WARNING, "imgtune_jax.data"):
         batches = list(itertools.islice(pipeline.batches(0), 4))  # two epochs of 24
-    assert pipeline.bad_records() == {"seen": 48, **dict.fromkeys(sorted(KINDS), 2)}
-    for kind in KINDS:
-        named = [r for r in caplog.messages if f"b.tar:{kind}." in r and f" {kind}: " in r]
-        assert len(named) == 1, kind  # once, though it was seen twice
+    assert pipeline.bad_records() == {"seen": 48, **dict.fromkeys(sorted(CAUSES), 2)}
+    for cause in CAUSES:
+        logged = [m for m in caplog.messages if f"b.tar:{cause}." in m and f" {cause}: " in m]
+        assert len(logged) == 1, cause  # although the record occurs twice
     mask = np.concatenate([b["example_mask"] for b in batches])
     assert mask.tolist() == ([True] * 15 + [False] * 9) * 2
     for batch in batches:
@@ -97,51 +97,53 @@ def test_every_kind_is_counted_named_and_masked(make, caplog, workers):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_broken_record_changes_no_other_row(make, source):
-    """Rows of the whole records are the same beside broken ones."""
-    (with_broken,) = itertools.islice(make(batch_size=24).batches(0), 1)
-    (alone,) = itertools.islice(make(source=source, batch_size=24).batches(0), 1)
-    np.testing.assert_array_equal(with_broken["image"][:15], alone["image"][:15])
-    np.testing.assert_array_equal(with_broken["text"][:15], alone["text"][:15])
+def test_bad_records_change_no_other_row(make, source):
+    """Rows of valid records are the same in a batch with bad records and in one without."""
+    (with_bad,) = itertools.islice(make(batch_size=24).batches(0), 1)
+    (valid,) = itertools.islice(make(source=source, batch_size=24).batches(0), 1)
+    np.testing.assert_array_equal(with_bad["image"][:15], valid["image"][:15])
+    np.testing.assert_array_equal(with_bad["text"][:15], valid["text"][:15])
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_over_the_cap_is_a_clear_error(make):
+def test_too_many_bad_records_are_an_error_that_names_examples(make):
     pipeline = make(max_bad_fraction=0.3, max_bad_fraction_after=24)
     batches = pipeline.batches(0)
     next(batches)
     with pytest.raises(TooManyBadRecordsError) as caught:
         next(batches)
     message = str(caught.value)
-    assert message.startswith("9 of 24 records are broken (37.5%, allowed 30.0%)")
-    for kind in KINDS:
-        assert f"1 {kind} (such as b.tar:{kind}." in message
+    assert message.startswith("9 of 24 records are bad (37.5%, allowed 30.0%)")
+    for cause in CAUSES:
+        assert f"1 {cause} (such as b.tar:{cause}." in message
     assert "max_bad_fraction" in message
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_images_alone_ask_for_no_caption(make):
-    pipeline = make(tokenizer=None, captions={})
+def test_captions_are_not_read_without_a_tokenizer(make):
+    pipeline = make(tokenizer=None, caption_weights={})
     list(pipeline.one_pass())
-    captions = {"missing_caption", "bad_utf8", "bad_metadata"}
-    assert set(pipeline.bad_records()) == {"seen"} | (KINDS - captions)
+    of_captions = {"missing_caption", "bad_utf8", "bad_metadata"}
+    assert set(pipeline.bad_records()) == {"seen"} | (CAUSES - of_captions)
 
 
-def test_a_batch_of_broken_records_has_its_shape(make, tmp_path):
-    files = {f"{i}.png": b"nothing" for i in range(4)}
+def test_a_batch_of_bad_records_only_has_the_usual_shape(make, tmp_path):
+    files = {f"{i}.png": b"no image" for i in range(4)}
     files |= {f"{i}.json": b'{"name": "x", "group": 1}' for i in range(4)}
-    source = source_of(write_tar(tmp_path / "a.tar", files))
+    source = build_tar_source(write_tar(tmp_path / "a.tar", files))
     (batch,) = itertools.islice(make(source=source, batch_size=4).batches(0), 1)
     assert batch["image"].shape == (4, 12, 12, 3) and not batch["example_mask"].any()
 
 
-def test_counter_names_a_few_and_waits_for_enough_records(caplog):
+def test_counter_logs_five_keys_and_waits_for_enough_records(caplog):
     counter = BadRecordCounter(max_bad_fraction=0.1, max_bad_fraction_after=100)
     faults = [Fault(f"k{i}", FaultCause.NOT_AN_IMAGE, "x") for i in range(9)]
-    counter.add(9, faults)  # all broken, but only nine seen
-    named = [m for m in caplog.messages if m.startswith("broken record")]
-    assert len(named) == 5 and "counted, not named" in caplog.messages[-1]
-    counter.add(91, [Fault("k9", FaultCause.BAD_UTF8, "x")])  # 10 of 100: at the cap, not over it
+    counter.add(9, faults)  # all are bad, but there are only nine
+    logged = [m for m in caplog.messages if m.startswith("bad record")]
+    assert len(logged) == 5 and "counted, not logged" in caplog.messages[-1]
+    counter.add(
+        91, [Fault("k9", FaultCause.BAD_UTF8, "x")]
+    )  # 10 of 100: at the limit, not above it
     assert counter.summary() == {"seen": 100, "bad_utf8": 1, "not_an_image": 9}
     with pytest.raises(TooManyBadRecordsError, match="11 of 101"):
         counter.add(1, [Fault("k10", FaultCause.BAD_UTF8, "x")])
