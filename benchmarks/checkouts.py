@@ -72,7 +72,8 @@ def compare_scripts(
 ) -> dict[str, list[float]]:
     """Return the wall time per round of both checkouts' `benchmarks/<script>`, in seconds.
 
-    Both must accept the arguments, and print a JSON object last. Every round starts one process per checkout; the first checkout of a round alternates.
+    Both must accept the arguments and print a JSON object last. Every round starts one process per
+    checkout; the first checkout of a round alternates.
     """
     paths = {THIS: HERE, OTHER: other.resolve()}
     times: dict[str, list[float]] = {name: [] for name in paths}

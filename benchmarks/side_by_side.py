@@ -108,7 +108,7 @@ def run_script(script: str | Path, *arguments: str, checkout: Path | None = None
 
 
 def checkout_env(checkout: Path) -> dict[str, str]:
-    """Return an environment in which Python imports the package and the benchmarks of a checkout."""
+    """Return an environment in which Python imports package and benchmarks of a checkout."""
     return os.environ | {"PYTHONPATH": f"{checkout}{os.pathsep}{checkout / 'benchmarks'}"}
 
 
