@@ -198,7 +198,9 @@ def main() -> None:
 
 def print_table(results: dict[str, list[dict[str, Any]]]) -> None:
     """Print the medians of every case. Raises AssertionError if two variants disagree."""
-    print("\n| batch | loss | median s | times ours | GB | nats |\n|---|---|---|---|---|---|")
+    print(
+        "\n| batch | variant | median s | times ours | GB | loss, nats |\n|---|---|---|---|---|---|"
+    )
     for case, rounds in results.items():
         n, _, variant = case.partition(" ")
         median_of = {k: statistics.median(r[k] for r in rounds) for k in rounds[0]}
