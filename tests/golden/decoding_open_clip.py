@@ -7,9 +7,9 @@ with open-clip-torch 3.3.0 and torch 2.13.0. open_clip does not import its beam 
 transformers 5, which has no BeamSearchScorer; `tests_peers/test_coca_generation.py` runs greedy
 generation live.
 
-Greedy generation is open_clip's, unchanged (`top_k` with k = 1). Its beam search has two bugs, which
-are fixed here: it sums logits instead of log probabilities, and it includes the begin token in the
-length. Its text tower masks generated tokens whose id is `pad_id`; here no id is masked.
+Greedy generation is open_clip's, unchanged (`top_k` with k = 1). Its beam search has two bugs,
+which are fixed here: it sums logits instead of log probabilities, and it includes the begin token in
+the length. Its text tower masks generated tokens whose id is `pad_id`; here no id is masked.
 """
 
 import json
