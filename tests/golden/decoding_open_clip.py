@@ -8,8 +8,8 @@ transformers 5, which has no BeamSearchScorer; `tests_peers/test_coca_generation
 generation live.
 
 Greedy generation is open_clip's, unchanged (`top_k` with k = 1). Its beam search has two bugs,
-which are fixed here: it sums logits instead of log probabilities, and it includes the begin token in
-the length. Its text tower masks generated tokens whose id is `pad_id`; here no id is masked.
+which are fixed here: it sums logits instead of log probabilities, and it includes the begin token
+in the length. Its text tower masks generated tokens whose id is `pad_id`; here no id is masked.
 """
 
 import json
