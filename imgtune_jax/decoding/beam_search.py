@@ -100,7 +100,7 @@ def _beam_step(
     alive_score = jnp.where(stops, -jnp.inf, candidates.score)
     alive, selected = _top_n(candidates._replace(score=alive_score), k)
     best_length = limit if method.exhaustive and method.length_penalty > 0 else count
-    # Not [:, 0]: with a second slice of its output, XLA:CPU turns top-k into a sort of the whole
+    # Not [:, 0]: with a second slice of its output, XLA:CPU turns top-k into a sort of the full
     # vocabulary.
     best_possible = candidates.score.max(1) / _penalty(best_length, method)
     return _BeamState(
