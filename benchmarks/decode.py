@@ -80,7 +80,7 @@ def recomputed(batch_size: int, length: int) -> Run:
         def one(at: jax.Array, ids: jax.Array) -> jax.Array:
             text = model.apply_component(params, "text", ids[:, :width], mask).tokens
             hidden = model.apply_component(params, "decoder", text, tokens)[:, at]
-            logits = hidden @ model.decoder.kernel(params["decoder"])
+            logits = hidden @ model.decoder.vocab_kernel(params["decoder"])
             return ids.at[:, at + 1].set(jnp.argmax(logits, -1).astype(ids.dtype))
 
         return jax.lax.fori_loop(width - BLOCK, width, one, ids)

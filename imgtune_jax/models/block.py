@@ -87,7 +87,7 @@ class Block(nn.Module):
             norm = LayerNorm(self.norm_epsilon, parent=None)
             context = cast(Array, norm.apply({"params": own["cross_context_norm"]}, context))
         attend: Any = Attention(self.num_heads, dtype=self.dtype, parent=None)
-        return attend.apply({"params": own["cross"]}, context, method="keys_values")
+        return attend.apply({"params": own["cross"]}, context, method="project_kv")
 
     @nn.compact
     def _run(

@@ -110,7 +110,7 @@ class Decoder(Transformer):
             context = cast(Array, norm.apply({"params": own["context_norm"]}, context))
         room, run = self.init_kv_cache(len(context), length), cast(Any, self._block().apply)
         return tuple(
-            LayerCache(room, run({"params": own[f"blocks_{i}"]}, context, method="context_keys"))
+            LayerCache(room, run({"params": own[f"blocks_{i}"]}, context, method="project_context"))
             for i in range(self.depth)
         )
 

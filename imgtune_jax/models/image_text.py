@@ -106,7 +106,7 @@ class ImageTextModel(ModelComponents):
     def project_image_features(
         self, params: Params, features: Float[Array, "b e"]
     ) -> Float[Array, "b d"]:
-        """Unit-norm embeddings from `features_image`'s vectors."""
+        """Unit-norm embeddings from `image_features`'s vectors."""
         return self._project(params, "image", features, None, False)
 
     def encode_text(
@@ -165,11 +165,11 @@ class ImageTextModel(ModelComponents):
             )
         b = len(image_tokens)
         kept = self._apply_decoding(
-            params, "decoder", image_tokens, length=length, method="empty_cache"
+            params, "decoder", image_tokens, length=length, method="init_cache"
         )
         text = ()
         if self.decoder.input_from == "text_tower":
-            text = self.text.empty_cache(b, length)
+            text = self.text.init_cache(b, length)
         return DecoderCache(jnp.zeros(b, jnp.int32), kept, text)
 
     def decode_step(
@@ -182,13 +182,13 @@ class ImageTextModel(ModelComponents):
         hidden, kept = self._apply_decoding(params, "decoder", inputs, cache.decoder, position)
         return self._logits(params, hidden), DecoderCache(position + 1, kept, text)
 
-    def _apply_decoding(self, params: Params, name: str, *inputs, method: str = "step", **options):
+    def _apply_decoding(self, params: Params, name: str, *inputs, method: str = "decode_step", **options):
         module = getattr(self, name)
         return module.apply({"params": params[name]}, *inputs, method=method, **options)
 
     def _logits(self, params: Params, hidden: Float[Array, "*n d"]) -> Float[Array, "*n v"]:
         return layers.dense(
-            hidden, self.decoder.kernel(params["decoder"]), dtype=self.decoder.dtype
+            hidden, self.decoder.vocab_kernel(params["decoder"]), dtype=self.decoder.dtype
         )
 
     def _text_tokens(self, params: Params, text: Array, mask: Array) -> Array | None:
@@ -212,7 +212,7 @@ class ImageTextModel(ModelComponents):
         )
         return token_scores(
             hidden,
-            self.decoder.kernel(params["decoder"]),
+            self.decoder.vocab_kernel(params["decoder"]),
             text[:, 1:],
             chunk=self.decoder.chunk,
             dtype=self.decoder.dtype,

@@ -77,7 +77,7 @@ class Transformer(nn.Module):
         tree, step = self.variables["params"], cast(Any, block.apply)
         kept = []
         for i, cache in enumerate(caches):
-            x, new = step({"params": tree[f"blocks_{i}"]}, x, cache, position, method="step")
+            x, new = step({"params": tree[f"blocks_{i}"]}, x, cache, position, method="decode_step")
             kept.append(new)
         return x, tuple(kept)
 

@@ -59,7 +59,7 @@ def test_cached_features_stand_in_for_the_image_tower(model, params):
     """… whose parameters need not be there."""
     b = batch()
     want = jax.jit(model.apply)(params, b)
-    features = model.features_image(params, b.image)
+    features = model.image_features(params, b.image)
     assert features.shape == (3, model.feature_dim())
     rest = {name: tree for name, tree in params.items() if name != "image"}
     got = jax.jit(model.apply)(rest, batch(image=None, image_features=features))
@@ -78,7 +78,7 @@ def test_images_are_normalised_in_units_of_255(model, params):
     want = model.image.apply(
         {"params": params["image"]}, jnp.full((1, 8, 8, 3), 1.0), train=False
     ).pooled
-    np.testing.assert_allclose(model.features_image(params, jnp.asarray(x)), want, atol=1e-6)
+    np.testing.assert_allclose(model.image_features(params, jnp.asarray(x)), want, atol=1e-6)
 
 
 def test_a_batch_of_one_side_gives_one_embedding(model, params):
@@ -262,5 +262,5 @@ def test_locked_matrices_are_held_in_the_type_of_products_and_give_the_same_valu
 
 
 def test_a_float32_model_holds_its_locked_matrices_as_they_are(model, params):
-    jax.tree.map(np.testing.assert_array_equal, model.as_operands(params), params)
-    assert {x.dtype for x in jax.tree.leaves(model.as_operands(params))} == {jnp.dtype("float32")}
+    jax.tree.map(np.testing.assert_array_equal, model.cast_frozen_kernels(params), params)
+    assert {x.dtype for x in jax.tree.leaves(model.cast_frozen_kernels(params))} == {jnp.dtype("float32")}
