@@ -47,7 +47,7 @@ def images(batch_size: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
 
-def build() -> tuple[models.Model, Any]:
+def build() -> tuple[models.ImageTextModel, Any]:
     """The model and random parameters."""
     model = models.build_model(interop.config_from_open_clip(SIZES))
     return model, model.init(jax.random.key(0))

@@ -38,7 +38,7 @@ TYPES = ("bfloat16", "float32")
 VOCABULARY, TEXT_DEPTH = 49408, {1024: 24}  # by width; 12 else
 
 
-def build(variant: str, length: int, dtype: str) -> tuple[models.Model, Any, Any]:
+def build(variant: str, length: int, dtype: str) -> tuple[models.ImageTextModel, Any, Any]:
     """The model with its image tower locked, its optimizer, and the jitted step."""
     _, tower, pixels, width, heads, embed = VARIANTS[variant]
     text = dict(width=width, depth=TEXT_DEPTH.get(width, 12), mlp_dim=4 * width, num_heads=heads)
@@ -62,7 +62,7 @@ def build(variant: str, length: int, dtype: str) -> tuple[models.Model, Any, Any
     return model, tx, jax.jit(step, donate_argnums=0)
 
 
-def inputs(model: models.Model, batch_size: int, length: int, part: str) -> Batch:
+def inputs(model: models.ImageTextModel, batch_size: int, length: int, part: str) -> Batch:
     """Random pictures and texts; for "cached", what the locked tower would give of the pictures."""
     rng = np.random.default_rng(0)
     ids = jnp.asarray(rng.integers(0, VOCABULARY, (batch_size, length)), jnp.int32)

@@ -251,7 +251,7 @@ def test_wrong_models_are_refused(changes, message):
 
 def test_wrong_lengths_are_refused():
     model, params = built(CASES["cap"])
-    with pytest.raises(ValueError, match="length=7; this decoder writes 1 to 6 tokens"):
+    with pytest.raises(ValueError, match="length = 7; this decoder generates 1 to 6 tokens"):
         model.decoder_cache(params, jnp.zeros((1, 4, 16)), length=7)
     cappa, params = built(CAPPA)
     b = batch((4, 4))
