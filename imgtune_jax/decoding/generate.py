@@ -16,9 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from imgtune_jax.decoding import beam_search, sampling
 from imgtune_jax.decoding.prefill import DecodeStep, length_bucket, prefill
 from imgtune_jax.decoding.settings import BeamSearch, GeneratedTokens, GenerationConfig, Sampling
-from imgtune_jax.types import Params, PyTree
-
-Constrain = Callable[[Array, tuple[str | None, ...]], Array]
+from imgtune_jax.types import Constrain, Params, PyTree, no_constraint
 
 
 def generate(
@@ -57,10 +55,6 @@ def generate(
     return sampling.sample(prefilled, settings, key=key, limit=limit)
 
 
-def _no_constraint(x: Array, axes: tuple[str | None, ...]) -> Array:
-    return x
-
-
 @dataclass(frozen=True)
 class Generator:
     """A model's generator: `generator(params, inputs, prompt, prompt_mask) -> GeneratedTokens`.
@@ -75,7 +69,7 @@ class Generator:
     step: Callable[[Params, PyTree, Int[Array, " b"]], tuple[Float[Array, "b v"], PyTree]]
     settings: GenerationConfig
     max_positions: int | None = None
-    constrain: Constrain = _no_constraint
+    constrain: Constrain = no_constraint
 
     def __call__(
         self,

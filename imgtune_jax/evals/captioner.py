@@ -23,13 +23,13 @@ class Captioner:
     Equal ones are one compiled program, whatever the prompts say.
     """
 
-    model: models.Model
+    model: models.ImageTextModel
     settings: decoding.GenerationConfig
 
     @classmethod
     def build(
         cls,
-        model: models.Model,
+        model: models.ImageTextModel,
         tokenizer: data.Tokenizer,
         *,
         prompt_length: int,

@@ -33,7 +33,7 @@ class ModelPredictor:
     training costs the head or the decoder alone. What evaluators share through `once` does not.
     """
 
-    model: models.Model
+    model: models.ImageTextModel
     params: Params
     preprocess: data.Compose
     tokenizer: data.Tokenizer
@@ -46,7 +46,7 @@ class ModelPredictor:
     @classmethod
     def build(
         cls,
-        model: models.Model,
+        model: models.ImageTextModel,
         params: Params,
         *,
         preprocess: data.Compose,
@@ -284,7 +284,7 @@ class ModelPredictor:
 
 
 def _score_texts(
-    model: models.Model,
+    model: models.ImageTextModel,
     normalize_length: bool,
     params: Params,
     tokens: jax.Array,

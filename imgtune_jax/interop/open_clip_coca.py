@@ -10,7 +10,7 @@ import numpy as np
 from imgtune_jax.interop import weight_map
 from imgtune_jax.models import Model
 from imgtune_jax.models.decoder import Decoder
-from imgtune_jax.models.pooler import AttentionalPooler
+from imgtune_jax.models.pooling import AttentionalPooler
 
 EPSILON = 1e-5
 MLP_RATIO = 4  # of the decoder; open_clip does not pass on what its config says

@@ -154,7 +154,7 @@ def _epsilon(cfg: Mapping[str, Any]) -> float:
     return (cfg.get("norm_kwargs") or {}).get("eps", EPSILON)
 
 
-def config_to_open_clip(model: models.Model) -> dict[str, Any]:
+def config_to_open_clip(model: models.ImageTextModel) -> dict[str, Any]:
     """The open_clip model config under which our exported weights mean the same.
 
     Raises ValueError for a model that open_clip's CLIP cannot express.
@@ -219,7 +219,7 @@ def _sizes(tower: ViT | TextTransformer) -> dict[str, Any]:
 
 def save_open_clip_folder(
     path: str | Path,
-    model: models.Model,
+    model: models.ImageTextModel,
     params: Params,
     *,
     interpolation: str = "bicubic",
