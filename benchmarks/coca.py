@@ -1,14 +1,15 @@
-"""Matching and writing together, or apart: all arms of configs/coca_emoji.py, several seeds.
+"""Contrastive and captioning losses, joint and alone: all variants of configs/coca_emoji.py.
 
 python benchmarks/coca.py [--seeds 3] [--output runs/coca]
 
 Prints a Markdown table of means and standard deviations over seeds, with the median wall time of a
-run, and writes it as JSON. A finished run is not run again. All arms share one cache.
+run, and writes it as JSON. A finished run is not repeated. All variants share one feature
+cache.
 """
 
-from variants import I2T, T2I, Column, arguments, run_all
+from variants import I2T, T2I, Column, build_parser, run_all
 
-ARMS = ("both", "contrastive", "captioning")
+VARIANTS = ("both", "contrastive", "captioning")
 COLUMNS = [
     Column("emoji_s", f"{I2T}@1", "S i→t R@1"),
     Column("emoji_s", f"{T2I}@1", "S t→i R@1"),
@@ -23,9 +24,9 @@ COLUMNS = [
 
 
 def main() -> None:
-    """Run all arms and print the table."""
-    o = arguments(__doc__, "runs/coca").parse_args()
-    run_all("configs/coca_emoji.py", ARMS, o.seeds, COLUMNS, o.output)
+    """Run all variants and print the table."""
+    o = build_parser(__doc__, "runs/coca").parse_args()
+    run_all("configs/coca_emoji.py", VARIANTS, o.seeds, COLUMNS, o.output)
 
 
 if __name__ == "__main__":

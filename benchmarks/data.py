@@ -1,21 +1,23 @@
-"""Input: images/s of a training transform on 500x375 JPEGs, ours, PyTorch's and tf.data.
+"""Input: images/s of a training transform on 500x375 JPEGs; ours, PyTorch's and tf.data.
 
 .venv-peers/bin/python benchmarks/data.py [--tensorflow PYTHON] [--rounds 5] [--output FILE.json]
 
-Random-resized crop to 224, bilinear, and flip, to uint8 batches of 64 in host memory. Ours with
-threads and with worker processes; torch DataLoader with torchvision on Pillow, and the same to
-normalised float32, as torchvision's examples give a model (ours leaves that to the step on the
-device). Then open_clip's own training transform (windows of at least 0.9 of the area, bicubic, no
-flip, to normalised float32) and ours of the same windows. And, in the
-interpreter that --tensorflow names (one with tensorflow-cpu installed), tf.data with the operations
-of big_vision's decode_jpeg_and_inception_crop, as it is by default and antialiased as ours and
-Pillow's are. Two more arms only decode: libjpeg-turbo whole pictures, in threads, and tf.data the
-windows that it draws. They are what no pipeline on that decoder can pass.
+Random resized crop to 224, bilinear, and flip, to uint8 batches of 64 in host memory:
+- ours, with threads and with worker processes;
+- torch DataLoader with torchvision on Pillow, and the same with normalized float32 output, as in
+  torchvision's examples (ours normalizes on the device, in the step);
+- open_clip's training transform (windows of at least 0.9 of the area, bicubic, no flip, normalized
+  float32), and ours with the same windows;
+- tf.data with the operations of big_vision's decode_jpeg_and_inception_crop, with its default
+  resizing and with antialiasing, which ours and Pillow's have, in the interpreter that --tensorflow
+  names (one with tensorflow-cpu installed);
+- upper bounds of any pipeline with the same decoder, which decode only: libjpeg-turbo full images,
+  in threads, and tf.data the windows that it samples.
 
-Every arm has a thread or process a core, fills its buffers before each round, and is timed over the
-same number of images, one arm after another. The pictures are 500x375 parts of the photographs that
-scikit-image, scikit-learn and matplotlib ship, JPEG of quality 95, 4:2:0;
-ours are read from a WebDataset tar, the peers' from memory.
+Every variant has one thread or process per core, fills its buffers before each round, and is timed
+over the same number of images, in interleaved rounds. The images are 500x375 crops of the
+photographs that scikit-image, scikit-learn and matplotlib contain, as JPEG of quality 95, 4:2:0.
+Ours are read from a WebDataset tar, the peers' from memory.
 """
 
 import io
@@ -33,9 +35,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from side_by_side import arguments, medians, table, write
+from side_by_side import build_parser, format_table, medians, write_results
 
 from imgtune_jax import data
+from imgtune_jax.data.image import LazyJpeg, open_image
 
 SIZE, BATCH_SIZE, PREFETCH = 224, 64, 2
 CORES = len(os.sched_getaffinity(0))
@@ -48,40 +51,40 @@ FOLDERS = {"skimage": "data", "sklearn": "datasets/images", "matplotlib": "mpl-d
 
 
 def photographs() -> list[Image.Image]:
-    """Those of PHOTOGRAPHS whose package is installed."""
-    found = []
+    """Return the PHOTOGRAPHS whose package is installed, as RGB."""
+    paths = []
     for package, names in PHOTOGRAPHS.items():
         spec = find_spec(package)
         if spec is not None and spec.origin is not None:
             folder = Path(spec.origin).parent / FOLDERS[package]
-            found += [folder / name for name in names if (folder / name).is_file()]
-    return [Image.open(path).convert("RGB") for path in found]
+            paths += [folder / name for name in names if (folder / name).is_file()]
+    return [Image.open(path).convert("RGB") for path in paths]
 
 
 def jpegs(count: int) -> list[bytes]:
-    """Parts of photographs at 500x375, drawn with a fixed seed."""
-    rng, pictures, out = np.random.default_rng(0), photographs(), []
+    """Return random crops of the photographs at 500x375, with a fixed seed."""
+    rng, images, encoded = np.random.default_rng(0), photographs(), []
     for i in range(count):
-        picture = pictures[i % len(pictures)]
-        share = rng.uniform(0.8, 1.0)
-        scale = share * min(picture.width / 500, picture.height / 375)
+        image = images[i % len(images)]
+        fraction = rng.uniform(0.8, 1.0)
+        scale = fraction * min(image.width / 500, image.height / 375)
         w, h = 500 * scale, 375 * scale
-        left, top = rng.uniform(0, picture.width - w), rng.uniform(0, picture.height - h)
+        left, top = rng.uniform(0, image.width - w), rng.uniform(0, image.height - h)
         box = (left, top, left + w, top + h)
         stream = io.BytesIO()
-        picture.resize((500, 375), Image.Resampling.BICUBIC, box).save(stream, "JPEG", quality=95)
-        out.append(stream.getvalue())
-    return out
+        image.resize((500, 375), Image.Resampling.BICUBIC, box).save(stream, "JPEG", quality=95)
+        encoded.append(stream.getvalue())
+    return encoded
 
 
 CROP = [
     dict(name="random_resized_crop", size=SIZE, interpolation="bilinear"),
     dict(name="horizontal_flip"),
 ]
-TENSORFLOW = {  # arm: what follows on decoding
+TENSORFLOW = {  # by variant: how the decoded window is resized
     "tf.data": "resize",
     "tf.data, antialiased": "antialias",
-    "tf.data, decoding alone": "nothing",
+    "tf.data, decoding alone": "none",
 }
 OPEN_CLIP_CROP = [
     dict(name="random_resized_crop", size=SIZE, interpolation="bicubic", scale=(0.9, 1.0))
@@ -89,7 +92,7 @@ OPEN_CLIP_CROP = [
 
 
 def ours(tar: Path, transforms: list[Any], *, threads: int, workers: int) -> Iterator[Any]:
-    """Our batches without end."""
+    """Yield our batches without end."""
     transform = data.build_transform(transforms)
     return data.Pipeline(
         source=data.build_source({"name": "webdataset", "path": str(tar)}),
@@ -105,8 +108,8 @@ def ours(tar: Path, transforms: list[Any], *, threads: int, workers: int) -> Ite
 class TorchImages:
     """A map-style torch data set of JPEGs, decoded by Pillow.
 
-    `augment` is "uint8" (torchvision's crop and flip), "float32" (and normalised, as torchvision's
-    examples do) or "open_clip".
+    `augment` is "uint8" (torchvision's crop and flip), "float32" (the same, normalized as in
+    torchvision's examples) or "open_clip".
     """
 
     def __init__(self, encoded: Sequence[bytes], augment: str) -> None:
@@ -121,7 +124,7 @@ class TorchImages:
 
     @property
     def transform(self) -> Callable[[Image.Image], Any]:
-        """Built in the worker, once."""
+        """The transform, built on first use in each worker."""
         if not hasattr(self, "_transform"):
             import peers
             import torch
@@ -146,7 +149,7 @@ class TorchImages:
 
 
 def torch_loader(encoded: Sequence[bytes], augment: str) -> Iterator[Any]:
-    """torch DataLoader's batches without end."""
+    """Yield torch DataLoader's batches without end."""
     import torch
 
     def one_thread(_: int) -> None:
@@ -164,20 +167,20 @@ def torch_loader(encoded: Sequence[bytes], augment: str) -> Iterator[Any]:
 
 
 class TensorFlow:
-    """data_tf.py in another interpreter: a line with a number of batches in, seconds out."""
+    """data_tf.py in another interpreter: receives a number of batches, returns seconds."""
 
-    def __init__(self, python: str, encoded: Sequence[bytes], folder: Path, then: str):
-        stored = folder / "jpegs.pickle"
-        stored.write_bytes(pickle.dumps(list(encoded)))
-        command = [python, str(Path(__file__).with_name("data_tf.py")), str(stored)]
-        command += [str(SIZE), str(BATCH_SIZE), str(CORES), then]
-        quiet = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    def __init__(self, python: str, encoded: Sequence[bytes], folder: Path, resizing: str):
+        jpeg_file = folder / "jpegs.pickle"
+        jpeg_file.write_bytes(pickle.dumps(list(encoded)))
+        command = [python, str(Path(__file__).with_name("data_tf.py")), str(jpeg_file)]
+        command += [str(SIZE), str(BATCH_SIZE), str(CORES), resizing]
+        env = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
         self.child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=quiet
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
         )
 
     def __call__(self, batches: int) -> float:
-        """Seconds of so many batches."""
+        """Return the seconds that this number of batches takes."""
         assert self.child.stdin is not None and self.child.stdout is not None
         self.child.stdin.write(f"{batches}\n")
         self.child.stdin.flush()
@@ -185,86 +188,99 @@ class TensorFlow:
 
 
 def decoding(encoded: Sequence[bytes]) -> Callable[[int], float]:
-    """Seconds of so many batches of whole pictures, decoded in threads and let go."""
+    """Return a function that times decoding full images in threads, by number of batches."""
 
-    def one(index: int) -> None:
-        picture = data.image.peek(encoded[index % len(encoded)])
-        assert isinstance(picture, data.image.Jpeg)
-        picture.decode(scratch=True)
+    def decode_one(index: int) -> None:
+        jpeg = open_image(encoded[index % len(encoded)])
+        assert isinstance(jpeg, LazyJpeg)
+        jpeg.decode(scratch=True)
 
     def run(batches: int) -> float:
-        began = time.perf_counter()
+        start = time.perf_counter()
         with ThreadPoolExecutor(CORES) as pool:
-            for _ in pool.map(one, range(batches * BATCH_SIZE)):
+            for _ in pool.map(decode_one, range(batches * BATCH_SIZE)):
                 pass
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
     return run
 
 
-def timed(batches: Iterator[Any]) -> Callable[[int], float]:
-    """Seconds of so many batches, after as many as may have been waiting in buffers."""
+def time_batches(batches: Iterator[Any]) -> Callable[[int], float]:
+    """Return a function that times a number of batches, after those that may be in buffers."""
 
     def run(count: int) -> float:
         for _ in range(8 * CORES * PREFETCH):
             next(batches)
-        began = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(count):
             next(batches)
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
     return run
 
 
-def main() -> None:
-    """Time all arms, interleaved, and print images/s."""
-    parser = arguments(__doc__)
-    parser.add_argument("--tensorflow", help="an interpreter that has tensorflow-cpu")
-    parser.add_argument("--images", type=int, default=1536, help="timed images a round")
-    o = parser.parse_args()
-    encoded = jpegs(1024)
-    with tempfile.TemporaryDirectory() as name:
-        tar = Path(name, "photographs.tar")
-        with tarfile.open(tar, "w") as archive:
-            for i, one in enumerate(encoded):
-                info = tarfile.TarInfo(f"{i:05d}.jpg")
-                info.size = len(one)
-                archive.addfile(info, io.BytesIO(one))
-        arms: dict[str, Callable[[int], float]] = {}
-        if find_spec("torchvision"):
-            arms["torch DataLoader, Pillow"] = timed(torch_loader(encoded, "uint8"))
-            arms["the same, normalised"] = timed(torch_loader(encoded, "float32"))
-            arms["open_clip's transform"] = timed(torch_loader(encoded, "open_clip"))
-        arms[f"ours, {CORES} threads"] = timed(ours(tar, CROP, threads=CORES, workers=0))
-        arms[f"ours, {CORES} workers"] = timed(ours(tar, CROP, threads=1, workers=CORES))
-        same = ours(tar, OPEN_CLIP_CROP, threads=CORES, workers=0)
-        arms["ours, open_clip's windows"] = timed(same)
-        arms["decoding alone"] = decoding(encoded)
-        if o.tensorflow:
-            for how, then in TENSORFLOW.items():
-                arms[how] = TensorFlow(o.tensorflow, encoded, Path(name), then)
-        rates = interleaved_rates(arms, o.rounds, o.images)
-    kilobytes = float(np.mean([len(x) for x in encoded])) / 1e3
-    print(f"\n{len(encoded)} JPEGs of 500x375, {kilobytes:.0f} kB in the mean; {CORES} cores\n")
-    print(table(rates, next(iter(rates)), unit="images/s"))
-    for arm, rate in medians(rates).items():
-        print(f"{arm}: {rate / CORES:.0f} images/s a core")
-    write(o.output, images_per_second=rates, kilobytes=kilobytes)
+def write_tar(path: Path, encoded: Sequence[bytes]) -> None:
+    """Write JPEGs as a WebDataset tar."""
+    with tarfile.open(path, "w") as archive:
+        for i, jpeg in enumerate(encoded):
+            info = tarfile.TarInfo(f"{i:05d}.jpg")
+            info.size = len(jpeg)
+            archive.addfile(info, io.BytesIO(jpeg))
+
+
+def build_variants(
+    encoded: Sequence[bytes], folder: Path, tensorflow: str | None
+) -> dict[str, Callable[[int], float]]:
+    """Return, by variant, a function from a number of batches to their seconds."""
+    tar = folder / "photographs.tar"
+    write_tar(tar, encoded)
+    variants: dict[str, Callable[[int], float]] = {}
+    if find_spec("torchvision"):
+        variants["torch DataLoader, Pillow"] = time_batches(torch_loader(encoded, "uint8"))
+        variants["the same, normalized"] = time_batches(torch_loader(encoded, "float32"))
+        variants["open_clip's transform"] = time_batches(torch_loader(encoded, "open_clip"))
+    variants[f"ours, {CORES} threads"] = time_batches(ours(tar, CROP, threads=CORES, workers=0))
+    variants[f"ours, {CORES} workers"] = time_batches(ours(tar, CROP, threads=1, workers=CORES))
+    same_windows = ours(tar, OPEN_CLIP_CROP, threads=CORES, workers=0)
+    variants["ours, open_clip's windows"] = time_batches(same_windows)
+    variants["decoding alone"] = decoding(encoded)
+    if tensorflow:
+        for name, resizing in TENSORFLOW.items():
+            variants[name] = TensorFlow(tensorflow, encoded, folder, resizing)
+    return variants
 
 
 def interleaved_rates(
-    arms: dict[str, Callable[[int], float]], rounds: int, images: int
+    variants: dict[str, Callable[[int], float]], rounds: int, images: int
 ) -> dict[str, list[float]]:
-    """Images a second of each arm, one round of all arms after another, the first uncounted."""
-    rates: dict[str, list[float]] = {name: [] for name in arms}
-    count = images // BATCH_SIZE
+    """Return images/s of each variant in interleaved rounds; the first round is not counted."""
+    rates: dict[str, list[float]] = {name: [] for name in variants}
+    num_batches = images // BATCH_SIZE
     for turn in range(rounds + 1):
-        for name, run in arms.items():
-            seconds = run(count)
-            time.sleep(1.5)  # its buffers fill up, so that it rests while the next arm runs
+        for name, run in variants.items():
+            seconds = run(num_batches)
+            time.sleep(1.5)  # its buffers fill up, so that it is idle while the next variant runs
             if turn:
-                rates[name].append(count * BATCH_SIZE / seconds)
+                rates[name].append(num_batches * BATCH_SIZE / seconds)
     return rates
+
+
+def main() -> None:
+    """Time all variants in interleaved rounds and print images/s."""
+    parser = build_parser(__doc__)
+    parser.add_argument("--tensorflow", help="an interpreter that has tensorflow-cpu")
+    parser.add_argument("--images", type=int, default=1536, help="timed images per round")
+    o = parser.parse_args()
+    encoded = jpegs(1024)
+    with tempfile.TemporaryDirectory() as folder:
+        variants = build_variants(encoded, Path(folder), o.tensorflow)
+        rates = interleaved_rates(variants, o.rounds, o.images)
+    kilobytes = float(np.mean([len(x) for x in encoded])) / 1e3
+    print(f"\n{len(encoded)} JPEGs of 500x375, {kilobytes:.0f} kB on average; {CORES} cores\n")
+    print(format_table(rates, next(iter(rates)), unit="images/s"))
+    for variant, rate in medians(rates).items():
+        print(f"{variant}: {rate / CORES:.0f} images/s per core")
+    write_results(o.output, images_per_second=rates, kilobytes=kilobytes)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""tf.data's side of data.py, for an interpreter that has TensorFlow; started by it.
+"""The tf.data variants of data.py, which starts this script in an interpreter with TensorFlow.
 
-The operations are big_vision's: decode_jpeg_and_inception_crop, then flip_lr. What is done with the
-window that was decoded is "resize", "antialias" (resize so) or "nothing".
+The operations are big_vision's: decode_jpeg_and_inception_crop, then flip_lr. The decoded window is
+resized ("resize"), resized with antialiasing ("antialias"), or not used further ("none").
 """
 
 import pickle
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import tensorflow as tf
 
-BUFFERED = 2  # batches
+NUM_PREFETCHED = 2  # batches
 
 
-def augment(encoded: tf.Tensor, size: int, then: str) -> tf.Tensor:
-    """The window that is drawn is all that is decoded."""
+def augment(encoded: tf.Tensor, size: int, resizing: str) -> tf.Tensor:
+    """Sample a window, decode only that, resize and flip it."""
     begin, extent, _ = tf.image.sample_distorted_bounding_box(
         tf.image.extract_jpeg_shape(encoded),
         tf.zeros([0, 0, 4], tf.float32),
@@ -26,30 +26,32 @@ def augment(encoded: tf.Tensor, size: int, then: str) -> tf.Tensor:
     )
     window = tf.concat([begin[:2], extent[:2]], axis=0)
     image = tf.image.decode_and_crop_jpeg(encoded, window, channels=3)
-    if then == "nothing":
-        return image[:1, :1]  # batches are of one shape
-    image = tf.image.resize(image, (size, size), method="bilinear", antialias=then == "antialias")
+    if resizing == "none":
+        return image[:1, :1]  # so that all images of a batch have one shape
+    image = tf.image.resize(
+        image, (size, size), method="bilinear", antialias=resizing == "antialias"
+    )
     return tf.image.random_flip_left_right(tf.cast(image, tf.uint8))
 
 
 def main() -> None:
-    """Answer each line, a number of batches, with the seconds that they took."""
-    path, size, batch_size, threads, then = sys.argv[1:]
+    """For each line of input, a number of batches, print the seconds that they take."""
+    path, size, batch_size, threads, resizing = sys.argv[1:]
     dataset = tf.data.Dataset.from_tensor_slices(pickle.loads(Path(path).read_bytes()))
     dataset = dataset.repeat().map(
-        lambda x: augment(x, int(size), then), num_parallel_calls=int(threads)
+        lambda x: augment(x, int(size), resizing), num_parallel_calls=int(threads)
     )
-    dataset = dataset.batch(int(batch_size)).prefetch(BUFFERED)
+    dataset = dataset.batch(int(batch_size)).prefetch(NUM_PREFETCHED)
     options = tf.data.Options()
     options.threading.private_threadpool_size = int(threads)
     batches = iter(dataset.with_options(options).as_numpy_iterator())
     for line in sys.stdin:
-        for _ in range(BUFFERED + 2):
+        for _ in range(NUM_PREFETCHED + 2):
             next(batches)
-        began = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(int(line)):
             next(batches)
-        print(time.perf_counter() - began, flush=True)
+        print(time.perf_counter() - start, flush=True)
 
 
 if __name__ == "__main__":

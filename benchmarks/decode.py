@@ -1,13 +1,13 @@
-"""Captions by cached decoding, by recomputing the prefix at every token, and by open_clip.
+"""Caption generation: with a cache, with the prefix recomputed for every token, and open_clip's.
 
 .venv-peers/bin/python benchmarks/decode.py [--length 64] [--batch-size 8] [--rounds 5]
-    [--arms ARM ...] [--output FILE.json]
+    [--variants VARIANT ...] [--output FILE.json]
 
-One process an arm, one round after another, of the sizes of open_clip's coca_ViT-B-32 with random
-weights, in float32: from images to `length` new tokens each, which no end token cuts short. What
-recomputes runs the image tower once and the decoder over the whole prefix for every token; ours
-pads the prefix to the next multiple of 8, and takes logits of its last position alone. Without
-open_clip installed (make test-peers installs it), ours alone.
+One process per variant, in interleaved rounds, with the sizes of open_clip's coca_ViT-B-32, random
+weights and float32: from images to `length` new tokens each; no end token stops them early. The
+variants that recompute run the image tower once, and the decoder on the full prefix for every
+token; ours pads the prefix to the next multiple of 8, and computes logits only for its last
+position. If open_clip is not installed (make test-peers installs it), only ours runs.
 """
 
 import functools
@@ -17,12 +17,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from peers import open_clip
-from side_by_side import Run, arguments, in_processes, medians, table, write
+from side_by_side import (
+    Run,
+    build_parser,
+    format_table,
+    medians,
+    time_in_processes,
+    write_results,
+)
 
 from imgtune_jax import interop, models
 from imgtune_jax.decoding import BeamSearch, GenerationConfig, Generator, Greedy, pad_prompts
 
-ARMS = ("cached, greedy", "cached, beam of 4", "recomputed, greedy", "open_clip, greedy")
+VARIANTS = ("cached, greedy", "cached, beam of 4", "recomputed, greedy", "open_clip, greedy")
 BEGIN, END, BLOCK = 49406, 49407, 8
 TEXT = dict(context_length=76, vocab_size=49408, width=512, heads=8, layers=12)
 SIZES = dict(
@@ -42,20 +49,20 @@ SIZES = dict(
 
 
 def images(batch_size: int) -> np.ndarray:
-    """uint8 RGB."""
+    """Return random uint8 RGB images."""
     shape = (batch_size, 224, 224, 3)
     return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
 
-def build() -> tuple[models.Model, Any]:
-    """The model and random parameters."""
+def build_model() -> tuple[models.ImageTextModel, Any]:
+    """Return the model and random parameters."""
     model = models.build_model(interop.config_from_open_clip(SIZES))
     return model, model.init(jax.random.key(0))
 
 
 def cached(batch_size: int, length: int, method: Greedy | BeamSearch) -> Run:
-    """This codebase's way."""
-    model, params = build()
+    """Build our cached generator."""
+    model, params = build_model()
     settings = GenerationConfig(
         stop_ids=(END,), max_new_tokens=length, min_new_tokens=length - 1, method=method
     )
@@ -68,22 +75,22 @@ def cached(batch_size: int, length: int, method: Greedy | BeamSearch) -> Run:
 
 
 def recomputed(batch_size: int, length: int) -> Run:
-    """The same model, greedy, reading the prefix again for every token."""
-    model, params = build()
+    """Build a greedy generator of the same model that reads the prefix again for every token."""
+    model, params = build_model()
     encode, image = jax.jit(model.image_tokens), images(batch_size)
 
     @functools.partial(jax.jit, static_argnames="width")
     def extend(params: Any, tokens: jax.Array, ids: jax.Array, *, width: int) -> jax.Array:
-        """Fill BLOCK places, the last one of which reads `width` tokens."""
+        """Generate BLOCK tokens, the last of which from a prefix of `width` tokens."""
         mask = jnp.ones((batch_size, width), bool)
 
-        def one(at: jax.Array, ids: jax.Array) -> jax.Array:
+        def append_token(position: jax.Array, ids: jax.Array) -> jax.Array:
             text = model.apply_component(params, "text", ids[:, :width], mask).tokens
-            hidden = model.apply_component(params, "decoder", text, tokens)[:, at]
-            logits = hidden @ model.decoder.kernel(params["decoder"])
-            return ids.at[:, at + 1].set(jnp.argmax(logits, -1).astype(ids.dtype))
+            hidden = model.apply_component(params, "decoder", text, tokens)[:, position]
+            logits = hidden @ model.decoder.vocab_kernel(params["decoder"])
+            return ids.at[:, position + 1].set(jnp.argmax(logits, -1).astype(ids.dtype))
 
-        return jax.lax.fori_loop(width - BLOCK, width, one, ids)
+        return jax.lax.fori_loop(width - BLOCK, width, append_token, ids)
 
     def run() -> jax.Array:
         tokens = encode(params, image)
@@ -96,18 +103,18 @@ def recomputed(batch_size: int, length: int) -> Run:
 
 
 def open_clip_greedy(batch_size: int, length: int) -> Run:
-    """open_clip's `generate` with top_k = 1."""
+    """Build open_clip's `generate` with top_k = 1."""
     open_clip()
     import torch
     import transformers
     from open_clip import coca_model
 
-    if not coca_model._has_transformers:  # it asks for a BeamSearchScorer, which is gone since 5
-        for need in (
+    if not coca_model._has_transformers:  # it needs BeamSearchScorer, which 5.0 removed
+        for name in (
             *("LogitsProcessorList", "MinLengthLogitsProcessor", "MaxLengthCriteria"),
             *("RepetitionPenaltyLogitsProcessor", "StoppingCriteriaList"),
         ):
-            setattr(coca_model, need, getattr(transformers, need))
+            setattr(coca_model, name, getattr(transformers, name))
         coca_model.GENERATION_TYPES["top_k"] = transformers.TopKLogitsWarper
         coca_model._has_transformers = True
     torch.manual_seed(0)
@@ -118,28 +125,29 @@ def open_clip_greedy(batch_size: int, length: int) -> Run:
 
 
 def main() -> None:
-    """Time all arms, interleaved, and print a table."""
-    parser = arguments(__doc__)
+    """Time all variants in interleaved rounds and print a table."""
+    parser = build_parser(__doc__)
     parser.add_argument("--length", type=int, default=64, help=f"a multiple of {BLOCK}, up to 72")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     o = parser.parse_args()
-    given = (o.batch_size, o.length)
-    arms = {
-        "cached, greedy": (cached, (*given, Greedy())),
-        "cached, beam of 4": (cached, (*given, BeamSearch(width=4))),
-        "recomputed, greedy": (recomputed, given),
-        "open_clip, greedy": (open_clip_greedy, given),
+    arguments = (o.batch_size, o.length)
+    variants = {
+        "cached, greedy": (cached, (*arguments, Greedy())),
+        "cached, beam of 4": (cached, (*arguments, BeamSearch(width=4))),
+        "recomputed, greedy": (recomputed, arguments),
+        "open_clip, greedy": (open_clip_greedy, arguments),
     }
-    times = in_processes({arm: arms[arm] for arm in ARMS if arm in o.arms}, o.rounds).times
+    selected = {name: variants[name] for name in VARIANTS if name in o.variants}
+    times = time_in_processes(selected, o.rounds).times
     rates = {name: o.batch_size * o.length / s for name, s in medians(times).items()}
     print(f"\ncoca_ViT-B-32, batch {o.batch_size}, {o.length} tokens\n")
-    print(table(times, "cached, greedy"))
+    print(format_table(times, "cached, greedy"))
     print("\n| | tokens/s |\n|---|---|")
     for name, rate in rates.items():
         print(f"| {name} | {rate:.0f} |")
     settings = dict(batch_size=o.batch_size, length=o.length)
-    write(o.output, **settings, seconds=times, tokens_per_second=rates)
+    write_results(o.output, **settings, seconds=times, tokens_per_second=rates)
 
 
 if __name__ == "__main__":

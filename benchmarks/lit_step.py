@@ -4,12 +4,12 @@
     [--open-clip bfloat16 float32] [--rounds 5] [--output FILE.json]
 .venv/bin/python benchmarks/lit_step.py --count [--batch-size 32] [--tokens 16]
 
-One process an arm, one round after another: ours uncached and cached, open_clip in bfloat16 and
-float32. Random weights, AdamW. Prints medians over the rounds in seconds, and the job that they
-make: so many epochs, the first of which fills the cache on its way. Beside them the ratio that the
-floating-point operations alone give, counted by the compiler. Without open_clip installed (make
-test-peers installs it), or for a pair of towers that open_clip has not, ours alone. With --count,
-the operations of all pairs of towers, and nothing is timed.
+One process per case, in interleaved rounds: ours uncached and cached, open_clip in bfloat16 and
+float32. Random weights, AdamW. Prints medians over the rounds in seconds, the resulting time of a
+job of --epochs epochs, the first of which fills the cache, and the ratio of the floating-point
+operations that the compiler counts. If open_clip is not installed (make test-peers installs it), or
+lacks the pair of towers, only ours runs. With --count, prints the operations of all pairs of
+towers, and times nothing.
 """
 
 from typing import Any
@@ -19,7 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from peers import open_clip
-from side_by_side import Run, arguments, in_processes, medians, table, write
+from side_by_side import (
+    Run,
+    build_parser,
+    format_table,
+    medians,
+    time_in_processes,
+    write_results,
+)
 
 from imgtune_jax import models, objectives
 from imgtune_jax.training.optim import Optimizer
@@ -35,18 +42,18 @@ VARIANTS = {  # open_clip's name, image tower, pixels, text width, heads, embedd
     "g/14-288": (None, "g/14", 288, 1024, 16, 1024),
 }
 TYPES = ("bfloat16", "float32")
-VOCABULARY, TEXT_DEPTH = 49408, {1024: 24}  # by width; 12 else
+VOCABULARY, TEXT_DEPTH = 49408, {1024: 24}  # by width; default 12
 
 
-def build(variant: str, length: int, dtype: str) -> tuple[models.Model, Any, Any]:
-    """The model with its image tower locked, its optimizer, and the jitted step."""
-    _, tower, pixels, width, heads, embed = VARIANTS[variant]
+def build_step(variant: str, length: int, dtype: str) -> tuple[models.ImageTextModel, Any, Any]:
+    """Return the model with a locked image tower, its optimizer, and the jitted step."""
+    _, tower, pixels, width, heads, embed_dim = VARIANTS[variant]
     text = dict(width=width, depth=TEXT_DEPTH.get(width, 12), mlp_dim=4 * width, num_heads=heads)
     model = models.build_model(
         dict(
             image=dict(name="vit", variant=tower, pre_norm=True),
             text=dict(name="text_transformer", max_length=length, **text),
-            embed_dim=embed,
+            embed_dim=embed_dim,
             image_size=pixels,
             dtype=dtype,
         )
@@ -62,33 +69,33 @@ def build(variant: str, length: int, dtype: str) -> tuple[models.Model, Any, Any
     return model, tx, jax.jit(step, donate_argnums=0)
 
 
-def inputs(model: models.Model, batch_size: int, length: int, part: str) -> Batch:
-    """Random pictures and texts; for "cached", what the locked tower would give of the pictures."""
+def make_inputs(model: models.ImageTextModel, batch_size: int, length: int, case: str) -> Batch:
+    """Return random texts and images; for "cached", features of the locked tower, not images."""
     rng = np.random.default_rng(0)
     ids = jnp.asarray(rng.integers(0, VOCABULARY, (batch_size, length)), jnp.int32)
     batch = Batch(jnp.ones(batch_size, bool), text=ids, text_mask=ids >= 0)
-    if part == "cached":
+    if case == "cached":
         features = rng.normal(size=(batch_size, model.feature_dim("image")))
         return batch.replace(image_features=jnp.asarray(features, jnp.float32))
     shape = (batch_size, model.image_size, model.image_size, 3)
     return batch.replace(image=jnp.asarray(rng.integers(0, 256, shape), jnp.uint8))
 
 
-def split(params: Any, part: str) -> tuple[Any, Any]:
-    """(trained, frozen). The cached step has no frozen parameters at all."""
-    trained = {k: v for k, v in params.items() if k != "image"}
-    return trained, {} if part == "cached" else {"image": params["image"]}
+def split_params(params: Any, case: str) -> tuple[Any, Any]:
+    """Return (trainable, frozen). The cached step has no frozen parameters."""
+    trainable = {k: v for k, v in params.items() if k != "image"}
+    return trainable, {} if case == "cached" else {"image": params["image"]}
 
 
-def ours(variant: str, batch_size: int, length: int, dtype: str, part: str) -> Run:
-    """The "uncached" or the "cached" step, or the locked "front" alone."""
-    model, tx, step = build(variant, length, dtype)
-    batch = inputs(model, batch_size, length, part)
-    trained, frozen = split(model.init(jax.random.key(0)), part)
-    if part == "front":
-        front = jax.jit(lambda p, b: model.apply_frozen_prefix(p, tower="image", batch=b))
-        return lambda: front(frozen, batch)
-    state = [TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained))]
+def ours(variant: str, batch_size: int, length: int, dtype: str, case: str) -> Run:
+    """Build the "uncached" or the "cached" step, or only the "frozen prefix"."""
+    model, tx, step = build_step(variant, length, dtype)
+    batch = make_inputs(model, batch_size, length, case)
+    trainable, frozen = split_params(model.init(jax.random.key(0)), case)
+    if case == "frozen prefix":
+        prefix = jax.jit(lambda p, b: model.apply_frozen_prefix(p, tower="image", batch=b))
+        return lambda: prefix(frozen, batch)
+    state = [TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable))]
 
     def run() -> object:
         state[0], metrics = step(state[0], frozen, batch)
@@ -97,19 +104,19 @@ def ours(variant: str, batch_size: int, length: int, dtype: str, part: str) -> R
     return run
 
 
-def operations(variant: str, batch_size: int, length: int, part: str) -> float:
-    """Floating-point operations of a step, counted by the compiler without running it."""
-    model, tx, step = build(variant, length, "float32")
-    batch = inputs(model, batch_size, length, part)
-    trained, frozen = split(model.abstract_params(), part)
+def operations(variant: str, batch_size: int, length: int, case: str) -> float:
+    """Return the floating-point operations of a step, as counted by the compiler."""
+    model, tx, step = build_step(variant, length, "float32")
+    batch = make_inputs(model, batch_size, length, case)
+    trainable, frozen = split_params(model.abstract_params(), case)
     state = TrainState(
-        jax.ShapeDtypeStruct((), jnp.int32), trained, jax.eval_shape(tx.init, trained)
+        jax.ShapeDtypeStruct((), jnp.int32), trainable, jax.eval_shape(tx.init, trainable)
     )
     return step.lower(state, frozen, batch).cost_analysis()["flops"]
 
 
 def open_clip_step(variant: str, batch_size: int, length: int, bf16: bool) -> Run:
-    """One step of open_clip with its image tower locked, as `--lock-image` does it."""
+    """Build a step of open_clip with its image tower locked, as with `--lock-image`."""
     library = open_clip()
     import torch
 
@@ -121,8 +128,8 @@ def open_clip_step(variant: str, batch_size: int, length: int, bf16: bool) -> Ru
     model.lock_image_tower()
     model.train()
     loss = library.ClipLoss()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4)
     image = torch.randn(batch_size, 3, pixels, pixels)
     ids = torch.randint(1, VOCABULARY, (batch_size, length))
 
@@ -138,61 +145,61 @@ def open_clip_step(variant: str, batch_size: int, length: int, bf16: bool) -> Ru
     return run
 
 
-def counted(batch_size: int, length: int) -> str:
-    """A Markdown table of what the compiler counts for every pair of towers."""
-    lines = ["| | TFLOP a step, uncached | cached | ratio |", "|---|---|---|---|"]
+def count_table(batch_size: int, length: int) -> str:
+    """Return the compiler's count for every pair of towers as a Markdown table."""
+    lines = ["| | TFLOP per step, uncached | cached | ratio |", "|---|---|---|---|"]
     for variant in VARIANTS:
-        given = (variant, batch_size, length)
-        uncached, cached = (operations(*given, part) / 1e12 for part in ("uncached", "cached"))
+        arguments = (variant, batch_size, length)
+        uncached, cached = (operations(*arguments, case) / 1e12 for case in ("uncached", "cached"))
         lines.append(f"| {variant} | {uncached:.2f} | {cached:.3f} | {uncached / cached:.1f} |")
     return "\n".join(lines)
 
 
+def job_seconds(times: dict[str, list[float]], epochs: int) -> dict[str, float]:
+    """Return the seconds per batch, summed over all epochs, of three ways to train."""
+    median_of = medians(times)
+    fill = median_of["frozen prefix"] + median_of["cached"]  # a step that fills the cache
+    return {
+        "uncached": epochs * median_of["uncached"],
+        "cached, filled in the first epoch": fill + (epochs - 1) * median_of["cached"],
+        "cached by an earlier run": epochs * median_of["cached"],
+    }
+
+
 def main() -> None:
-    """Time all arms, interleaved, and print two tables."""
-    parser = arguments(__doc__)
+    """Time all cases in interleaved rounds and print two tables."""
+    parser = build_parser(__doc__)
     parser.add_argument("--variant", choices=VARIANTS, default="B/16")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=16, help="length of a text")
     parser.add_argument("--dtype", choices=TYPES, default="float32")
     parser.add_argument("--open-clip", nargs="+", choices=TYPES, default=TYPES, help="its dtypes")
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--count", action="store_true", help="operations alone, of all variants")
+    parser.add_argument("--count", action="store_true", help="only count the operations")
     o = parser.parse_args()
     if o.count:
-        return print(
-            f"\nbatch {o.batch_size}, {o.tokens} tokens\n\n{counted(o.batch_size, o.tokens)}"
-        )
-    given = (o.variant, o.batch_size, o.tokens)
-    arms: dict[str, Any] = {
-        part: (ours, (*given, o.dtype, part)) for part in ("cached", "uncached", "front")
+        counts = count_table(o.batch_size, o.tokens)
+        return print(f"\nbatch {o.batch_size}, {o.tokens} tokens\n\n{counts}")
+    arguments = (o.variant, o.batch_size, o.tokens)
+    cases: dict[str, Any] = {
+        case: (ours, (*arguments, o.dtype, case))
+        for case in ("cached", "uncached", "frozen prefix")
     }
     if VARIANTS[o.variant][0] is not None:
         for dtype in o.open_clip:
-            arms[f"open_clip --lock-image, {dtype}"] = (open_clip_step, (*given, dtype == TYPES[0]))
-    times = in_processes(arms, o.rounds).times
-    ratio = operations(*given, "uncached") / operations(*given, "cached")
-    m = medians(times)
-    first = m["front"] + m["cached"]  # a step that fills the cache
-    jobs = {
-        "uncached": o.epochs * m["uncached"],
-        "cached, filled on the way": first + (o.epochs - 1) * m["cached"],
-        "cached, by another run": o.epochs * m["cached"],
-    }
+            name = f"open_clip --lock-image, {dtype}"
+            cases[name] = (open_clip_step, (*arguments, dtype == "bfloat16"))
+    times = time_in_processes(cases, o.rounds).times
+    ratio = operations(*arguments, "uncached") / operations(*arguments, "cached")
+    jobs = job_seconds(times, o.epochs)
     print(f"\n{o.variant}, batch {o.batch_size}, {o.tokens} tokens, ours in {o.dtype}\n")
-    print(table(times, "cached"))
-    print(f"\nOperations of the uncached step over those of the cached one: {ratio:.1f}")
-    print(f"\n| {o.epochs} epochs | s a batch | times faster than uncached |\n|---|---|---|")
+    print(format_table(times, "cached"))
+    print(f"\nOperations of the uncached step, relative to the cached one: {ratio:.1f}")
+    print(f"\n| {o.epochs} epochs | s per batch | times faster than uncached |\n|---|---|---|")
     for name, seconds in jobs.items():
         print(f"| {name} | {seconds:.1f} | {jobs['uncached'] / seconds:.1f} |")
     settings = dict(variant=o.variant, batch_size=o.batch_size, tokens=o.tokens, dtype=o.dtype)
-    write(
-        o.output,
-        **settings,
-        seconds=times,
-        jobs=jobs,
-        operations_ratio=ratio,
-    )
+    write_results(o.output, **settings, seconds=times, jobs=jobs, operations_ratio=ratio)
 
 
 if __name__ == "__main__":

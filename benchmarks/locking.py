@@ -1,14 +1,14 @@
-"""How much locking helps: all arms of configs/locking_emoji.py, several seeds.
+"""Effect of locking: all variants of configs/locking_emoji.py, with several seeds.
 
 python benchmarks/locking.py [--seeds 3] [--full] [--output runs/locking]
 
 Prints a Markdown table of means and standard deviations over seeds, with the median wall time of a
-run, and writes it as JSON. A finished run is not run again. --full: as long as the demo.
+run, and writes it as JSON. A finished run is not repeated. --full: as many steps as the demo.
 """
 
-from variants import I2T, T2I, Column, arguments, run_all
+from variants import I2T, T2I, Column, build_parser, run_all
 
-ARMS = ("locked", "unlocked", "scratch")
+VARIANTS = ("locked", "unlocked", "scratch")
 COLUMNS = [
     Column("emoji_s", f"{I2T}@1", "S i→t R@1"),
     Column("emoji_s", f"{T2I}@1", "S t→i R@1"),
@@ -20,12 +20,12 @@ COLUMNS = [
 
 
 def main() -> None:
-    """Run all arms and print the table."""
-    parser = arguments(__doc__, "runs/locking")
-    parser.add_argument("--full", action="store_true", help="the demo's size; an hour a seed")
+    """Run all variants and print the table."""
+    parser = build_parser(__doc__, "runs/locking")
+    parser.add_argument("--full", action="store_true", help="as long as the demo: an hour per seed")
     o = parser.parse_args()
-    arms = [f"{arm}-full" for arm in ARMS] if o.full else ARMS
-    run_all("configs/locking_emoji.py", arms, o.seeds, COLUMNS, o.output)
+    variants = [f"{variant}-full" for variant in VARIANTS] if o.full else VARIANTS
+    run_all("configs/locking_emoji.py", variants, o.seeds, COLUMNS, o.output)
 
 
 if __name__ == "__main__":

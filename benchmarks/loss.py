@@ -1,14 +1,14 @@
-"""Contrastive losses alone: seconds and memory, forward and backward, beside the peers' own.
+"""Contrastive losses: seconds and memory of forward and backward passes, ours and the peers'.
 
 .venv-peers/bin/python benchmarks/loss.py [--sizes 4096 16384] [--rounds 3]
-    [--big-vision CHECKOUT] [--output FILE.json]
+    [--variants VARIANT ...] [--big-vision CHECKOUT] [--output FILE.json]
 
-Unit vectors of 512 numbers in float32; the gradients are those of both embeddings, the scale and,
-for the sigmoid, the bias. Every case runs in a process of its own, one round after another: once to
-compile and to touch its memory, then timed. Memory is the process's peak less what it held before
-its first run. All must give one loss and one gradient norm. Of open_clip there is, beside
-`SigLipLoss` and `ClipLoss`, `SigLipLoss` in the square pieces that 8 ranks would compute, one after
-another. Of a big_vision checkout, its own functions are read from its files.
+The inputs are unit vectors of 512 numbers in float32; the gradients are with respect to both
+embeddings, the scale and, for the sigmoid, the bias. Every case runs in its own process, in
+interleaved rounds: once to compile and to allocate memory, then timed. Memory is the process's peak
+minus that before its first run. All variants must agree in loss and gradient norm. In addition to
+open_clip's `SigLipLoss` and `ClipLoss`, `SigLipLoss` is timed in the square pieces that 8 ranks
+would compute, in sequence. The losses of big_vision are read from the files of its checkout.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import peers
 import side_by_side
 
 D, SCALE, BIAS, PIECES = 512, 20.0, -10.0, 8
-ARMS = (
+VARIANTS = (
     "ours sigmoid",
     "open_clip sigmoid",
     "open_clip sigmoid, 8 ranks' pieces",
@@ -36,11 +36,11 @@ ARMS = (
     "open_clip softmax",
     "big_vision softmax",
 )
-Run = Callable[[], tuple[float, Any]]  # -> (loss, the images' gradient)
+Run = Callable[[], tuple[float, Any]]  # -> (loss, gradient with respect to the images)
 
 
 def inputs(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """n pairs of correlated unit vectors."""
+    """Return n pairs of correlated unit vectors."""
     rng = np.random.default_rng(0)
     image, noise = rng.standard_normal((2, n, D), np.float32)
     text = noise + 0.3 * image
@@ -48,7 +48,7 @@ def inputs(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ours(n: int, *, sigmoid: bool) -> Run:
-    """The objective, as a training step differentiates it."""
+    """Build the objective with gradients, as in a training step."""
     import jax
     import jax.numpy as jnp
 
@@ -67,20 +67,22 @@ def ours(n: int, *, sigmoid: bool) -> Run:
 
 
 def big_vision(n: int, checkout: Path, *, sigmoid: bool) -> Run:
-    """Its functions alone: the modules around them want TensorFlow, and jax.tree_map of old."""
+    """Build big_vision's loss. Its modules do not import without TensorFlow and an older jax."""
     import jax
     import jax.numpy as jnp
 
     image, text = map(jnp.asarray, inputs(n))
     names: dict[str, Any] = {"jax": jax, "jnp": jnp}
     if not sigmoid:
-        loss = function(checkout / "big_vision/utils.py", "bidirectional_contrastive_loss", names)
+        loss = load_function(
+            checkout / "big_vision/utils.py", "bidirectional_contrastive_loss", names
+        )
         mean = functools.partial(loss, reduction=True)
         mean_and_grad = jax.value_and_grad(lambda *args: mean(*args)[0], (0, 1, 2))
         return jax_run(mean_and_grad, image, text, jnp.float32(SCALE))
 
     class Model:
-        """In the place of the towers, within the trainer's `loss_fn`."""
+        """Replaces the towers in the trainer's `loss_fn`."""
 
         def apply(self, variables: Any, *_: Any, **__: Any) -> Any:
             image, text, t, b = variables["params"]
@@ -88,26 +90,26 @@ def big_vision(n: int, checkout: Path, *, sigmoid: bool) -> Run:
 
     names |= {"model": Model(), "images": None, "labels": None, "rng_model": None}
     trainer = checkout / "big_vision/trainers/proj/image_text/siglip.py"
-    loss = function(trainer, "loss_fn", names)
+    loss = load_function(trainer, "loss_fn", names)
     params = (image, text, jnp.float32(SCALE), jnp.float32(BIAS))
     return jax_run(jax.value_and_grad(lambda *params: loss(params), (0, 1, 2, 3)), *params)
 
 
-def function(path: Path, name: str, names: dict[str, Any]) -> Any:
-    """A function of a file, wherever it is defined there, with `names` for its globals."""
-    found = [
+def load_function(path: Path, name: str, names: dict[str, Any]) -> Any:
+    """Return a function defined anywhere in a file, with `names` as its globals."""
+    definitions: list[ast.stmt] = [
         node
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.FunctionDef) and node.name == name
     ]
     module = types.ModuleType(name)
     module.__dict__.update(names)
-    exec(compile(ast.Module(found, []), str(path), "exec"), module.__dict__)
+    exec(compile(ast.Module(definitions, []), str(path), "exec"), module.__dict__)
     return getattr(module, name)
 
 
 def jax_run(value_and_grad: Any, *args: Any) -> Run:
-    """Compile, then loss and the first gradient."""
+    """Compile; return a function that computes the loss and the first gradient."""
     import jax
 
     program = jax.jit(value_and_grad).lower(*args).compile()
@@ -120,7 +122,7 @@ def jax_run(value_and_grad: Any, *args: Any) -> Run:
 
 
 def open_clip(n: int, *, sigmoid: bool, pieces: int) -> Run:
-    """`ClipLoss` or `SigLipLoss`; in pieces, as its ring over ranks computes them."""
+    """Build `ClipLoss` or `SigLipLoss`; `pieces` > 1 is the number of ranks of its ring."""
     import torch
 
     peer = peers.open_clip()
@@ -140,7 +142,7 @@ def open_clip(n: int, *, sigmoid: bool, pieces: int) -> Run:
         total = 0.0
         for i, image_i in enumerate(image.split(n // pieces)):
             for j, text_j in enumerate(text.split(n // pieces)):
-                # A rank's loss is a mean over its own images; the job's is the mean of the ranks'.
+                # A rank's loss is the mean over its images; the total is the mean over ranks.
                 value = loss._loss(image_i, text_j, scale, bias, negative_only=i != j) / pieces
                 value.backward()
                 total += value.item()
@@ -149,21 +151,21 @@ def open_clip(n: int, *, sigmoid: bool, pieces: int) -> Run:
     return run
 
 
-def one(arm: str, n: int, checkout: Path | None) -> dict[str, Any]:
-    """Build an arm, run it once, time it."""
-    sigmoid = "sigmoid" in arm
-    if arm.startswith("ours"):
+def measure(variant: str, n: int, checkout: Path | None) -> dict[str, Any]:
+    """Build a variant, run it once, then time it."""
+    sigmoid = "sigmoid" in variant
+    if variant.startswith("ours"):
         run = ours(n, sigmoid=sigmoid)
-    elif arm.startswith("open_clip"):
-        run = open_clip(n, sigmoid=sigmoid, pieces=PIECES if "pieces" in arm else 1)
+    elif variant.startswith("open_clip"):
+        run = open_clip(n, sigmoid=sigmoid, pieces=PIECES if "pieces" in variant else 1)
     else:
         assert checkout is not None
         run = big_vision(n, checkout, sigmoid=sigmoid)
     before = side_by_side.peak_memory()
     run()
-    began = time.perf_counter()
+    start = time.perf_counter()
     loss, gradient = run()
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     return {
         "seconds": seconds,
         "GB": side_by_side.peak_memory() - before,
@@ -173,39 +175,45 @@ def one(arm: str, n: int, checkout: Path | None) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run all cases in turn, check that they agree, print a table."""
-    parser = side_by_side.arguments(__doc__, rounds=3)
+    """Run all cases in interleaved rounds, check that they agree, and print a table."""
+    parser = side_by_side.build_parser(__doc__, rounds=3)
     parser.add_argument("--sizes", type=int, nargs="+", default=[4096, 16384])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--big-vision", type=Path, metavar="CHECKOUT")
-    parser.add_argument("--one", nargs=2, metavar=("ARM", "SIZE"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=2, metavar=("VARIANT", "SIZE"), help=argparse.SUPPRESS)
     o = parser.parse_args()
     if o.one:
-        return print(json.dumps(one(o.one[0], int(o.one[1]), o.big_vision)))
-    arms = [a for a in o.arms if o.big_vision or not a.startswith("big_vision")]
-    found: dict[str, list[dict[str, Any]]] = {}
+        return print(json.dumps(measure(o.one[0], int(o.one[1]), o.big_vision)))
+    variants = [v for v in o.variants if o.big_vision or not v.startswith("big_vision")]
+    results: dict[str, list[dict[str, Any]]] = {}
     for _ in range(o.rounds):
         for n in o.sizes:
-            for arm in arms:
+            for variant in variants:
                 peer = ["--big-vision", str(o.big_vision)] if o.big_vision else []
-                result = side_by_side.in_a_new_process(__file__, "--one", arm, str(n), *peer)
-                found.setdefault(f"{n} {arm}", []).append(result)
-    print_table(found)
-    side_by_side.write(o.output, dimension=D, cases=found)
+                result = side_by_side.run_script(__file__, "--one", variant, str(n), *peer)
+                results.setdefault(f"{n} {variant}", []).append(result)
+    print_table(results)
+    side_by_side.write_results(o.output, dimension=D, cases=results)
 
 
-def print_table(found: dict[str, list[dict[str, Any]]]) -> None:
-    """Medians by case. Raises AssertionError where two arms disagree."""
-    print("\n| batch | loss | median s | times ours | GB | nats |\n|---|---|---|---|---|---|")
-    for case, results in found.items():
-        n, _, arm = case.partition(" ")
-        m = {k: statistics.median(r[k] for r in results) for k in results[0]}
-        base = found.get(f"{n} ours {'sigmoid' if 'sigmoid' in arm else 'softmax'}", results)
+def print_table(results: dict[str, list[dict[str, Any]]]) -> None:
+    """Print the medians of every case. Raises AssertionError if two variants disagree."""
+    print(
+        "\n| batch | variant | median s | times ours | GB | loss, nats |\n|---|---|---|---|---|---|"
+    )
+    for case, rounds in results.items():
+        n, _, variant = case.partition(" ")
+        median_of = {k: statistics.median(r[k] for r in rounds) for k in rounds[0]}
+        loss = "sigmoid" if "sigmoid" in variant else "softmax"
+        reference = results.get(f"{n} ours {loss}", rounds)
         for key in ("loss", "norm"):
-            np.testing.assert_allclose(m[key], base[0][key], rtol=1e-4, err_msg=f"{case}: {key}")
-        times = m["seconds"] / statistics.median(r["seconds"] for r in base)
-        columns = f"{m['seconds']:.2f} | {times:.2f} | {m['GB']:.2f} | {m['loss']:.4f}"
-        print(f"| {n} | {arm} | {columns} |")
+            np.testing.assert_allclose(
+                median_of[key], reference[0][key], rtol=1e-4, err_msg=f"{case}: {key}"
+            )
+        times = median_of["seconds"] / statistics.median(r["seconds"] for r in reference)
+        columns = f"{median_of['seconds']:.2f} | {times:.2f}"
+        columns += f" | {median_of['GB']:.2f} | {median_of['loss']:.4f}"
+        print(f"| {n} | {variant} | {columns} |")
 
 
 if __name__ == "__main__":

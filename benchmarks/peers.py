@@ -1,4 +1,7 @@
-"""The peers' libraries, importable where their own imports would fail. Tests of them use it too."""
+"""Imports of the peers' libraries, with workarounds where a plain import fails.
+
+The tests against peers use this module too.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ from typing import Any
 
 
 def torchvision() -> Any:
-    """The torchvision module. Raises ImportError where it is not installed."""
+    """Import torchvision. Raises ImportError if it is not installed."""
     try:
         import torchvision
-    except RuntimeError:  # built for CUDA, beside a CPU torch it looks for two operators in vain
+    except RuntimeError:  # a CUDA build misses two operators of a CPU build of torch
         from torch import library
 
         for op in ("nms", "qnms"):
@@ -23,7 +26,7 @@ def torchvision() -> Any:
 
 
 def open_clip() -> Any:
-    """The open_clip module. Raises ImportError where it is not installed."""
+    """Import open_clip. Raises ImportError if it is not installed."""
     torchvision()
     import open_clip
 
@@ -31,10 +34,18 @@ def open_clip() -> Any:
 
 
 def add_big_vision(checkout: Path) -> None:
-    """Make `big_vision.models` importable from a checkout. Its TensorFlow is never called."""
+    """Make `big_vision.models` importable from a checkout, without TensorFlow.
+
+    Its modules import TensorFlow but do not call it, so empty modules replace it. Raises ValueError
+    if `checkout` is not a checkout of big_vision.
+    """
     if not (checkout / "big_vision" / "models").is_dir():
-        raise ValueError(f"{checkout} is no checkout of big_vision: no big_vision/models in it")
-    # Flax looks for a real TensorFlow when this is first imported: before ours stands in for it.
+        raise ValueError(
+            f"{checkout} has no folder big_vision/models; expected a checkout of "
+            "google-research/big_vision; pass its path"
+        )
+    # On its first import, this module of Flax looks for a real TensorFlow, so import it before the
+    # replacement is in place.
     importlib.import_module("flax.training.checkpoints")
     sys.path.insert(0, str(checkout))
     for name in ("tensorflow", "tensorflow.io", "tensorflow.io.gfile"):

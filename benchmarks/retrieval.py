@@ -1,12 +1,12 @@
-"""Retrieval evaluation: seconds and memory, beside CLIP_benchmark's own code; equal recalls.
+"""Retrieval evaluation: seconds and memory, ours and CLIP_benchmark's, with equal recalls.
 
 .venv-peers/bin/python benchmarks/retrieval.py [--images 5000] [--rounds 3] [--output FILE.json]
 
 Images with five captions each, as in COCO's test set, as correlated random unit vectors of 512
-numbers; R@1, R@5 and R@10 both ways. Both get the vectors and begin with them: CLIP_benchmark runs
-its `zeroshot_retrieval.evaluate` with a model that returns its inputs. Each case runs in a process
-of its own, one round after another; ours compiles within its time. Memory is the process's peak
-less what it held before. Raises AssertionError where the recalls differ.
+numbers; R@1, R@5 and R@10 in both directions. Both start from the vectors: CLIP_benchmark runs its
+`zeroshot_retrieval.evaluate` with a model that returns its inputs. Each variant runs in its own
+process, in interleaved rounds; our time includes compilation. Memory is the process's peak minus
+that before the run. Raises AssertionError if the recalls differ.
 """
 
 import argparse
@@ -20,12 +20,12 @@ import numpy as np
 import side_by_side
 
 D, CAPTIONS, BATCH, KS = 512, 5, 64, (1, 5, 10)
-ARMS = ("ours", "CLIP_benchmark")
+VARIANTS = ("ours", "CLIP_benchmark")
 Metrics = dict[str, float]
 
 
 def embeddings(images: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(images, texts, image of each text)."""
+    """Return (image embeddings, text embeddings, index of each text's image)."""
     rng = np.random.default_rng(0)
     owner = np.repeat(np.arange(images), CAPTIONS)
     image = rng.standard_normal((images, D), np.float32)
@@ -35,19 +35,19 @@ def embeddings(images: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def ours(image: np.ndarray, text: np.ndarray, owner: np.ndarray) -> Callable[[], Metrics]:
-    """The evaluator's metrics, from the embeddings on."""
+    """Build the evaluator's computation from embeddings to metrics."""
     from imgtune_jax.evals.retrieval import retrieval_metrics
 
     return lambda: retrieval_metrics(image, text, owner, ks=KS)
 
 
 def clip_benchmark(image: np.ndarray, text: np.ndarray, owner: np.ndarray) -> Callable[[], Metrics]:
-    """Its `evaluate`, in batches as its command line makes them, without mixed precision."""
+    """Build its `evaluate`, with the batches of its command line, without mixed precision."""
     import torch
     from clip_benchmark.metrics import zeroshot_retrieval
 
-    class Same:
-        """A model whose images and texts are embeddings already."""
+    class Identity:
+        """A model whose inputs are embeddings."""
 
         def encode_image(self, x: Any) -> Any:
             return x
@@ -59,51 +59,50 @@ def clip_benchmark(image: np.ndarray, text: np.ndarray, owner: np.ndarray) -> Ca
     images = torch.from_numpy(image)
     batches = [(images[i : i + BATCH], rows[i : i + BATCH]) for i in range(0, len(image), BATCH)]
     return lambda: zeroshot_retrieval.evaluate(
-        Same(), batches, torch.stack, "cpu", amp=False, recall_k_list=list(KS)
+        Identity(), batches, torch.stack, "cpu", amp=False, recall_k_list=list(KS)
     )
 
 
-def one(arm: str, images: int) -> dict[str, Any]:
-    """Build an arm and time its one run."""
+def measure(variant: str, images: int) -> dict[str, Any]:
+    """Build a variant and time its single run."""
     arrays = embeddings(images)
-    run = (ours if arm == "ours" else clip_benchmark)(*arrays)
+    run = (ours if variant == "ours" else clip_benchmark)(*arrays)
     before = side_by_side.peak_memory()
-    began = time.perf_counter()
+    start = time.perf_counter()
     metrics = run()
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     recalls = {k: v for k, v in metrics.items() if "recall" in k}
     return {"seconds": seconds, "GB": side_by_side.peak_memory() - before, "recalls": recalls}
 
 
 def main() -> None:
-    """Run both in turn, compare, print a table."""
-    parser = side_by_side.arguments(__doc__, rounds=3)
+    """Run both in interleaved rounds, compare their recalls, and print a table."""
+    parser = side_by_side.build_parser(__doc__, rounds=3)
     parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--one", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=VARIANTS, help=argparse.SUPPRESS)
     o = parser.parse_args()
     if o.one:
-        return print(json.dumps(one(o.one, o.images)))
-    found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
+        return print(json.dumps(measure(o.one, o.images)))
+    results: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
     for _ in range(o.rounds):
-        for arm, results in found.items():
-            results.append(
-                side_by_side.in_a_new_process(__file__, "--one", arm, "--images", str(o.images))
-            )
-    recalls = {arm: results[0]["recalls"] for arm, results in found.items()}
+        for variant in VARIANTS:
+            arguments = ("--one", variant, "--images", str(o.images))
+            results[variant].append(side_by_side.run_script(__file__, *arguments))
+    recalls = {variant: rounds[0]["recalls"] for variant, rounds in results.items()}
     assert recalls["ours"].keys() == recalls["CLIP_benchmark"].keys()
     for name, value in recalls["ours"].items():
         # CLIP_benchmark averages in float32.
         np.testing.assert_allclose(recalls["CLIP_benchmark"][name], value, rtol=2e-7, err_msg=name)
-    m = {
-        arm: {k: statistics.median(r[k] for r in results) for k in ("seconds", "GB")}
-        for arm, results in found.items()
+    median_of = {
+        variant: {k: statistics.median(r[k] for r in rounds) for k in ("seconds", "GB")}
+        for variant, rounds in results.items()
     }
     print(f"\n{o.images} images, {CAPTIONS * o.images} texts; recalls equal: {recalls['ours']}")
     print("\n| | median s | times ours | GB |\n|---|---|---|---|")
-    for arm, x in m.items():
-        times = x["seconds"] / m["ours"]["seconds"]
-        print(f"| {arm} | {x['seconds']:.2f} | {times:.1f} | {x['GB']:.2f} |")
-    side_by_side.write(o.output, images=o.images, cases=found)
+    for variant, x in median_of.items():
+        times = x["seconds"] / median_of["ours"]["seconds"]
+        print(f"| {variant} | {x['seconds']:.2f} | {times:.1f} | {x['GB']:.2f} |")
+    side_by_side.write_results(o.output, images=o.images, cases=results)
 
 
 if __name__ == "__main__":

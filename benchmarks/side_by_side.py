@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, and tables."""
+"""Code shared by the benchmarks: interleaved timing, tables, results as JSON."""
 
 from __future__ import annotations
 
@@ -21,106 +21,109 @@ from typing import Any
 import jax
 
 Run = Callable[[], object]
-Arms = Mapping[str, Run]
-
-
-def interleaved(arms: Arms, rounds: int, *, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of each arm, one round of all arms after another.
-
-    A machine that drifts then drifts for all. The `warmup` rounds, which compile, are not counted.
-    """
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for turn in range(rounds + warmup):
-        for name, run in arms.items():
-            began = time.perf_counter()
-            jax.block_until_ready(run())
-            if turn >= warmup:
-                times[name].append(time.perf_counter() - began)
-    return times
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Seconds of each round, and the greatest resident memory in GB, by arm."""
+class Measurements:
+    """Seconds of each round, and peak resident memory in GB, by variant."""
 
     times: dict[str, list[float]] = field(default_factory=dict)
     memory: dict[str, float] = field(default_factory=dict)
 
 
-def in_processes(
-    arms: Mapping[str, tuple[Callable[..., Run], tuple[Any, ...]]], rounds: int, *, warmup: int = 1
-) -> Measured:
-    """Like `interleaved`, each arm in a process of its own: {name: (make, arguments of make)}.
+def time_in_processes(
+    variants: Mapping[str, tuple[Callable[..., Run], tuple[Any, ...]]],
+    rounds: int,
+    *,
+    warmup: int = 1,
+) -> Measurements:
+    """Time each variant, {name: (build, arguments of build)}, in its process, round after round.
 
-    Allocators and thread pools of one arm do not burden another then. An arm whose library is not
-    installed is left out, and said so.
+    Each round runs all variants in turn, so that a drift of the machine's speed affects all of
+    them; separate processes separate their allocators and thread pools. The `warmup` rounds, which
+    compile, are not counted. A variant whose library is not installed is skipped with a message.
     """
     context = multiprocessing.get_context("spawn")
     workers: dict[str, tuple[Connection, Any]] = {}
-    measured = Measured()
-    for name, (make, given) in arms.items():
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, make, given), daemon=True)
+    measurements = Measurements()
+    for name, (build, arguments) in variants.items():
+        pipe, worker_pipe = context.Pipe()
+        process = context.Process(target=_serve, args=(worker_pipe, build, arguments), daemon=True)
         process.start()
-        missing = ours.recv()
-        if missing:
-            print(f"{name} is left out: {missing}")
+        import_error = pipe.recv()
+        if import_error:
+            print(f"{name} is skipped: {import_error}")
         else:
-            workers[name] = ours, process
-            measured.times[name] = []
+            workers[name] = pipe, process
+            measurements.times[name] = []
     for turn in range(rounds + warmup):
         for name, (pipe, _) in workers.items():
             pipe.send(True)
-            seconds, measured.memory[name] = pipe.recv()
+            seconds, measurements.memory[name] = pipe.recv()
             if turn >= warmup:
-                measured.times[name].append(seconds)
+                measurements.times[name].append(seconds)
     for pipe, process in workers.values():
         pipe.send(False)
         process.join()
-    return measured
+    return measurements
 
 
-def _serve(pipe: Connection, make: Callable[..., Run], given: tuple[Any, ...]) -> None:
+def _serve(pipe: Connection, build: Callable[..., Run], arguments: tuple[Any, ...]) -> None:
+    """In a worker process, run and time a variant whenever the pipe receives True."""
     try:
-        run = make(*given)
+        run = build(*arguments)
     except ImportError as error:
         pipe.send(str(error))
         return
     pipe.send("")
     while pipe.recv():
-        began = time.perf_counter()
+        start = time.perf_counter()
         jax.block_until_ready(run())
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         pipe.send((seconds, peak_memory()))
 
 
-def in_a_new_process(script: str, *given: str) -> dict[str, Any]:
-    """What the script prints as its last line, in JSON, and `process_s`: its whole life.
+def run_script(script: str | Path, *arguments: str, checkout: Path | None = None) -> dict[str, Any]:
+    """Run a script; return the JSON object that it prints last, and `process_s`, its wall time.
 
-    Raises RuntimeError with the end of what it wrote when it fails.
+    With `checkout`, the script runs in that folder and imports from it. Raises RuntimeError with
+    the end of its standard error if it fails.
     """
-    began = time.perf_counter()
-    done = subprocess.run([sys.executable, script, *given], capture_output=True, text=True)
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=checkout,
+        env=None if checkout is None else checkout_env(checkout),
+    )
     if done.returncode:
-        raise RuntimeError(f"{script} {given} gave {done.returncode}:\n{done.stderr[-2000:]}")
+        raise RuntimeError(
+            f"{script} {arguments} exited with code {done.returncode}:\n{done.stderr[-2000:]}"
+        )
     result = json.loads(done.stdout.splitlines()[-1])
-    result["process_s"] = time.perf_counter() - began
-    print(*given[1:], {k: v for k, v in result.items() if isinstance(v, float)}, flush=True)
+    result["process_s"] = time.perf_counter() - start
+    print(*arguments[1:], {k: v for k, v in result.items() if isinstance(v, float)}, flush=True)
     return result
 
 
+def checkout_env(checkout: Path) -> dict[str, str]:
+    """Return an environment in which Python imports package and benchmarks of a checkout."""
+    return os.environ | {"PYTHONPATH": f"{checkout}{os.pathsep}{checkout / 'benchmarks'}"}
+
+
 def peak_memory() -> float:
-    """The most GB that this process has held so far."""
+    """Return the peak resident memory of this process so far, in GB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def medians(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """The median of each arm."""
+    """Return the median of each variant."""
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def machine() -> dict[str, Any]:
-    """What a figure was measured on."""
+def machine_info() -> dict[str, Any]:
+    """Return the hardware and the versions that a figure depends on."""
     info: dict[str, Any] = {
         "cpu": platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
@@ -133,42 +136,43 @@ def machine() -> dict[str, Any]:
         lines = cpuinfo.read_text().splitlines()
         names = [x.partition(":")[2].strip() for x in lines if x.startswith("model name")]
         flags = next((x.partition(":")[2].split() for x in lines if x.startswith("flags")), [])
-        wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-        info |= {"cpu": names[0] if names else info["cpu"], "flags": sorted({*wanted} & {*flags})}
+        relevant = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+        info |= {"cpu": names[0] if names else info["cpu"], "flags": sorted({*relevant} & {*flags})}
     return info
 
 
-def table(
+def format_table(
     times: Mapping[str, Sequence[float]],
     reference: str,
     memory: Mapping[str, float] | None = None,
     *,
     unit: str = "s",
 ) -> str:
-    """Medians, ranges and how many times the reference's median each is, in Markdown."""
-    m, extra = medians(times), memory or {}
-    head = f"| | median {unit} | least to most | times {reference} |"
+    """Return medians, ranges and ratios to the reference's median as a Markdown table."""
+    median_of, peak_gb = medians(times), memory or {}
+    header = f"| | median {unit} | least to most | times {reference} |"
     lines = [
-        head + (" peak GB |" if extra else ""),
-        "|---|---|---|---|" + ("---|" if extra else ""),
+        header + (" peak GB |" if peak_gb else ""),
+        "|---|---|---|---|" + ("---|" if peak_gb else ""),
     ]
     for name, values in times.items():
-        spread = f"{min(values):.3g} to {max(values):.3g}"
-        line = f"| {name} | {m[name]:.3g} | {spread} | {m[name] / m[reference]:.2f} |"
-        lines.append(line + (f" {extra[name]:.1f} |" if extra else ""))
+        median = median_of[name]
+        limits = f"{min(values):.3g} to {max(values):.3g}"
+        line = f"| {name} | {median:.3g} | {limits} | {median / median_of[reference]:.2f} |"
+        lines.append(line + (f" {peak_gb[name]:.1f} |" if peak_gb else ""))
     return "\n".join(lines)
 
 
-def write(output: Path | None, **result: Any) -> None:
-    """Print the machine, and write everything as JSON where a file is named."""
-    print(f"\n{json.dumps(machine())}")
+def write_results(output: Path | None, **results: Any) -> None:
+    """Print the machine; if `output` is given, write machine and results to it as JSON."""
+    print(f"\n{json.dumps(machine_info())}")
     if output is not None:
-        output.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
+        output.write_text(json.dumps({"machine": machine_info(), **results}, indent=1) + "\n")
 
 
-def arguments(doc: str, *, rounds: int = 5) -> argparse.ArgumentParser:
-    """A parser with what every benchmark takes."""
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+def build_parser(doc: str | None, *, rounds: int = 5) -> argparse.ArgumentParser:
+    """Return a parser with the options that all benchmarks share."""
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=rounds)
-    parser.add_argument("--output", type=Path, help="a JSON file to write")
+    parser.add_argument("--output", type=Path, help="JSON file to write the results to")
     return parser

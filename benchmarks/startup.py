@@ -1,11 +1,13 @@
-"""Time to the first step, from the start of the process: ours, and open_clip's.
+"""Time to the first step, from the start of the process: ours and open_clip's.
 
 .venv-peers/bin/python benchmarks/startup.py [--rounds 3] [--output FILE.json]
+.venv/bin/python benchmarks/startup.py --against CHECKOUT [--rounds 5]
 
 ViT-B/32 at 224 pixels and CLIP's text tower with 77 tokens, batch 32, float32, AdamW, random
-weights and pixels. Ours with its layers unrolled and with them in a scan; with nothing compiled
-before, and with the programs that an earlier process left in JAX's persistent cache, as
-`train.py` keeps them. Every case runs in a process of its own, one round after another.
+weights and pixels. Ours with its layers unrolled and with them in a scan; with an empty compilation
+cache, and with the programs that an earlier process stored in JAX's persistent cache, which
+`train.py` uses. Every variant runs in its own process, in interleaved rounds. With --against, only
+ours with an empty cache is timed, in this checkout and in another one.
 """
 
 import argparse
@@ -16,30 +18,37 @@ import time
 from pathlib import Path
 from typing import Any
 
+import checkouts
 import peers
 import side_by_side
 
-ARMS = ("ours", "ours, kept programs", "ours, scan", "ours, scan, kept programs", "open_clip")
+VARIANTS = (
+    "ours",
+    "ours, cached programs",
+    "ours, scan",
+    "ours, scan, cached programs",
+    "open_clip",
+)
 STAGES = ("import_s", "build_s", "compile_s", "step_s", "process_s")
 BATCH, PIXELS, LENGTH, VOCABULARY = 32, 224, 77, 49408
 WIDTH, HEADS, DEPTH = 512, 8, 12
 
 
 class Stages(dict[str, float]):
-    """Seconds by stage, each from the end of the last."""
+    """Seconds by stage, each from the end of the previous one."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.last = time.perf_counter()
+        self.last_end = time.perf_counter()
 
     def end(self, name: str) -> None:
-        """Close a stage."""
+        """Record the time since the previous stage as that of the stage `name`."""
         now = time.perf_counter()
-        self[name], self.last = now - self.last, now
+        self[name], self.last_end = now - self.last_end, now
 
 
-def ours(*, scan: bool, kept: Path | None) -> Stages:
-    """Import, initialise, compile, step."""
+def ours(*, scan: bool, cache_dir: Path | None) -> Stages:
+    """Import, initialize, compile, and run a step."""
     stages = Stages()
     import jax
     import jax.numpy as jnp
@@ -51,8 +60,8 @@ def ours(*, scan: bool, kept: Path | None) -> Stages:
     from imgtune_jax.training.step import make_train_step
     from imgtune_jax.types import Batch, TrainState
 
-    if kept is not None:
-        jax.config.update("jax_compilation_cache_dir", str(kept))
+    if cache_dir is not None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     stages.end("import_s")
     text = dict(width=WIDTH, depth=DEPTH, mlp_dim=4 * WIDTH, num_heads=HEADS, max_length=LENGTH)
@@ -90,7 +99,7 @@ def ours(*, scan: bool, kept: Path | None) -> Stages:
 
 
 def open_clip() -> Stages:
-    """Import, build, step; nothing is compiled."""
+    """Import, build, and run a step; open_clip compiles nothing."""
     stages = Stages()
     library = peers.open_clip()
     import torch
@@ -110,32 +119,49 @@ def open_clip() -> Stages:
     return stages
 
 
+def run_all(rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Run all variants in interleaved rounds; return their stages by variant."""
+    results: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
+    with tempfile.TemporaryDirectory() as cache_dir:
+        for turn in range(rounds + 1):
+            for variant in VARIANTS:
+                uses_cache = "cached" in variant
+                if turn == 0 and not uses_cache:
+                    continue  # the first turn fills the cache
+                cache = ["--cache-dir", cache_dir] if uses_cache else []
+                stages = side_by_side.run_script(__file__, "--one", variant, *cache)
+                if turn:
+                    results[variant].append(stages)
+    return results
+
+
 def main() -> None:
-    """Run all arms in turn and print a table."""
-    parser = side_by_side.arguments(__doc__, rounds=3)
-    parser.add_argument("--one", choices=ARMS, help=argparse.SUPPRESS)
-    parser.add_argument("--kept", type=Path, help=argparse.SUPPRESS)
+    """Run all variants in interleaved rounds and print a table."""
+    parser = side_by_side.build_parser(__doc__, rounds=3)
+    parser.add_argument("--against", type=Path, help="another checkout of this project")
+    parser.add_argument("--one", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--cache-dir", type=Path, help=argparse.SUPPRESS)
     o = parser.parse_args()
     if o.one == "open_clip":
         return print(json.dumps(open_clip()))
     if o.one:
-        return print(json.dumps(ours(scan="scan" in o.one, kept=o.kept)))
-    found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
-    with tempfile.TemporaryDirectory() as kept:
-        for turn in range(o.rounds + 1):
-            for arm, results in found.items():
-                if turn == 0 and "kept" not in arm:
-                    continue  # the first turn leaves the programs
-                cache = ["--kept", kept] if "kept" in arm else []
-                result = side_by_side.in_a_new_process(__file__, "--one", arm, *cache)
-                if turn:
-                    results.append(result)
-    print("\n| | import | build | compile | first step | whole process, s |")
+        return print(json.dumps(ours(scan="scan" in o.one, cache_dir=o.cache_dir)))
+    if o.against:
+        seconds = {
+            variant: checkouts.compare_scripts(
+                "startup.py", ("--one", variant), o.against, o.rounds
+            )
+            for variant in ("ours", "ours, scan")
+        }
+        print(f"\n{checkouts.format_comparison(seconds)}")
+        return side_by_side.write_results(o.output, batch=BATCH, seconds=seconds)
+    results = run_all(o.rounds)
+    print("\n| | import | build | compile | first step | total of the process, s |")
     print("|---|---|---|---|---|---|")
-    for arm, results in found.items():
-        cells = [f"{statistics.median(r[s] for r in results):.1f}" for s in STAGES]
-        print(f"| {arm} | {' | '.join(cells)} |")
-    side_by_side.write(o.output, batch=BATCH, cases=found)
+    for variant, stages in results.items():
+        cells = [f"{statistics.median(s[name] for s in stages):.1f}" for name in STAGES]
+        print(f"| {variant} | {' | '.join(cells)} |")
+    side_by_side.write_results(o.output, batch=BATCH, cases=results)
 
 
 if __name__ == "__main__":

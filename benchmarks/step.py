@@ -1,12 +1,14 @@
-"""A full contrastive training step: ours, open_clip's, and big_vision's modules.
+"""A full contrastive training step: ours, open_clip's, and one with big_vision's modules.
 
 .venv-peers/bin/python benchmarks/step.py --model {clip-b32,siglip-ti16} [--dtype bfloat16]
     [--big-vision CHECKOUT] [--rounds 5] [--output FILE.json]
+.venv/bin/python benchmarks/step.py --against CHECKOUT [--rounds 5]
 
 clip-b32: ViT-B/32 at 224 pixels and a 12-layer text tower of width 512 with 77 tokens, softmax.
 siglip-ti16: ViT-Ti/16 at 224 pixels and a Ti text tower with 64 tokens, sigmoid. Random weights,
-AdamW, one process an arm, one round after another. bfloat16 is the type of matrix-product operands:
-in open_clip by autocast, in big_vision by its `dtype_mm` (its text tower has none: float32).
+AdamW; one process per variant, in interleaved rounds. bfloat16 is the type of matrix-product
+operands: in open_clip by autocast, in big_vision by its `dtype_mm` (which its text tower lacks, so
+that remains float32). With --against, only our step is timed, in this checkout and in another one.
 """
 
 import functools
@@ -18,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from checkouts import compare_runs, format_comparison
 from peers import add_big_vision, open_clip
-from side_by_side import Run, arguments, in_processes, table, write
+from side_by_side import Run, build_parser, format_table, time_in_processes, write_results
 
 from imgtune_jax import models, objectives
 from imgtune_jax.training.optim import Optimizer
@@ -29,7 +32,7 @@ from imgtune_jax.types import Batch, TrainState
 
 @dataclass(frozen=True)
 class Sizes:
-    """Both towers of a benchmark."""
+    """Sizes of the two towers of a model."""
 
     patch_size: int
     width: int
@@ -51,41 +54,49 @@ MODELS = {
 LEARNING_RATE = 1e-4
 
 
-def ours(s: Sizes, batch_size: int, dtype: str) -> Run:
-    """A step of our trainer, compiled at its first call."""
-    text = dict(width=s.text_width, depth=s.depth, mlp_dim=4 * s.text_width)
+def our_model(s: Sizes, dtype: str) -> models.ImageTextModel:
+    """Build CLIP's towers (softmax) or SigLIP's (sigmoid)."""
     causal = dict(causal=True, pool="eot") if not s.sigmoid else dict(causal=False, pool="last")
-    act = "gelu_tanh" if s.sigmoid else "gelu"  # as SigLIP and CLIP have it
-    model = models.build_model(
+    act = "gelu_tanh" if s.sigmoid else "gelu"  # as in SigLIP and CLIP
+    image = dict(
+        name="vit",
+        width=s.width,
+        depth=s.depth,
+        mlp_dim=4 * s.width,
+        num_heads=s.num_heads,
+        patch_size=s.patch_size,
+        pre_norm=not s.sigmoid,
+        class_token=not s.sigmoid,
+        pool="attention" if s.sigmoid else "cls",
+        act=act,
+    )
+    text = dict(
+        name="text_transformer",
+        width=s.text_width,
+        depth=s.depth,
+        mlp_dim=4 * s.text_width,
+        num_heads=s.text_heads,
+        max_length=s.length,
+        vocab_size=s.vocab_size,
+        mask_padding=not s.sigmoid,
+        act=act,
+        **causal,
+    )
+    return models.build_model(
         dict(
-            image=dict(
-                name="vit",
-                width=s.width,
-                depth=s.depth,
-                mlp_dim=4 * s.width,
-                num_heads=s.num_heads,
-                patch_size=s.patch_size,
-                pre_norm=not s.sigmoid,
-                class_token=not s.sigmoid,
-                pool="attention" if s.sigmoid else "cls",
-                act=act,
-            ),
-            text=dict(
-                name="text_transformer",
-                num_heads=s.text_heads,
-                max_length=s.length,
-                vocab_size=s.vocab_size,
-                mask_padding=not s.sigmoid,
-                act=act,
-                **text,
-                **causal,
-            ),
+            image=image,
+            text=text,
             embed_dim=s.embed_dim,
             image_size=s.image_size,
             logit_bias_init=-10.0 if s.sigmoid else None,
             dtype=dtype,
         )
     )
+
+
+def ours(s: Sizes, batch_size: int, dtype: str) -> Run:
+    """Build our training step; its first call compiles it."""
+    model = our_model(s, dtype)
     tx = optax.adamw(LEARNING_RATE)
     optimizer = Optimizer(tx=tx, schedule=optax.constant_schedule(LEARNING_RATE))
     objective = objectives.build_objective(
@@ -98,7 +109,7 @@ def ours(s: Sizes, batch_size: int, dtype: str) -> Run:
     step = jax.jit(
         make_train_step(forward, objective, optimizer, key=jax.random.key(1)), donate_argnums=0
     )
-    image, ids = inputs(s, batch_size)
+    image, ids = make_inputs(s, batch_size)
     batch = Batch(jnp.ones(batch_size, bool), text=ids, text_mask=ids >= 0, image=image)
     params = model.init(jax.random.key(0))
     state = [TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))]
@@ -110,8 +121,8 @@ def ours(s: Sizes, batch_size: int, dtype: str) -> Run:
     return run
 
 
-def inputs(s: Sizes, batch_size: int) -> tuple[Any, jax.Array]:
-    """Random uint8 pictures and token ids."""
+def make_inputs(s: Sizes, batch_size: int) -> tuple[Any, jax.Array]:
+    """Return random images u8[b h w 3] and token ids i32[b l]."""
     rng = np.random.default_rng(0)
     shape = (batch_size, s.image_size, s.image_size, 3)
     ids = rng.integers(1, s.vocab_size, (batch_size, s.length))
@@ -119,7 +130,7 @@ def inputs(s: Sizes, batch_size: int) -> tuple[Any, jax.Array]:
 
 
 def open_clip_step(s: Sizes, batch_size: int, dtype: str) -> Run:
-    """A step as open_clip's trainer does it, without its gradient scaler."""
+    """Build a step as in open_clip's trainer, without its gradient scaler."""
     library = open_clip()
     import torch
 
@@ -161,35 +172,41 @@ def open_clip_step(s: Sizes, batch_size: int, dtype: str) -> Run:
     return run
 
 
-def big_vision_step(s: Sizes, batch_size: int, dtype: str, checkout: Path) -> Run:
-    """A step over big_vision's two-tower module, with its loss written out."""
+def big_vision_model(s: Sizes, dtype: str, checkout: Path) -> Any:
+    """Build big_vision's two-tower module."""
     add_big_vision(checkout)
     from big_vision.models.proj.image_text import two_towers  # pyright: ignore
 
-    size = dict(depth=s.depth)
-    model = two_towers.Model(
-        image=dict(
-            width=s.width,
-            mlp_dim=4 * s.width,
-            num_heads=s.num_heads,
-            patch_size=(s.patch_size, s.patch_size),
-            pool_type="map" if s.sigmoid else "tok",
-            dtype_mm=dtype,
-            **size,
-        ),
-        text=dict(
-            width=s.text_width,
-            mlp_dim=4 * s.text_width,
-            num_heads=s.text_heads,
-            vocab_size=s.vocab_size,
-            **size,
-        ),
+    image = dict(
+        width=s.width,
+        depth=s.depth,
+        mlp_dim=4 * s.width,
+        num_heads=s.num_heads,
+        patch_size=(s.patch_size, s.patch_size),
+        pool_type="map" if s.sigmoid else "tok",
+        dtype_mm=dtype,
+    )
+    text = dict(
+        width=s.text_width,
+        depth=s.depth,
+        mlp_dim=4 * s.text_width,
+        num_heads=s.text_heads,
+        vocab_size=s.vocab_size,
+    )
+    return two_towers.Model(
+        image=image,
+        text=text,
         out_dim=s.embed_dim,
         temperature_init=10.0,
         bias_init=-10.0 if s.sigmoid else None,
     )
-    pictures, ids = inputs(s, batch_size)
-    image = pictures.astype(jnp.float32) / 127.5 - 1
+
+
+def big_vision_step(s: Sizes, batch_size: int, dtype: str, checkout: Path) -> Run:
+    """Build a step with big_vision's two-tower module; its loss is written out here."""
+    model = big_vision_model(s, dtype, checkout)
+    pixels, ids = make_inputs(s, batch_size)
+    image = pixels.astype(jnp.float32) / 127.5 - 1
     tx = optax.adamw(LEARNING_RATE)
 
     def loss(params: Any) -> jax.Array:
@@ -212,30 +229,39 @@ def big_vision_step(s: Sizes, batch_size: int, dtype: str, checkout: Path) -> Ru
     state = [(params, tx.init(params))]
 
     def run() -> object:
-        *new, value = step(*state[0])
-        state[0] = tuple(new)
+        *new_state, value = step(*state[0])
+        state[0] = tuple(new_state)
         return value
 
     return run
 
 
 def main() -> None:
-    """Time all arms, interleaved, and print a table."""
-    parser = arguments(__doc__)
+    """Time all variants in interleaved rounds and print a table."""
+    parser = build_parser(__doc__)
     parser.add_argument("--model", choices=MODELS, default="clip-b32")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--big-vision", type=Path, help="a checkout of google-research/big_vision")
+    parser.add_argument("--against", type=Path, help="another checkout of this project")
     o = parser.parse_args()
-    given = (MODELS[o.model], o.batch_size, o.dtype)
-    arms: dict[str, Any] = {"ours": (ours, given), "open_clip": (open_clip_step, given)}
-    if o.big_vision:
-        arms["big_vision modules"] = (big_vision_step, (*given, o.big_vision))
-    measured = in_processes(arms, o.rounds)
-    print(f"\n{o.model}, batch {o.batch_size}, {o.dtype}\n")
-    print(table(measured.times, "ours", measured.memory))
     settings = dict(model=o.model, dtype=o.dtype, batch_size=o.batch_size)
-    write(o.output, **settings, seconds=measured.times, memory=measured.memory)
+    print(f"\n{o.model}, batch {o.batch_size}, {o.dtype}\n")
+    if o.against:
+        build = f"step.ours(step.MODELS[{o.model!r}], {o.batch_size}, {o.dtype!r})"
+        times = compare_runs("step", build, o.against, o.rounds)
+        print(format_comparison({"step": times}))
+        return write_results(o.output, **settings, seconds=times)
+    arguments = (MODELS[o.model], o.batch_size, o.dtype)
+    variants: dict[str, Any] = {
+        "ours": (ours, arguments),
+        "open_clip": (open_clip_step, arguments),
+    }
+    if o.big_vision:
+        variants["big_vision modules"] = (big_vision_step, (*arguments, o.big_vision))
+    measurements = time_in_processes(variants, o.rounds)
+    print(format_table(measurements.times, "ours", measurements.memory))
+    write_results(o.output, **settings, seconds=measurements.times, memory=measurements.memory)
 
 
 if __name__ == "__main__":

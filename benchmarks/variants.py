@@ -1,4 +1,4 @@
-"""What the experiments share: training runs of several arms and seeds, and a table of them."""
+"""Code shared by the experiments: training runs of several variants and seeds, and their table."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ I2T, T2I = "text_retrieval_recall", "image_retrieval_recall"
 
 @dataclass(frozen=True)
 class Column:
-    """A figure of a run's results, and what the table calls it; `times` makes it percent."""
+    """A metric of a run's results, and its title in the table; `times` 100 makes it percent."""
 
     dataset: str
     metric: str
@@ -24,59 +24,63 @@ class Column:
     times: float = 100.0
 
 
-def arguments(doc: str, output: str) -> argparse.ArgumentParser:
-    """A parser with what every experiment takes."""
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+def build_parser(doc: str | None, output: str) -> argparse.ArgumentParser:
+    """Return a parser with the options that all experiments share."""
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path(output))
     return parser
 
 
 def run_all(
-    config: str, arms: Sequence[str], seeds: int, columns: Sequence[Column], output: Path
+    config: str, variants: Sequence[str], seeds: int, columns: Sequence[Column], output: Path
 ) -> None:
-    """Train each arm with each seed, print the table in Markdown, keep it as `table.json`.
+    """Train each variant with each seed, print the table in Markdown, and write `table.json`.
 
-    A finished run is not run again. A run's seconds are of the whole process: start-up,
-    compilation and evaluation included.
+    A finished run is not repeated. A run's seconds are those of its process, including start-up,
+    compilation and evaluation.
     """
-    rows: dict[str, list[list[float | None]]] = {arm: [] for arm in arms}
-    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    rows: dict[str, list[list[float | None]]] = {variant: [] for variant in variants}
+    seconds: dict[str, list[float]] = {variant: [] for variant in variants}
     for seed in range(seeds):
-        for arm in arms:
-            workdir = output / f"{arm}_seed{seed}"
-            seconds[arm].append(_run(f"{config}:{arm}", workdir, seed))
-            rows[arm].append(_results(workdir, columns))
+        for variant in variants:
+            workdir = output / f"{variant}_seed{seed}"
+            seconds[variant].append(_train(f"{config}:{variant}", workdir, seed))
+            rows[variant].append(_read_results(workdir, columns))
     titles = [c.title for c in columns]
-    print(f"| | {' | '.join(titles)} | seconds a run |")
+    print(f"| | {' | '.join(titles)} | seconds per run |")
     print("|---" * (len(columns) + 2) + "|")
-    for arm, runs in rows.items():
-        cells = [_cell([x for x in column if x is not None]) for column in zip(*runs, strict=True)]
-        print(f"| {arm} | {' | '.join(cells)} | {statistics.median(seconds[arm]):.0f} |")
+    for variant, runs in rows.items():
+        cells = [
+            _format_mean([x for x in column if x is not None]) for column in zip(*runs, strict=True)
+        ]
+        print(f"| {variant} | {' | '.join(cells)} | {statistics.median(seconds[variant]):.0f} |")
     table = {"columns": titles, "rows": rows, "seconds": seconds}
     (output / "table.json").write_text(json.dumps(table, indent=1) + "\n")
 
 
-def _run(config: str, workdir: Path, seed: int) -> float:
-    """Train unless it is done; the seconds that it took."""
-    kept = workdir / "seconds"
-    if not kept.exists():
+def _train(config: str, workdir: Path, seed: int) -> float:
+    """Train unless the run is finished; return the seconds that it took."""
+    seconds_file = workdir / "seconds"
+    if not seconds_file.exists():
         command = [sys.executable, "train.py", f"--config={config}"]
         command += [f"--workdir={workdir}", f"--config.seed={seed}"]
-        began = time.perf_counter()
+        start = time.perf_counter()
         subprocess.run(command, check=True, env=os.environ | {"WANDB_MODE": "disabled"})
-        kept.write_text(f"{time.perf_counter() - began:.0f}\n")
-    return float(kept.read_text())
+        seconds_file.write_text(f"{time.perf_counter() - start:.0f}\n")
+    return float(seconds_file.read_text())
 
 
-def _results(workdir: Path, columns: Sequence[Column]) -> list[float | None]:
-    """A run's last results; None for what its arm does not judge."""
-    found: dict[str, dict[str, float]] = {}
+def _read_results(workdir: Path, columns: Sequence[Column]) -> list[float | None]:
+    """Return a run's last value of each column; None for a dataset that it does not evaluate."""
+    metrics: dict[str, dict[str, float]] = {}
     for line in (workdir / "results.jsonl").read_text().splitlines():
         record = json.loads(line)
-        found[record["dataset"]] = record["metrics"]
-    return [c.times * found[c.dataset][c.metric] if c.dataset in found else None for c in columns]
+        metrics[record["dataset"]] = record["metrics"]
+    return [
+        c.times * metrics[c.dataset][c.metric] if c.dataset in metrics else None for c in columns
+    ]
 
 
-def _cell(values: list[float]) -> str:
+def _format_mean(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.pstdev(values):.1f}" if values else "–"

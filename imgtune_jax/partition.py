@@ -84,18 +84,6 @@ class Partitioner:
         """Number of parts a batch is cut into."""
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
-    @property
-    def compiler_options(self) -> dict[str, bool]:
-        """What a training step is compiled with on this mesh, beside the defaults.
-
-        On several CPU devices, XLA's scheduler for concurrency lets each device choose among
-        collectives that do not depend on each other. Two devices then wait in different ones until
-        the time-out aborts the process (four of six runs of coca_emoji on data=4, tensor=2; without
-        that scheduler none of eight).
-        """
-        several_cpus = self.mesh.size > 1 and self.mesh.devices.flat[0].platform == "cpu"
-        return {"xla_cpu_enable_concurrency_optimized_scheduler": False} if several_cpus else {}
-
     def check_batch_size(self, batch_size: int, what: str = "batch") -> None:
         """Raise ValueError unless `batch_size` divides over the devices, naming sizes that do."""
         n = self.num_batch_shards

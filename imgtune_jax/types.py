@@ -6,6 +6,7 @@ d width of features, k heads, v vocabulary, n examples of a whole data set.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,16 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 PyTree = Any
 Params = dict[str, Any]
 
+# Pins the layout of an activation, given the logical axis of each dimension.
+Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+
 MODALITIES = ("image", "text")
+
+
+def no_constraint(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """Return x unchanged, the default `Constrain`: the compiler chooses the layout."""
+    del axes
+    return x
 
 
 @struct.dataclass

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "imgtune_jax"
 # Rooms, lowest first; a room may import from lower floors and from itself only.
 LEVELS = (
     {"types", "errors", "config_history"},
-    {"config", "param_tree", "package_files"},
+    {"config", "param_tree", "package_files", "xla_cpu"},
     {"partition", "locking"},
     {"models", "objectives", "data", "decoding"},
     {"evals", "interop"},
@@ -147,14 +147,15 @@ HELPERS: dict[str, set[str]] = {
     },
     "models": {
         "__init__.py",
+        "attention.py",
         "block.py",
         "build.py",
         "conv.py",
+        "gradients.py",
         "image_text.py",
         "initializers.py",
         "layers.py",
         "components.py",
-        "pooling.py",
         "positions.py",
         "sizes.py",
         "layer_stack.py",

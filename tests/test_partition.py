@@ -60,14 +60,3 @@ def test_put_shards_the_batch_and_keeps_its_order():
     np.testing.assert_array_equal(batch.image, image)
     assert len(batch.image.sharding.device_set) == 8
     assert batch.image.addressable_shards[0].data.shape == (2, 2, 2, 3)
-
-
-def test_several_cpu_devices_meet_at_collectives_in_one_order():
-    def options(devices):
-        mesh = make_mesh(config.MeshConfig(data=-1, fsdp=1, tensor=1), devices)
-        return Partitioner(mesh).compiler_options
-
-    one_order = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
-    assert options(jax.devices()) == one_order
-    assert options(jax.devices()[:1]) == {}
-    jax.jit(lambda x: x + 1, compiler_options=one_order)(1.0)  # XLA refuses a name it does not know

@@ -1,4 +1,4 @@
-"""Live comparisons with PyTorch peers, in an environment of their own (see the Makefile)."""
+"""Live comparisons with PyTorch peers, in a separate environment (see the Makefile)."""
 
 import jax
 import torch
@@ -7,4 +7,4 @@ from benchmarks import peers
 
 jax.config.update("jax_platforms", "cpu")
 torch.manual_seed(0)
-peers.torchvision()  # so that tests can import it, and what needs it
+peers.torchvision()  # so that tests, and libraries that need it, can import it

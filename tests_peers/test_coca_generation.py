@@ -1,8 +1,8 @@
-"""Generation by open_clip 3.3.0's CoCa, live: the golden of the greedy one is what it gives.
+"""Greedy generation by open_clip 3.3.0's CoCa, run live, equals the golden file.
 
-open_clip's `generate` asks for a BeamSearchScorer, which Transformers 5 lacks, and without it for
-nothing else either. The greedy one never touches it, so its other needs are handed to it here. Beam
-search is in the golden alone, which a script makes with an older Transformers.
+Transformers 5 has no BeamSearchScorer, and without it open_clip imports none of the classes that
+`generate` needs. Greedy generation does not use BeamSearchScorer, so this test sets the others.
+Beam search is only in the golden file, which a script makes with an older Transformers.
 """
 
 from pathlib import Path
@@ -14,16 +14,16 @@ from open_clip import coca_model
 
 from tests.golden import decoding_open_clip as script
 
-NEEDS = (
+TRANSFORMERS_CLASSES = (
     *("LogitsProcessorList", "MinLengthLogitsProcessor", "RepetitionPenaltyLogitsProcessor"),
     *("MaxLengthCriteria", "StoppingCriteriaList"),
 )
 
 
 @pytest.mark.parametrize("name", ["small", "wide"])
-def test_the_golden_is_what_open_clip_writes(name, monkeypatch):
-    for need in NEEDS:
-        monkeypatch.setattr(coca_model, need, getattr(transformers, need), raising=False)
+def test_golden_file_equals_live_open_clip(name, monkeypatch):
+    for cls in TRANSFORMERS_CLASSES:
+        monkeypatch.setattr(coca_model, cls, getattr(transformers, cls), raising=False)
     warper = {"top_k": transformers.TopKLogitsWarper}
     monkeypatch.setattr(coca_model, "GENERATION_TYPES", coca_model.GENERATION_TYPES | warper)
     monkeypatch.setattr(coca_model, "_has_transformers", True)

@@ -1,4 +1,4 @@
-"""Conversion from and to open_clip 3.3.0, against the live library."""
+"""Conversion from and to open_clip 3.3.0, compared with the live library."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +11,7 @@ from imgtune_jax import interop, models
 from imgtune_jax.models import positions
 from tests.golden import interop_open_clip as cases
 
-TOLERANCE = dict(rtol=1e-4, atol=1e-5)  # other summation orders, over a few layers, in float32
+TOLERANCE = dict(rtol=1e-4, atol=1e-5)  # float32 sums in another order, over a few layers
 
 
 NAMES = (
@@ -24,7 +24,8 @@ NAMES = (
 )
 
 
-def ours(model, params, image, text, mask):
+def run_ours(model, params, image, text, mask):
+    """Return image and text features, before normalization."""
     image = jnp.asarray(image.transpose(0, 2, 3, 1))
     pooled = model.image.apply({"params": params["image"]}, image, train=False).pooled
     image_features = model.image_head.apply({"params": params["image_head"]}, pooled, train=False)
@@ -35,6 +36,7 @@ def ours(model, params, image, text, mask):
 
 
 def convert(name):
+    """Return (their model, ours, its converted parameters)."""
     theirs = cases.build(name)
     model = models.build_model(
         interop.config_from_open_clip({"embed_dim": 8, **cases.CASES[name][0]})
@@ -43,26 +45,26 @@ def convert(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_live_outputs_are_equal(name):
+def test_outputs_equal_live_open_clip(name):
     assert set(NAMES) == set(cases.CASES)
     theirs, model, params = convert(name)
     inputs = cases.inputs(seed=3)
-    want = cases.outputs(theirs, *inputs[:2])
-    image, text = ours(model, params, *inputs)
-    np.testing.assert_allclose(image, want["image_features"], **TOLERANCE)
-    np.testing.assert_allclose(text, want["text_features"], **TOLERANCE)
+    expected = cases.outputs(theirs, *inputs[:2])
+    image, text = run_ours(model, params, *inputs)
+    np.testing.assert_allclose(image, expected["image_features"], **TOLERANCE)
+    np.testing.assert_allclose(text, expected["text_features"], **TOLERANCE)
     logits = model.logit_scale(params) * models.unit_norm(image) @ models.unit_norm(text).T
     bias = model.logit_bias(params)
     logits = logits if bias is None else logits + bias
-    np.testing.assert_allclose(logits, want["logits"], **TOLERANCE)
+    np.testing.assert_allclose(logits, expected["logits"], **TOLERANCE)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_our_export_gives_open_clip_the_same_outputs(name, tmp_path):
-    """Through the folder its users load as local-dir:PATH."""
+def test_exported_folder_has_the_same_outputs_in_open_clip(name, tmp_path):
+    """open_clip loads the folder as local-dir:PATH."""
     theirs, model, params = convert(name)
     interop.save_open_clip_folder(tmp_path, model, params)
-    if cases.CASES[name][1]:  # a text tower of its own is named so in the config
+    if cases.CASES[name][1]:  # a separate text tower has its own key in the config
         custom = open_clip.CustomTextCLIP(
             output_dict=True, **interop.config_to_open_clip(model)
         ).eval()
@@ -72,12 +74,12 @@ def test_our_export_gives_open_clip_the_same_outputs(name, tmp_path):
     else:
         exported = open_clip.create_model(f"local-dir:{tmp_path}", output_dict=True).eval()
     image, text, _ = cases.inputs(seed=4)
-    for key, want in cases.outputs(theirs, image, text).items():
-        got = cases.outputs(exported, image, text)[key]
-        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6, err_msg=key)
+    for key, expected in cases.outputs(theirs, image, text).items():
+        actual = cases.outputs(exported, image, text)[key]
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6, err_msg=key)
 
 
-def test_local_dir_carries_the_preprocessing(tmp_path):
+def test_exported_folder_contains_the_preprocessing(tmp_path):
     _, model, params = convert("quick_gelu")
     interop.save_open_clip_folder(tmp_path, model, params)
     _, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
@@ -87,7 +89,7 @@ def test_local_dir_carries_the_preprocessing(tmp_path):
 
 
 @pytest.mark.parametrize(("old", "new"), [(7, 14), (14, 7), (4, 6)])
-def test_positions_are_resized_as_open_clip_does(old, new):
+def test_resized_positions_equal_open_clip(old, new):
     rng = np.random.default_rng(0)
     grid = rng.normal(size=(old * old, 8)).astype(np.float32)
     state = {"visual.positional_embedding": torch.from_numpy(np.concatenate([grid[:1], grid]))}
@@ -97,7 +99,7 @@ def test_positions_are_resized_as_open_clip_does(old, new):
             grid_size = (new, new)
 
     resize_pos_embed(state, Model)
-    want = state["visual.positional_embedding"][1:].numpy()
+    expected = state["visual.positional_embedding"][1:].numpy()
     np.testing.assert_allclose(
-        positions.resize_pos_embed(grid, new * new), want, rtol=1e-4, atol=2e-5
+        positions.resize_pos_embed(grid, new * new), expected, rtol=1e-4, atol=2e-5
     )

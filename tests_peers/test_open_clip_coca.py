@@ -1,4 +1,4 @@
-"""open_clip 3.3.0's CoCa against ours, live: features, logits, both losses and their gradients."""
+"""Features, logits, both losses and their gradients of CoCa equal live open_clip 3.3.0."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from imgtune_jax import interop, models, objectives
 from imgtune_jax.interop import open_clip_map, weight_map
 from imgtune_jax.types import Batch
 
-TOLERANCE = dict(rtol=1e-4, atol=1e-5)  # other summation orders, over a few layers, in float32
+TOLERANCE = dict(rtol=1e-4, atol=1e-5)  # float32 sums in another order, over a few layers
 VOCAB, LENGTH, PAD = 40, 7, 0
 VISION = dict(layers=2, width=16, head_width=8, patch_size=4, image_size=8, output_tokens=True)
 VISION |= dict(attentional_pool=True, attn_pooler_queries=5, attn_pooler_heads=2)
@@ -21,7 +21,7 @@ TEXT |= dict(output_tokens=True)
 DECODER = dict(context_length=LENGTH, vocab_size=VOCAB, width=12, heads=2, layers=2)
 CASES = {
     "default": {},
-    "its mask mended": {},
+    "corrected class mask": {},
     "wide, quick_gelu": dict(
         embed_dim=24,
         quick_gelu=True,
@@ -52,7 +52,7 @@ def config(name):
 
 @pytest.fixture(scope="module", params=CASES)
 def pair(request):
-    """(their model, every parameter drawn anew; our model; its parameters by the map)."""
+    """Return (their model with random parameters, our model, its converted parameters)."""
     cfg = config(request.param)
     theirs = CoCa(**cfg).eval()
     rng = np.random.default_rng(0)
@@ -60,10 +60,10 @@ def pair(request):
         for key, parameter in theirs.named_parameters():
             if not key.startswith("logit"):
                 noise = rng.normal(0, 0.2, tuple(parameter.shape)).astype(np.float32)
-                norm = key.endswith("weight") and ".ln_" in key
-                parameter.copy_(torch.from_numpy(noise + norm))
+                is_norm_scale = key.endswith("weight") and ".ln_" in key
+                parameter.copy_(torch.from_numpy(noise + is_norm_scale))
     ours = interop.config_from_open_clip(cfg)
-    if request.param == "its mask mended":  # which no config of theirs can ask for
+    if request.param == "corrected class mask":  # their config has no key for it
         theirs.text.correct_cls_mask = True
         ours["text"]["shifted_class_mask"] = False
     model = models.build_model(ours)
@@ -83,7 +83,7 @@ def run_theirs(theirs, model, image, text):
     pixels = (image - np.array(model.image_mean)) / np.array(model.image_std)
     pixels = torch.from_numpy(pixels.astype(np.float32).transpose(0, 3, 1, 2))
     out = theirs(pixels, torch.from_numpy(text))
-    # Their cascade and parallel poolers leave the query's axis of one on the vector.
+    # Their cascade and parallel poolers return an extra query axis of length 1.
     out["image_features"] = out["image_features"].reshape(len(image), -1)
     return out
 
@@ -97,23 +97,25 @@ def as_batch(image, text, mask):
     )
 
 
-def test_features_and_logits_are_equal(pair):
+def test_features_and_logits_equal_open_clip(pair):
     theirs, model, params = pair
     image, text, mask = inputs()
     with torch.no_grad():
-        want = run_theirs(theirs, model, image, text)
-    got = model.apply(params, as_batch(image, text, mask))
-    np.testing.assert_allclose(got.image_emb, want["image_features"].numpy(), **TOLERANCE)
-    np.testing.assert_allclose(got.text_emb, want["text_features"].numpy(), **TOLERANCE)
-    np.testing.assert_allclose(got.logit_scale, want["logit_scale"].numpy(), rtol=1e-6)
+        expected = run_theirs(theirs, model, image, text)
+    actual = model.apply(params, as_batch(image, text, mask))
+    np.testing.assert_allclose(actual.image_emb, expected["image_features"].numpy(), **TOLERANCE)
+    np.testing.assert_allclose(actual.text_emb, expected["text_features"].numpy(), **TOLERANCE)
+    np.testing.assert_allclose(actual.logit_scale, expected["logit_scale"].numpy(), rtol=1e-6)
     tokens = model.image_tokens(params, jnp.asarray(image))
     logits = model.caption_logits(params, tokens, jnp.asarray(text), jnp.asarray(mask))[:, :-1]
-    real = mask[:, :-1]  # what stands at padding is in no loss
-    np.testing.assert_allclose(np.asarray(logits)[real], want["logits"].numpy()[real], **TOLERANCE)
+    valid = mask[:, :-1]  # no loss includes the logits at padding
+    np.testing.assert_allclose(
+        np.asarray(logits)[valid], expected["logits"].numpy()[valid], **TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("weights", [dict(captioning=2.0), dict(softmax=1.0, captioning=2.0)])
-def test_losses_and_all_their_gradients_are_equal(pair, weights):
+def test_losses_and_all_their_gradients_equal_open_clip(pair, weights):
     theirs, model, params = pair
     image, text, mask = inputs(seed=1)
     theirs.zero_grad()
@@ -129,34 +131,34 @@ def test_losses_and_all_their_gradients_are_equal(pair, weights):
         lambda p: objective(model.apply(p, batch), batch), has_aux=True
     )(params)
     np.testing.assert_allclose(total, (clip_loss + caption_loss).detach(), rtol=1e-5)
-    nats, count = metrics["captioning"]
-    np.testing.assert_allclose(2.0 * nats / count, caption_loss.detach(), rtol=1e-5)
-    want = {
+    total, count = metrics["captioning"]
+    np.testing.assert_allclose(2.0 * total / count, caption_loss.detach(), rtol=1e-5)
+    torch_grads = {
         name: np.zeros(p.shape, np.float32) if p.grad is None else p.grad.numpy()
         for name, p in theirs.named_parameters()
     }
-    maps = open_clip_map.open_clip_rules(model)
-    found = weight_map.to_params(
-        open_clip_map.plain_names(want), maps, model.abstract_params(), what="the gradients"
+    rules = open_clip_map.open_clip_rules(model)
+    expected = weight_map.to_params(
+        open_clip_map.plain_names(torch_grads), rules, model.abstract_params(), what="the gradients"
     )
     flat = weight_map.flatten(grads)
-    for path, gradient in weight_map.flatten(found).items():
+    for path, gradient in weight_map.flatten(expected).items():
         if path == "image/pos_embed" or path == "image/class_token":
-            continue  # one array there, folded into two here
+            continue  # the conversion adds open_clip's class position to the class token
         np.testing.assert_allclose(flat[path], gradient, **TOLERANCE, err_msg=path)
 
 
-def test_our_export_gives_open_clip_the_same_outputs(pair):
+def test_exported_weights_have_the_same_outputs_in_open_clip(pair):
     theirs, model, params = pair
     if not model.text.shifted_class_mask:
         with pytest.raises(ValueError, match="shifted_class_mask=True"):
             interop.config_to_open_clip(model)
         return
-    again = CoCa(**interop.config_to_open_clip(model)).eval()
+    exported = CoCa(**interop.config_to_open_clip(model)).eval()
     state = interop.save_open_clip(params, model)
-    again.load_state_dict({k: torch.from_numpy(x.copy()) for k, x in state.items()})
+    exported.load_state_dict({k: torch.from_numpy(x.copy()) for k, x in state.items()})
     image, text, _ = inputs(seed=2)
     with torch.no_grad():
-        want, got = (run_theirs(m, model, image, text) for m in (theirs, again))
+        expected, actual = (run_theirs(m, model, image, text) for m in (theirs, exported))
     for key in ("image_features", "text_features", "logits"):
-        np.testing.assert_allclose(got[key], want[key], rtol=1e-5, atol=1e-6, err_msg=key)
+        np.testing.assert_allclose(actual[key], expected[key], rtol=1e-5, atol=1e-6, err_msg=key)

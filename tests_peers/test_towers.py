@@ -1,4 +1,4 @@
-"""BERT against transformers, ResNet against torchvision: live, on random weights."""
+"""BERT equals live transformers, and ResNet live torchvision, with random weights."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +7,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 from imgtune_jax import interop, models
+from imgtune_jax.interop import huggingface, weight_map
 from tests.golden import interop_resnet
 
 
@@ -43,11 +44,11 @@ def test_bert_equals_transformers(act, pool, tmp_path):
     ids, mask = jnp.asarray(ids, jnp.int32), jnp.asarray(mask)
     output = tower.apply({"params": params}, ids, mask, train=False)
     np.testing.assert_allclose(output.tokens[mask], hidden[mask], rtol=1e-4, atol=1e-5)
-    want = mean if pool == "mean" else hidden[:, 0]
-    np.testing.assert_allclose(output.pooled, want, rtol=1e-4, atol=1e-5)
+    expected = mean if pool == "mean" else hidden[:, 0]
+    np.testing.assert_allclose(output.pooled, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_bert_round_trip_into_transformers():
+def test_exported_bert_has_the_same_outputs_in_transformers():
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=20,
@@ -62,14 +63,14 @@ def test_bert_round_trip_into_transformers():
         dict(name="bert", width=8, depth=2, num_heads=2, mlp_dim=16, vocab_size=20, max_length=6)
     )
     expected = models.abstract_tower_params(tower)
-    params = interop.bert.load(numpy_state(theirs), tower, expected)
-    state = interop.rules.export(params, interop.bert.weight_map(tower))
-    again = BertModel(config, add_pooling_layer=False).eval()
+    params = huggingface.load_bert(numpy_state(theirs), tower, expected)
+    state = weight_map.to_state_dict(params, huggingface.bert_rules(tower))
+    exported = BertModel(config, add_pooling_layer=False).eval()
     state = {name: torch.from_numpy(np.array(x)) for name, x in state.items()}
-    assert again.load_state_dict(state, strict=False).unexpected_keys == []
+    assert exported.load_state_dict(state, strict=False).unexpected_keys == []
     ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
     with torch.no_grad():
-        torch.testing.assert_close(again(ids)[0], theirs(ids)[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(exported(ids)[0], theirs(ids)[0], rtol=1e-5, atol=1e-6)
 
 
 def test_resnet_equals_torchvision(tmp_path):
@@ -84,8 +85,10 @@ def test_resnet_equals_torchvision(tmp_path):
     params = interop.load_tower(dict(format="resnet", path=tmp_path / "resnet.npz"), cfg)
     image = interop_resnet.sample_images(size=65)
     with torch.no_grad():
-        want = theirs(torch.from_numpy(image.transpose(0, 3, 1, 2).copy())).numpy()
+        expected = theirs(torch.from_numpy(image.transpose(0, 3, 1, 2).copy())).numpy()
     tower = models.build_tower(cfg)
     logits = tower.apply({"params": params}, jnp.asarray(image), method="classify")
-    scale = np.abs(want).max()  # 53 convolutions: judged on the scale of the logits
-    np.testing.assert_allclose(logits / scale, want / scale, rtol=0, atol=1e-5)
+    scale = np.abs(
+        expected
+    ).max()  # after 53 convolutions, errors are relative to the logits' scale
+    np.testing.assert_allclose(logits / scale, expected / scale, rtol=0, atol=1e-5)

@@ -1,6 +1,6 @@
-"""Decoding: from a model's next-token step to texts, and from given texts to their likelihood.
+"""Generation of token sequences from a model's decode step, and likelihood of given texts.
 
-A method is one dataclass in `settings.py` and one line in `METHODS`.
+A method is a dataclass in `settings.py` and a line in `METHODS`.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ METHODS: dict[str, type] = {"greedy": Greedy, "beam": BeamSearch, "sample": Samp
 def build_generation_config(
     cfg: Mapping[str, Any], *, stop_ids: tuple[int, ...], pad_id: int
 ) -> GenerationConfig:
-    """{"method": {"name": "beam", "width": 4}, "max_new_tokens": 32} -> Decoding.
+    """Build settings from a mapping, e.g. {"method": {"name": "beam"}, "max_new_tokens": 32}.
 
-    `stop_ids` and `pad_id` are the tokenizer's. Raises ValueError for an unknown method or field.
+    `stop_ids` and `pad_id` come from the tokenizer. The default method is greedy. Raises ValueError
+    for an unknown method or field.
     """
     fields = dict(cfg)
     method = dict(fields.pop("method", {"name": "greedy"}))
@@ -51,15 +52,16 @@ def build_generation_config(
     if name not in METHODS:
         raise ValueError(f"decoding method {name!r} is unknown; known: {', '.join(METHODS)}")
     _check_fields(name, method, METHODS[name])
-    _check_fields("decoding", fields, GenerationConfig, given=("stop_ids", "pad_id", "method"))
+    _check_fields("decoding", fields, GenerationConfig, excluded=("stop_ids", "pad_id", "method"))
     return GenerationConfig(
         stop_ids=stop_ids, pad_id=pad_id, method=METHODS[name](**method), **fields
     )
 
 
 def _check_fields(
-    what: str, fields: Mapping[str, Any], kind: type, given: tuple[str, ...] = ()
+    name: str, fields: Mapping[str, Any], cls: type, excluded: tuple[str, ...] = ()
 ) -> None:
-    known = [f.name for f in dataclasses.fields(kind) if f.name not in given]
+    """Raise ValueError unless every key is a field of `cls` that is not excluded."""
+    known = [f.name for f in dataclasses.fields(cls) if f.name not in excluded]
     if unknown := sorted(set(fields) - set(known)):
-        raise ValueError(f"{what} has no {unknown}; known: {', '.join(known)}")
+        raise ValueError(f"{name} has unknown fields {unknown}; known: {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""Beam search (as in GNMT, 1609.08144, and Transformers), whole in one compiled loop."""
+"""Beam search (GNMT, 1609.08144; details as in Transformers) in one compiled loop."""
 
 from __future__ import annotations
 
@@ -16,120 +16,135 @@ from imgtune_jax.types import PyTree
 
 
 class _Hypotheses(NamedTuple):
-    context: Int[Array, "b k t"]
-    length: Int[Array, "b k"]
-    logprob: Float[Array, "b k"]  # the model's own
-    score: Float[Array, "b k"]  # what they are ordered by; -inf: no text
+    """k sequences per row, in the order of their scores."""
+
+    context: Int[Array, "b k t"]  # prompt and generated tokens
+    length: Int[Array, "b k"]  # of prompt and generated tokens
+    logprob: Float[Array, "b k"]  # under the model, without penalties
+    score: Float[Array, "b k"]  # determines the order; -inf: an empty slot
 
 
 class _BeamState(NamedTuple):
-    count: Int[Array, ""]  # new tokens of the live texts
+    count: Int[Array, ""]  # generated tokens of the alive hypotheses
     alive: _Hypotheses
     finished: _Hypotheses
-    done: Bool[Array, " b"]
-    own: PyTree
+    done: Bool[Array, " b"]  # no better hypothesis can be found
+    cache: PyTree
 
 
 def beam_search(
-    begin: Prefilled, settings: GenerationConfig, *, limit: Int[Array, ""]
+    prefilled: Prefilled, settings: GenerationConfig, *, limit: Int[Array, ""]
 ) -> GeneratedTokens:
-    """The n best texts of at most `limit` tokens, best first; see `Beam` for the order.
+    """Return the n best sequences of at most `limit` tokens, best first.
 
-    A stop token ends a hypothesis only among the `width` best continuations, as in Transformers.
-    Hypotheses that live at the limit are ranked with the finished ones.
+    `BeamSearch` defines their order. A stop token finishes a hypothesis only if it is among the
+    `width` best continuations, as in Transformers. Hypotheses that are alive at the limit are
+    ranked together with the finished ones.
     """
     method = settings.method
     assert isinstance(method, BeamSearch)
-    k = method.width
 
     def cond_fn(s: _BeamState) -> Bool[Array, ""]:
-        """Whether a row could still find a better text."""
         return (s.count < limit) & ~jnp.all(s.done)
 
     def body_fn(s: _BeamState) -> _BeamState:
-        """One token more for every live text."""
-        found, parent, own = _expand(begin, s, settings)
-        count = s.count + 1
-        stops = is_stop(last_token(found.context, found.length), settings)
-        ends = stops & (jnp.arange(stops.shape[1]) < k)[None]
-        penalised = found.score / _penalty(count, method)
-        finished = found._replace(score=jnp.where(ends, penalised, -jnp.inf))
-        ended, _ = _top_n(_concat(s.finished, finished), k)
-        ended = _select_rows(s.done, s.finished, ended)
-        live, kept = _top_n(found._replace(score=jnp.where(stops, -jnp.inf, found.score)), k)
-        longest = limit if method.exhaustive and method.length_penalty > 0 else count
-        # Not [:, 0]: sliced twice, XLA:CPU's top-k becomes a sort of the whole vocabulary.
-        could_be = found.score.max(1) / _penalty(longest, method)
-        return _BeamState(
-            count=count,
-            alive=live,
-            finished=ended,
-            done=s.done | (ended.score[:, -1] >= could_be),
-            own=_reorder_cache(own, jnp.take_along_axis(parent, kept, 1)),
-        )
+        return _beam_step(s, prefilled, settings, method, limit)
 
-    s = jax.lax.while_loop(cond_fn, body_fn, _initial_state(begin, k))
-    at_limit = s.alive.score / _penalty(s.count, method)
-    at_limit = s.alive._replace(score=jnp.where(s.done[:, None], -jnp.inf, at_limit))
-    best, _ = _top_n(_concat(s.finished, at_limit), method.n)
+    s = jax.lax.while_loop(cond_fn, body_fn, _initial_state(prefilled, method.width))
+    alive_score = s.alive.score / _penalty(s.count, method)
+    alive = s.alive._replace(score=jnp.where(s.done[:, None], -jnp.inf, alive_score))
+    best, _ = _top_n(_concat(s.finished, alive), method.n)
     exists = best.score > -jnp.inf
-    length = jnp.where(exists, best.length, 0)
     tokens, mask = generated_tokens(
         best.context,
-        begin.length,
-        length,
+        prefilled.length,
+        jnp.where(exists, best.length, 0),
         max_new_tokens=settings.max_new_tokens,
         pad=settings.pad_id,
     )
     return GeneratedTokens(tokens, mask, jnp.where(exists, best.logprob, -jnp.inf), best.score)
 
 
-def _initial_state(begin: Prefilled, k: int) -> _BeamState:
-    """One live text a row, the prompt; the other places are empty."""
-    b = len(begin.length)
+def _initial_state(prefilled: Prefilled, k: int) -> _BeamState:
+    """Return one alive hypothesis per row, the prompt, and k - 1 empty slots."""
+    b = len(prefilled.length)
     zeros = jnp.zeros((b, k))
-    length = jnp.repeat(begin.length[:, None], k, 1)
-    nothing = _Hypotheses(begin.context, length, zeros, zeros - jnp.inf)
+    length = jnp.repeat(prefilled.length[:, None], k, 1)
+    empty = _Hypotheses(prefilled.context, length, zeros, zeros - jnp.inf)
     return _BeamState(
         count=jnp.zeros((), jnp.int32),
-        alive=nothing._replace(score=nothing.score.at[:, 0].set(0)),
-        finished=nothing,
+        alive=empty._replace(score=empty.score.at[:, 0].set(0)),
+        finished=empty,
         done=jnp.zeros(b, bool),
-        own=begin.cache,
+        cache=prefilled.cache,
+    )
+
+
+def _beam_step(
+    s: _BeamState,
+    prefilled: Prefilled,
+    settings: GenerationConfig,
+    method: BeamSearch,
+    limit: Int[Array, ""],
+) -> _BeamState:
+    """Extend every alive hypothesis by one token."""
+    k = method.width
+    candidates, parent, cache = _expand(prefilled, s, settings)
+    count = s.count + 1
+    stops = is_stop(last_token(candidates.context, candidates.length), settings)
+    is_finished = stops & (jnp.arange(stops.shape[1]) < k)[None]
+    final_score = candidates.score / _penalty(count, method)
+    newly_finished = candidates._replace(score=jnp.where(is_finished, final_score, -jnp.inf))
+    finished, _ = _top_n(_concat(s.finished, newly_finished), k)
+    finished = _select_rows(s.done, s.finished, finished)
+    alive_score = jnp.where(stops, -jnp.inf, candidates.score)
+    alive, selected = _top_n(candidates._replace(score=alive_score), k)
+    best_length = limit if method.exhaustive and method.length_penalty > 0 else count
+    # Not [:, 0]: with a second slice of its output, XLA:CPU turns top-k into a sort of the full
+    # vocabulary.
+    best_possible = candidates.score.max(1) / _penalty(best_length, method)
+    return _BeamState(
+        count=count,
+        alive=alive,
+        finished=finished,
+        done=s.done | (finished.score[:, -1] >= best_possible),
+        cache=_reorder_cache(cache, jnp.take_along_axis(parent, selected, 1)),
     )
 
 
 def _expand(
-    begin: Prefilled, s: _BeamState, settings: GenerationConfig
-) -> tuple[_Hypotheses, Int[Array, "b m"], list]:
-    """The m best continuations of all live texts, best first, and which text each continues.
+    prefilled: Prefilled, s: _BeamState, settings: GenerationConfig
+) -> tuple[_Hypotheses, Int[Array, "b m"], PyTree]:
+    """Return (the m best continuations of the alive hypotheses, best first; parents; cache).
 
-    m = k (1 + stop tokens): so many that k of them go on.
+    m = k · (1 + number of stop tokens), so that at least k continuations do not stop. A parent is
+    the index of the hypothesis that is continued.
     """
-    logp, own = begin.step(s.own, last_token(s.alive.context, s.alive.length))
+    logp, cache = prefilled.step(s.cache, last_token(s.alive.context, s.alive.length))
     b, k, v = logp.shape
     scores = process_scores(logp, s.alive.context, s.alive.length, s.count, settings)
     total = (s.alive.score[..., None] + scores).reshape(b, k * v)
     score, index = top_k(total, min(k * (1 + len(settings.stop_ids)), k * v))
     parent, token = index // v, index % v
-    texts = _gather_rows(s.alive, parent)
-    gained = jnp.take_along_axis(logp.reshape(b, k * v), index, 1)
-    found = _Hypotheses(
-        context=append_token(texts.context, texts.length, token),
-        length=texts.length + 1,
-        logprob=texts.logprob + gained,
+    parents = _gather_rows(s.alive, parent)
+    token_logp = jnp.take_along_axis(logp.reshape(b, k * v), index, 1)
+    candidates = _Hypotheses(
+        context=append_token(parents.context, parents.length, token),
+        length=parents.length + 1,
+        logprob=parents.logprob + token_logp,
         score=score,
     )
-    return found, parent, own
+    return candidates, parent, cache
 
 
-def _penalty(count: Int[Array, ""], method: BeamSearch) -> Float[Array, ""]:
-    return count.astype(jnp.float32) ** method.length_penalty
+def _penalty(length: Int[Array, ""], method: BeamSearch) -> Float[Array, ""]:
+    return length.astype(jnp.float32) ** method.length_penalty
 
 
-def _top_n(texts: _Hypotheses, n: int) -> tuple[_Hypotheses, Int[Array, "b n"]]:
-    _, index = top_k(texts.score, n)
-    return _gather_rows(texts, index), index
+def _top_n(hypotheses: _Hypotheses, n: int) -> tuple[_Hypotheses, Int[Array, "b n"]]:
+    """Return the n hypotheses of each row with the highest scores, and their indices."""
+    _, index = top_k(hypotheses.score, n)
+    return _gather_rows(hypotheses, index), index
 
 
 def _concat(a: _Hypotheses, b: _Hypotheses) -> _Hypotheses:
@@ -137,18 +152,20 @@ def _concat(a: _Hypotheses, b: _Hypotheses) -> _Hypotheses:
 
 
 def _select_rows(rows: Bool[Array, " b"], a: _Hypotheses, b: _Hypotheses) -> _Hypotheses:
-    def choose(x: Array, y: Array) -> Array:
+    """Return `a` in the rows that are True, and `b` in the others."""
+
+    def select(x: Array, y: Array) -> Array:
         return jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, y)
 
-    return jax.tree.map(choose, a, b)
+    return jax.tree.map(select, a, b)
 
 
 def _gather_rows(tree: PyTree, index: Int[Array, "b n"]) -> PyTree:
-    """Rows of the second axis, within each of the first: no device needs another's."""
+    """Index the second axis of [b k ...] arrays by row, without communication between devices."""
     return jax.tree.map(lambda x: jax.vmap(lambda rows, i: rows[i])(x, index), tree)
 
 
-def _reorder_cache(own: PyTree, index: Int[Array, "b k"]) -> PyTree:
-    """`_rows` of a tree [bk ...]."""
-    texts = jax.tree.map(lambda x: x.reshape(*index.shape, *x.shape[1:]), own)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), _gather_rows(texts, index))
+def _reorder_cache(cache: PyTree, index: Int[Array, "b k"]) -> PyTree:
+    """Apply `_gather_rows` to a tree of [bk ...] arrays."""
+    by_row = jax.tree.map(lambda x: x.reshape(*index.shape, *x.shape[1:]), cache)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), _gather_rows(by_row, index))

@@ -1,4 +1,4 @@
-"""From a model's step and a prompt to texts, compiled once a length bucket."""
+"""Generation from a model's step and prompts, compiled once per prompt shape and length bucket."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from imgtune_jax.decoding import beam_search, sampling
 from imgtune_jax.decoding.prefill import DecodeStep, length_bucket, prefill
 from imgtune_jax.decoding.settings import BeamSearch, GeneratedTokens, GenerationConfig, Sampling
-from imgtune_jax.types import Params, PyTree
-
-Constrain = Callable[[Array, tuple[str | None, ...]], Array]
+from imgtune_jax.types import Constrain, Params, PyTree, no_constraint
 
 
 def generate(
@@ -31,44 +29,47 @@ def generate(
     key: Array | None = None,
     limit: Int[Array, ""] | int | None = None,
 ) -> GeneratedTokens:
-    """Texts that continue the prompts; pure, and ready to be traced.
+    """Return sequences that continue the prompts. Pure, so it can be traced.
 
-    `cache` has read nothing yet. A prompt stands at the left of its row, one token at least;
-    padding is on its right. No prompt token is changed, none comes out, and no row influences
-    another. `key` is for `Sample` alone. `limit`, at most max_new_tokens and that by default, may be a
-    traced value. Raises ValueError for a missing or a useless key.
+    `cache` is empty. Prompts are padded on the right and have at least one token each; their tokens
+    are not part of the result, and rows do not influence each other. `key` is required for
+    `Sampling` and must be None otherwise. `limit` is the maximum number of new tokens, at most (and
+    by default) `settings.max_new_tokens`; it may be a traced value. Raises ValueError for a missing
+    or unused key.
     """
-    draws = isinstance(settings.method, Sampling)
-    if draws != (key is not None):
+    is_sampling = isinstance(settings.method, Sampling)
+    if is_sampling and key is None:
+        raise ValueError("key = None; sampling expects a random key; pass key=jax.random.key(seed)")
+    if not is_sampling and key is not None:
         method = type(settings.method).__name__
-        raise ValueError(f"{method} {'draws: pass a key' if draws else 'draws nothing: no key'}")
+        raise ValueError(
+            f"got a key; {method} is deterministic and expects key = None; pass no key"
+        )
     n = settings.method.width if isinstance(settings.method, BeamSearch) else settings.method.n
-    begin = prefill(step, cache, prompt, prompt_mask, n=n, max_new_tokens=settings.max_new_tokens)
+    prefilled = prefill(
+        step, cache, prompt, prompt_mask, n=n, max_new_tokens=settings.max_new_tokens
+    )
     limit = jnp.asarray(settings.max_new_tokens if limit is None else limit, jnp.int32)
     if isinstance(settings.method, BeamSearch):
-        return beam_search.beam_search(begin, settings, limit=limit)
-    return sampling.sample(begin, settings, key=key, limit=limit)
-
-
-def _no_constraint(x: Array, axes: tuple[str | None, ...]) -> Array:
-    return x
+        return beam_search.beam_search(prefilled, settings, limit=limit)
+    return sampling.sample(prefilled, settings, key=key, limit=limit)
 
 
 @dataclass(frozen=True)
 class Generator:
-    """A model's way to write: `generator(params, inputs, prompt, prompt_mask) -> Generated`.
+    """A model's generator: `generator(params, inputs, prompt, prompt_mask) -> GeneratedTokens`.
 
-    `start(params, inputs, length=…)` gives the cache, `step(params, cache, token)` is one step of
-    the model, which reads at most `longest` tokens (None: any number). `constrain` is the
-    partitioner's. One program is compiled for each pair of prompt shape and length bucket of
-    `settings.max_new_tokens`; results are those of the exact length.
+    `init_cache(params, inputs, length=…)` returns an empty cache, and `step(params, cache, token)`
+    reads one token per row. The model has `max_positions` positions (None: no limit). `constrain`
+    is the partitioner's. One program is compiled per prompt shape and length bucket of
+    `settings.max_new_tokens`; the result does not depend on the bucket.
     """
 
-    start: Callable[..., PyTree]
+    init_cache: Callable[..., PyTree]
     step: Callable[[Params, PyTree, Int[Array, " b"]], tuple[Float[Array, "b v"], PyTree]]
     settings: GenerationConfig
     max_positions: int | None = None
-    constrain: Constrain = _no_constraint
+    constrain: Constrain = no_constraint
 
     def __call__(
         self,
@@ -79,29 +80,29 @@ class Generator:
         *,
         key: Array | None = None,
     ) -> GeneratedTokens:
-        """As `generate`; `inputs` (image tokens, say) and the texts are sharded by batch.
+        """Generate as `generate` does; `inputs` (such as image tokens) are sharded by batch.
 
-        Raises ValueError for a prompt that leaves no room for max_new_tokens tokens.
+        Raises ValueError if prompt and new tokens need more than `max_positions` positions.
         """
         limit = self.settings.max_new_tokens
-        written = int(np.sum(prompt_mask, 1).max())
-        if (
-            self.max_positions is not None and written + limit - 1 > self.max_positions
-        ):  # the last is not read
+        prompt_length = int(np.sum(prompt_mask, 1).max())
+        num_positions = prompt_length + limit - 1  # the last new token is not read
+        if self.max_positions is not None and num_positions > self.max_positions:
             raise ValueError(
-                f"a prompt of {written} tokens and max_new_tokens={limit} need {written + limit - 1} "
-                f"positions, and the model has {self.max_positions}; a max_new_tokens of at most "
-                f"{max(self.max_positions + 1 - written, 0)} fits this prompt"
+                f"max_new_tokens = {limit} with a prompt of {prompt_length} tokens needs "
+                f"{num_positions} positions; the model has {self.max_positions}; use a "
+                f"max_new_tokens of at most {max(self.max_positions + 1 - prompt_length, 0)} for "
+                "this prompt"
             )
         settings = dataclasses.replace(self.settings, max_new_tokens=length_bucket(limit))
-        program = dataclasses.replace(self, settings=settings)
-        out = _run(program, params, inputs, prompt, prompt_mask, key, limit)
+        bucket_generator = dataclasses.replace(self, settings=settings)
+        out = _generate_bucket(bucket_generator, params, inputs, prompt, prompt_mask, key, limit)
         return out.replace(tokens=out.tokens[..., :limit], mask=out.mask[..., :limit])
 
 
 @partial(jax.jit, static_argnums=0)
-def _run(
-    program: Generator,
+def _generate_bucket(
+    generator: Generator,
     params: Params,
     inputs: Any,
     prompt: Int[Array, "b p"],
@@ -109,13 +110,15 @@ def _run(
     key: Array | None,
     limit: Int[Array, ""],
 ) -> GeneratedTokens:
-    def by_batch(x: Array) -> Array:
-        return program.constrain(x, ("batch", *[None] * (x.ndim - 1)))
+    """Generate at most `limit` tokens, in arrays of the bucket's length."""
 
-    length = prompt.shape[1] + program.settings.max_new_tokens
-    length = length if program.max_positions is None else min(length, program.max_positions)
-    cache = program.start(params, inputs, length=length)
-    step = partial(program.step, params)
+    def by_batch(x: Array) -> Array:
+        return generator.constrain(x, ("batch", *[None] * (x.ndim - 1)))
+
+    length = prompt.shape[1] + generator.settings.max_new_tokens
+    length = length if generator.max_positions is None else min(length, generator.max_positions)
+    cache = generator.init_cache(params, inputs, length=length)
+    step = partial(generator.step, params)
     prompt, prompt_mask = by_batch(prompt), by_batch(prompt_mask)
-    out = generate(step, cache, prompt, prompt_mask, program.settings, key=key, limit=limit)
+    out = generate(step, cache, prompt, prompt_mask, generator.settings, key=key, limit=limit)
     return jax.tree.map(by_batch, out)

@@ -1,4 +1,4 @@
-"""Which tokens may come next: minimum length, repetition penalty, no n-gram twice."""
+"""Processors of the next token's scores: minimum length, repetition penalty, no repeated n-gram."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ def process_scores(
     count: Int[Array, ""],
     settings: GenerationConfig,
 ) -> Float[Array, "b n v"]:
-    """Scores of the next token: log p with the penalty, -inf where a rule forbids the token.
+    """Return log p with the repetition penalty applied, and -inf for forbidden tokens.
 
-    `context` holds prompt and text so far in its first `length` entries; `count` of them are new.
+    The first `length` entries of `context` are the prompt and the generated tokens; the last
+    `count` of these are generated.
     """
 
-    def one(
+    def process_one(
         logp: Float[Array, " v"], context: Int[Array, " t"], length: Int[Array, ""]
     ) -> Float[Array, " v"]:
         if settings.repetition_penalty != 1:
@@ -34,28 +35,29 @@ def process_scores(
             logp = jnp.where(early, -jnp.inf, logp)
         return logp
 
-    return jax.vmap(jax.vmap(one))(logp, context, length)
+    return jax.vmap(jax.vmap(process_one))(logp, context, length)
 
 
 def is_stop(token: Int[Array, "*s"], settings: GenerationConfig) -> Bool[Array, "*s"]:
-    """Whether a token ends a text."""
+    """Return whether a token finishes its sequence."""
     return jnp.isin(token, jnp.asarray(settings.stop_ids, token.dtype))
 
 
 def _repeats_ngram(
-    context: Int[Array, " t"], length: Int[Array, ""], vocabulary: int, settings: GenerationConfig
+    context: Int[Array, " t"], length: Int[Array, ""], vocab_size: int, settings: GenerationConfig
 ) -> Bool[Array, " v"]:
-    """Tokens that would close an n-gram which the context already holds."""
+    """Return the mask of tokens that would complete an n-gram that the context contains."""
     n = settings.no_repeat_ngram_size
     assert n is not None
     starts = jnp.arange(max(len(context) - n + 1, 0))
-    same = starts + n <= length  # only n-grams that lie in the context whole
+    same = starts + n <= length  # only n-grams within the first `length` tokens
     for i in range(n - 1):
         same &= context[starts + i] == context[length - (n - 1) + i]
-    return _token_mask(context[starts + n - 1], same, vocabulary)
+    return _token_mask(context[starts + n - 1], same, vocab_size)
 
 
 def _token_mask(
-    tokens: Int[Array, " t"], chosen: Bool[Array, " t"], vocabulary: int
+    tokens: Int[Array, " t"], selected: Bool[Array, " t"], vocab_size: int
 ) -> Bool[Array, " v"]:
-    return jnp.zeros(vocabulary, bool).at[tokens].max(chosen)
+    """Return the mask over the vocabulary of the selected tokens."""
+    return jnp.zeros(vocab_size, bool).at[tokens].max(selected)

@@ -1,4 +1,4 @@
-"""What every search starts from: prompts read into the cache, and a step over n texts a row."""
+"""Prefill: read the prompts into the cache, and set up n sequences per row for a search."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from jaxtyping import Array, Bool, Float, Int
 
 from imgtune_jax.types import PyTree
 
-# (cache, token i32[b]) -> (logits f32[b v], cache); every leaf of the cache has b rows, and rows
-# may stand at different positions.
+# (cache, token i32[b]) -> (logits f32[b v], cache). Every leaf of the cache has b rows, and rows
+# may be at different positions.
 DecodeStep = Callable[[PyTree, Int[Array, " b"]], tuple[Float[Array, "b v"], PyTree]]
-# The same over n texts a row: (own leaves [bn ...], token i32[b n]) -> (log p f32[b n v], own).
+# The same for n sequences per row: (cache leaves [bn ...], token i32[b n]) -> (log p f32[b n v],
+# cache leaves).
 BatchedDecodeStep = Callable[[PyTree, Int[Array, "b n"]], tuple[Float[Array, "b n v"], PyTree]]
 
 
 class Prefilled(NamedTuple):
-    """Rows that have read all but the last token of their prompt."""
+    """State of the rows after all tokens of their prompt except the last have been read."""
 
     step: BatchedDecodeStep
-    cache: PyTree  # what a text changes in the cache, [bn ...]: in any other shape, XLA copies it
-    context: Int[Array, "b n t"]  # the prompt, with room for the text
+    cache: PyTree  # the leaves that a step changes, [bn ...]: XLA would copy any other shape
+    context: Int[Array, "b n t"]  # the prompt, followed by space for max_new_tokens tokens
     length: Int[Array, " b"]  # tokens of the prompt
 
 
@@ -37,41 +38,44 @@ def prefill(
     n: int,
     max_new_tokens: int,
 ) -> Prefilled:
-    """Read the prompts, row by row as long as they are, then lay out n texts a row.
+    """Read each row's prompt up to its last token, then repeat the state for n sequences per row.
 
-    A leaf that `step` hands back as it came (keys and values of the image, say) is the same for all
-    texts of a row, and no beam moves it. The texts are rows of one batch to the model.
+    Cache leaves that `step` returns unchanged, such as the image's keys and values, are shared by a
+    row's n sequences and are not reordered by beam search. For the model, the sequences are rows of
+    one batch of size b · n.
     """
     length = prompt_mask.sum(1, dtype=jnp.int32)
-    leaves, tree = jax.tree.flatten(cache)
-    changes = _changed_leaves(step, cache, prompt[:, 0])
+    leaves, treedef = jax.tree.flatten(cache)
+    is_changed = _changed_leaves(step, cache, prompt[:, 0])
+    shared = [x for changed, x in zip(is_changed, leaves, strict=True) if not changed]
 
-    def whole(own: list[Array], shared: list[Array]) -> PyTree:
-        mine, same = iter(own), iter(shared)
-        return tree.unflatten([next(mine if c else same) for c in changes])
+    def to_cache(changed_leaves: list[Array], shared_leaves: list[Array]) -> PyTree:
+        changed_iter, shared_iter = iter(changed_leaves), iter(shared_leaves)
+        return treedef.unflatten([next(changed_iter if c else shared_iter) for c in is_changed])
 
-    def own_of(cache: PyTree) -> list[Array]:
-        return [x for c, x in zip(changes, tree.flatten_up_to(cache), strict=True) if c]
+    def to_changed_leaves(cache: PyTree) -> list[Array]:
+        return [x for c, x in zip(is_changed, treedef.flatten_up_to(cache), strict=True) if c]
 
-    shared = [x for c, x in zip(changes, leaves, strict=True) if not c]
-
-    def read(i: Int[Array, ""], own: list[Array]) -> list[Array]:
-        new = own_of(step(whole(own, shared), prompt[:, i])[1])
+    def read_token(i: Int[Array, ""], state: list[Array]) -> list[Array]:
+        updated = to_changed_leaves(step(to_cache(state, shared), prompt[:, i])[1])
         reads = i < length - 1
-        return [jnp.where(_expand_rows(reads, x), x, old) for x, old in zip(new, own, strict=True)]
+        return [
+            jnp.where(_expand_rows(reads, new), new, old)
+            for new, old in zip(updated, state, strict=True)
+        ]
 
-    def step_n(
-        own: list[Array], token: Int[Array, "b n"]
+    def batched_step(
+        state: list[Array], token: Int[Array, "b n"]
     ) -> tuple[Float[Array, "b n v"], list[Array]]:
-        logits, cache = step(whole(own, _repeat_rows(shared, n)), token.reshape(-1))
+        logits, cache = step(to_cache(state, _repeat_rows(shared, n)), token.reshape(-1))
         logp = jax.nn.log_softmax(logits.astype(jnp.float32))
-        return logp.reshape(-1, n, logp.shape[-1]), own_of(cache)
+        return logp.reshape(-1, n, logp.shape[-1]), to_changed_leaves(cache)
 
-    own = jax.lax.fori_loop(0, jnp.max(length) - 1, read, own_of(cache))
+    state = jax.lax.fori_loop(0, jnp.max(length) - 1, read_token, to_changed_leaves(cache))
     context = jnp.pad(jnp.where(prompt_mask, prompt, 0), ((0, 0), (0, max_new_tokens)))
     return Prefilled(
-        step=step_n,
-        cache=_repeat_rows(own, n),
+        step=batched_step,
+        cache=_repeat_rows(state, n),
         context=jnp.repeat(context[:, None], n, axis=1),
         length=length,
     )
@@ -80,13 +84,13 @@ def prefill(
 def append_token(
     context: Int[Array, "b n t"], position: Int[Array, "b n"], token: Int[Array, "b n"]
 ) -> Int[Array, "b n t"]:
-    """The context with one token more; a position past its end writes nothing."""
-    here = jnp.arange(context.shape[-1])[None, None] == position[..., None]
-    return jnp.where(here, token[..., None], context)
+    """Return `context` with `token` at `position`; positions ≥ t leave it unchanged."""
+    is_position = jnp.arange(context.shape[-1])[None, None] == position[..., None]
+    return jnp.where(is_position, token[..., None], context)
 
 
 def last_token(context: Int[Array, "b n t"], length: Int[Array, "b n"]) -> Int[Array, "b n"]:
-    """The last token of every context."""
+    """Return the last token of every context."""
     return jnp.take_along_axis(context, length[..., None] - 1, axis=-1)[..., 0]
 
 
@@ -98,7 +102,7 @@ def generated_tokens(
     max_new_tokens: int,
     pad: int,
 ) -> tuple[Int[Array, "b n l"], Bool[Array, "b n l"]]:
-    """What stands after the prompt, and where."""
+    """Return the tokens after the prompt, padded to max_new_tokens, and their mask."""
     index = prompt_length[:, None, None] + jnp.arange(max_new_tokens, dtype=jnp.int32)[None, None]
     index = jnp.broadcast_to(index, (*context.shape[:2], max_new_tokens))
     mask = index < length[..., None]
@@ -106,35 +110,40 @@ def generated_tokens(
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """(i32[b p], bool[b p]) of token lists, padded on the right to the bucket of the longest.
+    """Return (tokens i32[b p], mask bool[b p]), padded on the right.
 
-    Raises ValueError for an empty prompt: a text starts after one token at least.
+    p is the length bucket of the longest prompt. Raises ValueError for an empty prompt.
     """
-    if empty := [i for i, p in enumerate(prompts) if not len(p)]:
-        raise ValueError(f"prompts {empty[:5]} are empty; start each with one token at least (BOS)")
-    lengths = np.array([len(p) for p in prompts])
+    if empty := [i for i, tokens in enumerate(prompts) if not len(tokens)]:
+        raise ValueError(
+            f"prompts {empty[:5]} are empty; expected at least one token each; begin them with the "
+            "begin token (BOS)"
+        )
+    lengths = np.array([len(tokens) for tokens in prompts])
     mask = np.arange(length_bucket(int(lengths.max()), least=1))[None] < lengths[:, None]
-    tokens = np.zeros(mask.shape, np.int32)
-    tokens[mask] = np.concatenate([np.asarray(p, np.int32) for p in prompts])
-    return tokens, mask
+    padded = np.zeros(mask.shape, np.int32)
+    padded[mask] = np.concatenate([np.asarray(tokens, np.int32) for tokens in prompts])
+    return padded, mask
 
 
 def length_bucket(length: int, *, least: int = 8) -> int:
-    """The compiled length that serves `length`: the next power of two."""
+    """Return the length to compile for `length`: the next power of two, at least `least`."""
     return max(least, 1 << (length - 1).bit_length())
 
 
 def _changed_leaves(step: DecodeStep, cache: PyTree, token: Int[Array, " b"]) -> list[bool]:
-    """Which leaves of the cache a step changes, read from its program."""
-    program = jax.make_jaxpr(step)(cache, token).jaxpr
+    """Return, for each leaf of the cache, whether `step` changes it, according to its jaxpr."""
+    jaxpr = jax.make_jaxpr(step)(cache, token).jaxpr
     count = len(jax.tree.leaves(cache))
-    return [o is not i for o, i in zip(program.outvars[-count:], program.invars, strict=False)]
+    outputs = jaxpr.outvars[-count:]
+    return [new is not old for new, old in zip(outputs, jaxpr.invars, strict=False)]
 
 
 def _repeat_rows(tree: PyTree, n: int) -> PyTree:
-    """[b ...] as [bn ...], n equal rows for each."""
+    """Repeat every row n times: [b ...] to [bn ...]."""
     return jax.tree.map(lambda x: jnp.repeat(x, n, axis=0), tree)
 
 
 def _expand_rows(rows: Bool[Array, " b"], x: Array) -> Bool[Array, "b ..."]:
+    """Add axes to `rows` so that it broadcasts against `x`."""
     return rows.reshape(-1, *[1] * (x.ndim - 1))

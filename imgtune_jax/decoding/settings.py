@@ -1,8 +1,7 @@
-"""What a decoder is asked for, and what it gives."""
+"""Settings of text generation, and its result."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,19 +11,19 @@ from jaxtyping import Array, Bool, Float, Int
 
 @dataclass(frozen=True)
 class Greedy:
-    """The most likely token at every step; of equals, the one with the lowest id."""
+    """The most likely token at every step; ties go to the lowest id."""
 
     n: ClassVar[int] = 1
 
 
 @dataclass(frozen=True)
 class BeamSearch:
-    """Beam search: the best `n` of what `width` hypotheses grow into.
+    """Beam search with `width` hypotheses per row; the best `n` are returned.
 
-    Finished hypotheses are ordered by `log p / length ** length_penalty` (Transformers' formula;
-    0 is the plain sum, 1 the mean a token). A row ends when the worst of its `width` finished ones
-    beats whatever its live ones could become: at their present length (a heuristic, Transformers'
-    `early_stopping=False`), or, if `exhaustive`, at any length up to the longest.
+    Finished hypotheses are ordered by `log p / length ** length_penalty` (Transformers' formula; 0:
+    the sum, 1: the mean per token). A row ends when the worst of its `width` finished hypotheses
+    scores at least as high as its alive ones can: at their current length (a heuristic,
+    Transformers' `early_stopping=False`), or, if `exhaustive`, at any length up to the limit.
     """
 
     width: int = 4
@@ -35,15 +34,15 @@ class BeamSearch:
     def __post_init__(self) -> None:
         """Raise ValueError unless 1 <= n <= width."""
         if not 1 <= self.n <= self.width:
-            raise ValueError(f"beam: n = {self.n} of width = {self.width}; wanted 1 <= n <= width")
+            raise ValueError(f"beam: n = {self.n}, width = {self.width}; expected 1 <= n <= width")
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """`n` independent draws from softmax(log p / temperature), cut to its likeliest tokens.
+    """`n` independent samples from softmax(log p / temperature), truncated to likely tokens.
 
-    `top_k` keeps so many tokens; then `top_p` keeps the fewest whose probability is at least that
-    (nucleus sampling, 1904.09751). Of equals, tokens with lower ids stay.
+    Keep the `top_k` likeliest tokens, then, after renormalization, the smallest set of them with
+    total probability at least `top_p` (nucleus sampling, 1904.09751). Ties go to the lowest id.
     """
 
     n: int = 1
@@ -52,28 +51,29 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a number that is out of its range."""
+        """Raise ValueError for a value out of range."""
         _check(
             "sample",
-            (self.n >= 1, f"n = {self.n}; wanted at least 1"),
+            (self.n >= 1, f"n = {self.n}; expected at least 1"),
             (
                 self.temperature > 0,
-                f"temperature = {self.temperature}; wanted > 0 (its limit 0 is the greedy method)",
+                f"temperature = {self.temperature}; expected > 0 (for the limit 0, use the method "
+                "'greedy')",
             ),
-            (self.top_k is None or self.top_k >= 1, f"top_k = {self.top_k}; wanted None or >= 1"),
-            (0 < self.top_p <= 1, f"top_p = {self.top_p}; wanted in (0, 1]"),
+            (self.top_k is None or self.top_k >= 1, f"top_k = {self.top_k}; expected None or >= 1"),
+            (0 < self.top_p <= 1, f"top_p = {self.top_p}; expected 0 < top_p <= 1"),
         )
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How a text is chosen. Lengths count new tokens: the prompt is not among them.
+    """Settings of generation. Lengths count new tokens, without the prompt.
 
-    A text ends with the first token of `stop`, or after `max_new_tokens` tokens (the stop token is
-    counted). At least `min_new_tokens` tokens come before a stop token. Every token that the prompt or
-    the text so far holds has its log p multiplied by `repetition_penalty` (CTRL, 1909.05858, on log
-    probabilities, so that only the distribution matters and not its logits' offset). No n-gram of
-    `no_repeat_ngram_size` tokens occurs twice in prompt and text together.
+    A sequence ends with the first token of `stop_ids` (which is counted), or after `max_new_tokens`
+    tokens. A stop token is preceded by at least `min_new_tokens` tokens. `repetition_penalty`
+    multiplies the log p of every token that occurs in the prompt or the sequence so far (CTRL,
+    1909.05858; applied to log probabilities, so that an offset of the logits has no effect). No
+    n-gram of `no_repeat_ngram_size` tokens occurs twice in prompt and sequence together.
     """
 
     stop_ids: tuple[int, ...]
@@ -82,40 +82,42 @@ class GenerationConfig:
     min_new_tokens: int = 0
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int | None = None
-    pad_id: int = 0  # what stands after a text's end
+    pad_id: int = 0  # fills the positions after the end of a sequence
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a number that is out of its range."""
+        """Raise ValueError for a value out of range."""
         _check(
             "decoding",
-            (len(self.stop_ids) > 0, "stop is empty; wanted the id of one stop token at least"),
+            (len(self.stop_ids) > 0, "stop_ids = (); expected at least one token id"),
             (
                 self.max_new_tokens >= 1,
-                f"max_new_tokens = {self.max_new_tokens}; wanted at least 1",
+                f"max_new_tokens = {self.max_new_tokens}; expected at least 1",
             ),
             (
                 0 <= self.min_new_tokens < self.max_new_tokens,
-                f"min_new_tokens = {self.min_new_tokens}; wanted 0 <= min_new_tokens < {self.max_new_tokens}",
+                f"min_new_tokens = {self.min_new_tokens}; expected 0 <= min_new_tokens < "
+                f"{self.max_new_tokens} (max_new_tokens)",
             ),
             (
                 self.repetition_penalty > 0,
-                f"repetition_penalty = {self.repetition_penalty}; wanted > 0 (1 is none)",
+                f"repetition_penalty = {self.repetition_penalty}; expected > 0 (1: no penalty)",
             ),
             (
                 self.no_repeat_ngram_size is None or self.no_repeat_ngram_size >= 1,
-                f"no_repeat_ngram_size = {self.no_repeat_ngram_size}; wanted None or >= 1",
+                f"no_repeat_ngram_size = {self.no_repeat_ngram_size}; expected None or >= 1",
             ),
         )
 
 
 @struct.dataclass
 class GeneratedTokens:
-    """New tokens of n texts a row, the stop token among them; after it, `Decoding.pad`.
+    """The new tokens of n sequences per row, including the stop token; then `pad_id`.
 
-    `logprob` is the model's own log p of the tokens under `mask`, in nats, summed: no penalty or
-    temperature changes it. Beam search gives the best text first, by `score` = log p with the
-    repetition penalty, divided by length ** length_penalty; where fewer than n texts exist, a row
-    ends with empty ones whose logprob and score are -inf. Elsewhere `score` is `logprob` a token.
+    `logprob` is log p of the tokens under `mask` according to the model, in nats, summed; penalties
+    and temperature do not affect it. `score` is `logprob` per token for greedy decoding and
+    sampling. Beam search returns the best sequence first, by `score` = log p with the repetition
+    penalty, divided by length ** length_penalty; if fewer than n sequences exist, the last ones of
+    the row are empty, and their logprob and score are -inf.
     """
 
     tokens: Int[Array, "b n l"]
@@ -124,7 +126,7 @@ class GeneratedTokens:
     score: Float[Array, "b n"]
 
 
-def _check(what: str, *checks: tuple[bool, str]) -> None:
-    wrong: Iterable[str] = [message for ok, message in checks if not ok]
-    if wrong:
-        raise ValueError(f"{what}: " + "; ".join(wrong))
+def _check(name: str, *checks: tuple[bool, str]) -> None:
+    """Raise ValueError with the messages of all checks that are False."""
+    if errors := [message for ok, message in checks if not ok]:
+        raise ValueError(f"{name}: " + "; ".join(errors))

@@ -1,4 +1,4 @@
-"""The largest of every row, found where the row lives."""
+"""Top-k along the last axis, computed where each row is stored."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from jaxtyping import Array, Float, Int
 
 
 def _top_k(x: Float[Array, "*b v"], k: int) -> tuple[Float[Array, "*b {k}"], Int[Array, "*b {k}"]]:
-    """`jax.lax.top_k`, which XLA would not split: it would gather all rows on every device."""
+    """Call `jax.lax.top_k`, which XLA does not partition: it gathers all rows on every device."""
     values, index = jax.lax.top_k(x, k)
     return values, index
 
 
-def _layout(mesh: Mesh, x: Any) -> NamedSharding:
-    """As `x` lies, with the last dimension whole."""
+def _row_sharding(mesh: Mesh, x: Any) -> NamedSharding:
+    """Return the sharding of `x` with its last dimension unsharded."""
     spec = tuple(x.sharding.spec) + (None,) * (len(x.shape) - len(x.sharding.spec))
     return NamedSharding(mesh, PartitionSpec(*spec[:-1], None))
 
 
-def _outputs(k: int, mesh: Mesh, operands: Any, results: Any) -> tuple[NamedSharding, ...]:
-    return (_layout(mesh, operands[0]),) * 2
+def _infer_sharding(k: int, mesh: Mesh, operands: Any, results: Any) -> tuple[NamedSharding, ...]:
+    return (_row_sharding(mesh, operands[0]),) * 2
 
 
 def _partition(k: int, mesh: Mesh, operands: Any, results: Any) -> tuple[Any, ...]:
-    layout = _layout(mesh, operands[0])
-    return mesh, lambda x: _top_k(x, k), (layout, layout), (layout,)
+    sharding = _row_sharding(mesh, operands[0])
+    return mesh, lambda x: _top_k(x, k), (sharding, sharding), (sharding,)
 
 
 top_k = custom_partitioning(_top_k, static_argnums=(1,))
 top_k.def_partition(
     partition=_partition,
-    infer_sharding_from_operands=_outputs,
+    infer_sharding_from_operands=_infer_sharding,
     sharding_rule="... v -> ... m, ... m",
 )

@@ -10,7 +10,7 @@ import numpy as np
 from imgtune_jax.interop import weight_map
 from imgtune_jax.models import ImageTextModel
 from imgtune_jax.models.decoder import Decoder
-from imgtune_jax.models.pooler import AttentionalPooler
+from imgtune_jax.models.pooling import AttentionalPooler
 
 LAYER_NORM_EPSILON = 1e-5  # open_clip's default
 MLP_RATIO = 4  # of the decoder; open_clip ignores the config's mlp_ratio

@@ -1,4 +1,4 @@
-"""Towers, heads and the models made of them. The only room that imports flax.linen."""
+"""Towers, heads, decoder and the models composed of them. The only package with flax.linen."""
 
 from imgtune_jax.models.build import (
     DECODERS,
@@ -15,8 +15,6 @@ from imgtune_jax.models.decoder import DecoderCache
 from imgtune_jax.models.image_text import ImageTextModel, unit_norm
 from imgtune_jax.models.pooling import TowerOutput
 
-Model = ImageTextModel  # what the other rooms call it
-
 __all__ = [
     "COMPONENTS",
     "DECODERS",
@@ -25,7 +23,6 @@ __all__ = [
     "TOWERS",
     "DecoderCache",
     "ImageTextModel",
-    "Model",
     "ModelConfig",
     "TowerOutput",
     "abstract_tower_params",

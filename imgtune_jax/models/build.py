@@ -1,4 +1,4 @@
-"""From a plain mapping of fields to modules. Every wrong name is an error that names the right."""
+"""Build modules from a mapping of fields. An unknown name is an error that lists the valid ones."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from imgtune_jax.models import heads, initializers, layers
+from imgtune_jax.models import heads, initializers
 from imgtune_jax.models.bert import Bert
 from imgtune_jax.models.decoder import Decoder
 from imgtune_jax.models.efficientnet import EfficientNetLite
 from imgtune_jax.models.image_text import ImageTextModel
-from imgtune_jax.models.pooler import AttentionalPooler
+from imgtune_jax.models.pooling import AttentionalPooler
 from imgtune_jax.models.resnet import ResNet
 from imgtune_jax.models.text_transformer import TextTransformer
 from imgtune_jax.models.vit import ViT
-from imgtune_jax.types import Params
+from imgtune_jax.types import Params, no_constraint
 
 TOWERS: dict[str, Callable[..., nn.Module]] = {
     "vit": ViT,
@@ -47,10 +47,10 @@ LOG_100 = math.log(100.0)
 class ModelConfig:
     """The keys of a model's mapping and their defaults.
 
-    `image` and `text` are {"name": of TOWERS, "variant": …, field: value …}, heads the same with
-    HEADS, `decoder` with DECODERS, `image_pooler` with POOLERS. A model without a text has no
-    heads and no logit scale; one without a decoder writes no captions. `dtype` ("float32" or
-    "bfloat16") is of matrix-product operands, and may stand in a component's mapping instead.
+    `image` and `text` are {"name": key of TOWERS, "variant": …, field: value …}; heads are the same
+    with HEADS, `decoder` with DECODERS, `image_pooler` with POOLERS. A model without `text` has no
+    heads and no logit scale; one without `decoder` generates no captions. `dtype` ("float32" or
+    "bfloat16") is the type of matrix-product operands; a component's mapping can override it.
     `image_mean`, `image_std`: units of 0..255. `logit_scale_init`, `logit_scale_max`: logs; no
     clamp if None. `logit_bias_init`: no bias if None; -10 in SigLIP.
     """
@@ -72,21 +72,27 @@ class ModelConfig:
 
 
 def build_model(cfg: Mapping[str, Any], partitioner: Any = None) -> ImageTextModel:
-    """The model that a mapping of ModelFields describes.
+    """Build the model that a mapping with the keys of ModelConfig describes.
 
-    `partitioner.constrain`, if a partitioner is given, is applied to every residual stream.
+    `partitioner.constrain`, if a partitioner is given, applies to every residual stream.
     Raises ValueError that names the component, the bad field and the valid ones.
     """
-    given = _lists_to_tuples(cfg)
-    _check_fields("model", given, [f.name for f in dataclasses.fields(ModelConfig)])
-    if "image" not in given:
-        raise ValueError("model: no image; it has no default")
-    fields = ModelConfig(**given)
+    values = _lists_to_tuples(cfg)
+    _check_fields("model", values, [f.name for f in dataclasses.fields(ModelConfig)])
+    if "image" not in values:
+        raise ValueError("the model has no image tower; set `image`, which has no default")
+    fields = ModelConfig(**values)
     if not fields.text and not fields.decoder:
-        raise ValueError("model: neither text nor decoder; give one to match, one to write")
+        raise ValueError(
+            "the model has neither text nor decoder; add `text` for contrastive training, "
+            "`decoder` for captioning, or both"
+        )
     if fields.text and fields.embed_dim is None:
-        raise ValueError("model: no embed_dim; a text tower needs a space to share")
-    constrain = layers.no_constraint if partitioner is None else partitioner.constrain
+        raise ValueError(
+            "the model has no embed_dim; set it to the width of the embedding space that image "
+            "and text share"
+        )
+    constrain = no_constraint if partitioner is None else partitioner.constrain
     common = dict(dtype=fields.dtype, constrain=constrain)
     head = dict(dtype=fields.dtype, embed_dim=fields.embed_dim)
     heads = [
@@ -120,21 +126,22 @@ def build_model(cfg: Mapping[str, Any], partitioner: Any = None) -> ImageTextMod
 
 
 def _check_decoder_input(model: ImageTextModel) -> None:
-    """Raise ValueError for a decoder that would see a caption's future through the text tower."""
+    """Raise ValueError for a decoder that could read future tokens through the text tower."""
     if model.decoder is None or model.decoder.input_from == "ids":
         return
     if not getattr(model.text, "causal", False):
         raise ValueError(
-            "a decoder that reads tokens needs a causal text tower (text_transformer with "
-            f"causal=True), or it would see what it predicts; got {type(model.text).__name__}"
+            "a decoder with input_from='text_tower' needs a causal text tower (text_transformer "
+            "with causal=True), or it would read the tokens that it predicts; got "
+            f"{type(model.text).__name__}"
         )
 
 
 def build_tower(cfg: Mapping[str, Any], **defaults: Any) -> nn.Module:
-    """One tower from {"name": …, "variant": …, field: value …}.
+    """Build a tower from {"name": …, "variant": …, field: value …}.
 
-    `defaults` fill fields that the tower has and the mapping leaves out, and are ignored if the
-    tower lacks them. Raises ValueError like `build`.
+    `defaults` apply to fields that the tower has and the mapping omits. Raises ValueError like
+    `build_model`.
     """
     return _build_component("tower", TOWERS, cfg, defaults)
 
@@ -142,28 +149,25 @@ def build_tower(cfg: Mapping[str, Any], **defaults: Any) -> nn.Module:
 def _build_component(
     role: str, table: Mapping[str, Any], cfg: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> nn.Module:
-    given = _lists_to_tuples(cfg)
-    name = given.pop("name", None)
+    values = _lists_to_tuples(cfg)
+    name = values.pop("name", None)
     if name not in table:
-        raise ValueError(f"{role}: name={name!r}; want one of {', '.join(table)}")
+        raise ValueError(f"{role}: name = {name!r}; expected one of {', '.join(table)}")
     cls = table[name]
     fields = [f.name for f in dataclasses.fields(cls) if f.name not in NON_CONFIG_FIELDS]
     variants = ["variant"] if hasattr(cls, "variant_fields") else []
-    _check_fields(f"{role} {name!r}", given, [*variants, *fields])
-    variant = given.pop("variant", None)
+    _check_fields(f"{role} {name!r}", values, [*variants, *fields])
+    variant = values.pop("variant", None)
     sizes = {} if variant is None else cls.variant_fields(str(variant))
-    known = {k: v for k, v in defaults.items() if k in fields or k == "constrain"}
-    if (
-        "image_size" in known
-        and given.get("image_size", known["image_size"]) != (known["image_size"])
-    ):
+    all_fields = {f.name for f in dataclasses.fields(cls)}
+    defaults = {k: v for k, v in defaults.items() if k in all_fields}
+    size = defaults.get("image_size")
+    if size is not None and values.get("image_size", size) != size:
         raise ValueError(
-            f"{role} {name!r}: image_size={given['image_size']}, but the model's is "
-            f"{known['image_size']}; leave it out of the tower"
+            f"{role} {name!r}: image_size={values['image_size']}, but the model's is {size}; "
+            "remove it from the tower"
         )
-    if not any(f.name == "constrain" for f in dataclasses.fields(cls)):
-        known.pop("constrain", None)
-    merged = {**known, **sizes, **given}
+    merged = {**defaults, **sizes, **values}
     if "dtype" in merged:
         merged["dtype"] = _dtype(role, merged["dtype"])
     return cls(**merged)
@@ -171,12 +175,12 @@ def _build_component(
 
 def _dtype(role: str, name: Any) -> Any:
     if name not in DTYPES:
-        raise ValueError(f"{role}: dtype={name!r}; want one of {', '.join(DTYPES)}")
+        raise ValueError(f"{role}: dtype = {name!r}; expected one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
-def _check_fields(component: str, given: Iterable[str], valid: list[str]) -> None:
-    for field in given:
+def _check_fields(component: str, names: Iterable[str], valid: list[str]) -> None:
+    for field in names:
         if field not in valid:
             close = difflib.get_close_matches(field, valid, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
@@ -186,16 +190,16 @@ def _check_fields(component: str, given: Iterable[str], valid: list[str]) -> Non
 
 
 def _lists_to_tuples(cfg: Any) -> dict[str, Any]:
-    """A dict with tuples for lists, so that modules stay hashable."""
+    """Return a dict with tuples instead of lists, so that modules are hashable."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in dict(cfg).items()}
 
 
 def abstract_tower_params(tower: nn.Module) -> Params:
-    """Shapes and types of a tower's parameters, without computing anything."""
+    """Return the shapes and types of a tower's parameters, without computing anything."""
     if hasattr(tower, "max_length"):
         shape = (1, tower.max_length)
         inputs = (jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_))
     else:
         size = getattr(tower, "image_size", 32)  # a CNN's parameters fit any size
         inputs = (jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32),)
-    return initializers.abstract_params(initializers.declare(tower, *inputs))
+    return initializers.abstract_params(initializers.param_specs(tower, *inputs))

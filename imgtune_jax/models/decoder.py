@@ -1,8 +1,8 @@
-"""A caption decoder: a causal transformer that looks at an image's tokens."""
+"""A caption decoder: a causal transformer that attends to an image's tokens."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from imgtune_jax.models import initializers, layers, sizes
+from imgtune_jax.models import initializers, layers
 from imgtune_jax.models.block import Block, Cross, LayerCache
 from imgtune_jax.models.transformer import LayerCaches, Transformer
 from imgtune_jax.types import Params
@@ -18,9 +18,9 @@ from imgtune_jax.types import Params
 
 @struct.dataclass
 class DecoderCache:
-    """What decoding keeps between steps. Every leaf has a row for each caption.
+    """The state of decoding between steps. Every leaf has one row per caption.
 
-    `position` is where the next token goes. `text` is of the unimodal tower, if there is one.
+    `position` is the index of the next token. `text` belongs to the causal text tower, if any.
     """
 
     position: Int[Array, " b"]
@@ -29,20 +29,23 @@ class DecoderCache:
 
 
 class Decoder(Transformer):
-    """Tokens and image tokens [b m e] to a vector a position, which predicts the next token.
+    """Tokens and image tokens [b m e] to one vector per position, which predicts the next token.
 
-    `reads` is "ids" (Cap: token and position embeddings are its own) or "tokens" (CoCa: the output
-    of a causal text tower of the same width). `cross` as in Block. `context_norm` normalises the
-    image tokens first, for towers that do not. `tied` predicts by the embedding table. `chunk` is
-    the number of positions whose logits exist at once.
+    `input_from` is "ids" (Cap: the decoder has token and position embeddings) or "text_tower"
+    (CoCa: the output of a causal text tower of the same width). `cross` as in Block.
+    `context_norm` normalizes the image tokens first, for towers that do not. `tied` predicts with
+    the embedding table. `chunk` is the number of positions whose logits exist at once.
 
-    With `parallel_fraction`, that share of the training examples (drawn one by one) predicts all
-    its tokens at once: every input is the same learned vector plus its position, and there is no
-    causal mask (CapPa, 2306.07915). The length would tell what the mask hides, so texts must then
-    be padded to exactly `max_length`. Raises ValueError otherwise.
+    With `parallel_fraction`, that fraction of the training examples (sampled per example) predicts
+    all its tokens at once: every input is the same learned vector plus its position, and there is
+    no causal mask (CapPa, 2306.07915). The length would reveal what the mask hides, so texts must
+    then be padded to exactly `max_length`. Raises ValueError otherwise.
 
     From scratch: embeddings as in TextTransformer, matrices Xavier normal.
+    `hand_written_gradients` as in Transformer: reverse mode only if True.
     """
+
+    CONFIG_NAME: ClassVar[str] = "decoder"
 
     width: int = 768
     depth: int = 6
@@ -57,21 +60,19 @@ class Decoder(Transformer):
     parallel_fraction: float = 0.0
     chunk: int = 16
 
-    @classmethod
-    def variant_fields(cls, variant: str) -> dict[str, Any]:
-        """The sizes behind "Ti", "S", "B", …"""
-        return sizes.get_variant(sizes.SIZES, variant, "decoder")
-
     @nn.compact
     def __call__(
         self,
         inputs: Int[Array, "b t"] | Float[Array, "b t d"],
         context: Float[Array, "b m e"],
         *,
-        train: bool,
+        train: bool = False,
         parallel: Bool[Array, " b"] | None = None,
     ) -> Float[Array, "b t d"]:
-        """A vector for each position, t at most max_length; `parallel` overrides the draw."""
+        """Return a vector per position, t at most max_length.
+
+        `parallel` states which rows predict in parallel; if None, they are sampled in training.
+        """
         self._check(inputs)
         if parallel is None and train and self.parallel_fraction:
             rng = self.make_rng("dropout")
@@ -81,11 +82,11 @@ class Decoder(Transformer):
                 "parallel prediction sees every position, so texts must be padded to exactly "
                 f"max_length={self.max_length}; got {inputs.shape[1] + 1}"
             )
-        x, train_front = inputs, train and self.num_frozen_layers == 0
+        x = inputs
         if self.input_from == "ids":
-            x = self._embed(inputs, parallel, train=train_front)
+            x = self._embed(inputs, parallel, train=train and self.num_frozen_layers == 0)
         if self.context_norm:
-            context = layers.LayerNorm(self.norm_epsilon, name="context_norm")(context)
+            context = self.norm("context_norm")(context)
         mask = None
         if parallel is not None:
             causal = jnp.tril(jnp.ones((inputs.shape[1],) * 2, bool))
@@ -93,24 +94,26 @@ class Decoder(Transformer):
         x = self.run_blocks(
             x, mask, train=train, context=context, causal=mask is None, cross=self.cross
         )
-        x = layers.LayerNorm(self.norm_epsilon, name="final_norm")(x)
+        x = self.norm("final_norm")(x)
         if self.is_initializing() and not self.tied:
             layers.Dense(self.vocab_size, use_bias=False, name="vocabulary")(x[:1, 0])
         return x
 
     def vocab_kernel(self, params: Params) -> Float[Array, "d v"]:
-        """The matrix from a position's vector to logits."""
+        """Return the matrix from a position's vector to logits; `params` are the decoder's."""
         return params["token_embed"]["embedding"].T if self.tied else params["vocabulary"]["kernel"]
 
     def init_cache(self, context: Float[Array, "b m e"], *, length: int) -> LayerCaches:
-        """What the first step starts from: keys of the image tokens, room for `length` tokens."""
-        own = self.variables["params"]
+        """Return caches for `decode_step`: image keys and values, capacity for `length` tokens."""
+        params = self.variables["params"]
         if self.context_norm:
-            norm = layers.LayerNorm(self.norm_epsilon, parent=None)
-            context = cast(Array, norm.apply({"params": own["context_norm"]}, context))
-        room, run = self.init_kv_cache(len(context), length), cast(Any, self._block().apply)
+            context = self.apply_norm("context_norm", context)
+        empty, apply = self.init_kv_cache(len(context), length), cast(Any, self._block().apply)
         return tuple(
-            LayerCache(room, run({"params": own[f"blocks_{i}"]}, context, method="context_keys"))
+            LayerCache(
+                empty,
+                apply({"params": params[f"blocks_{i}"]}, context, method="project_context"),
+            )
             for i in range(self.depth)
         )
 
@@ -120,14 +123,13 @@ class Decoder(Transformer):
         caches: LayerCaches,
         position: Int[Array, " b"],
     ) -> tuple[Float[Array, "b d"], LayerCaches]:
-        """One position of each row: its vector, and the cache with it."""
-        own, x = self.variables["params"], inputs
+        """Return the vector of one position per row, and the updated caches."""
+        params, x = self.variables["params"], inputs
         if self.input_from == "ids":
-            x = own["token_embed"]["embedding"][inputs] + own["pos_embed"][position]
+            x = params["token_embed"]["embedding"][inputs] + params["pos_embed"][position]
             x = x[:, None]
         x, caches = self.decode_blocks(self._block(), x, caches, position)
-        norm = layers.LayerNorm(self.norm_epsilon, parent=None)
-        return cast(Array, norm.apply({"params": own["final_norm"]}, x))[:, 0], caches
+        return self.apply_norm("final_norm", x)[:, 0], caches
 
     def _block(self) -> Block:
         return self.block(cross=self.cross)
@@ -141,21 +143,25 @@ class Decoder(Transformer):
             )
         if ids != (self.input_from == "ids") or (not ids and inputs.shape[-1] != self.width):
             raise ValueError(
-                f"decoder input_from={self.input_from!r} with width={self.width}, and got an input of shape "
-                f"{inputs.shape}; a decoder that reads tokens is as wide as the text tower"
+                f"decoder input_from = {self.input_from!r} with width={self.width} got an input "
+                f"of shape {inputs.shape}; set its width to that of the text tower"
             )
         if not ids and (self.tied or self.parallel_fraction):
-            raise ValueError("a decoder that reads tokens has no embeddings: tied or parallel")
+            raise ValueError(
+                "a decoder with input_from='text_tower' has no embeddings; "
+                "set tied=False and parallel_fraction=0"
+            )
 
     def _embed(
         self, ids: Int[Array, "b t"], parallel: Bool[Array, " b"] | None, *, train: bool
     ) -> Float[Array, "b t d"]:
         x = layers.Embed(self.vocab_size, self.width, name="token_embed")(ids)
         shape = (self.max_length, self.width)
-        position = self.param("pos_embed", initializers.normal(0.01), shape, jnp.float32)
+        position = initializers.param(self, "pos_embed", initializers.Normal(0.01), shape)
         if self.parallel_fraction:
-            blank = self.param("mask_embed", initializers.normal(0.02), (self.width,), jnp.float32)
+            init = initializers.Normal(0.02)
+            mask_embed = initializers.param(self, "mask_embed", init, (self.width,))
             if parallel is not None:
-                x = jnp.where(parallel[:, None, None], layers.expand_like(blank, x), x)
+                x = jnp.where(parallel[:, None, None], layers.expand_like(mask_embed, x), x)
         x = x + position[None, : ids.shape[1]]
         return nn.Dropout(self.dropout, deterministic=not train)(x)

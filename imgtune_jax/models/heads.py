@@ -1,4 +1,4 @@
-"""From a tower's pooled vector to the shared embedding space."""
+"""Heads: a tower's pooled vector to the shared embedding space."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from imgtune_jax.models import initializers, layers
 
 
 def standardize(module: nn.Module, x: Float[Array, "b i"]) -> Float[Array, "b i"]:
-    """(x - input_mean) / input_std, dimension by dimension.
+    """Return (x - input_mean) / input_std for each dimension; parameters of `module`.
 
-    The two are statistics, not weights: measured once on training data, then always locked. A
-    locked tower's dimensions differ in scale by orders of magnitude; without this a linear map on
-    top learns the small ones last.
+    Both are statistics, not weights: measured once on training data, then always frozen. The
+    dimensions of a locked tower differ in scale by orders of magnitude; without standardization, a
+    linear map learns the small ones last.
     """
     width = (x.shape[-1],)
-    mean = module.param("input_mean", initializers.ZEROS, width, jnp.float32)
-    std = module.param("input_std", initializers.ONES, width, jnp.float32)
+    mean = initializers.param(module, "input_mean", initializers.ZEROS, width)
+    std = initializers.param(module, "input_std", initializers.ONES, width)
     x = x.astype(jnp.float32)
     return (x - layers.expand_like(mean, x)) / layers.expand_like(std, x)
 
 
 class IdentityHead(nn.Module):
-    """The pooled vector itself: for a tower whose space is the shared one. No weights.
+    """The pooled vector unchanged: for a tower whose space is the shared one. No weights.
 
     Raises ValueError if the tower's width is not `embed_dim`.
     """
@@ -33,46 +33,47 @@ class IdentityHead(nn.Module):
     standardize: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b i"], *, train: bool) -> Float[Array, "b d"]:
+    def __call__(self, x: Float[Array, "b i"], *, train: bool = False) -> Float[Array, "b d"]:
         del train
         if x.shape[-1] != self.embed_dim:
             raise ValueError(
-                f"identity head: the tower gives {x.shape[-1]} features, embed_dim is "
+                f"identity head: the tower returns {x.shape[-1]} features, embed_dim is "
                 f"{self.embed_dim}; set embed_dim={x.shape[-1]} or use a linear head"
             )
         return standardize(self, x) if self.standardize else x.astype(jnp.float32)
 
 
 class LinearHead(nn.Module):
-    """One affine map, CLIP's and LiT's projection (`use_bias=False` for CLIP).
+    """One affine map, the projection of CLIP and LiT (`use_bias=False` for CLIP).
 
-    `standardize` puts fixed statistics in front; see `standardized`.
+    `standardize` applies the function `standardize` first.
     """
 
     embed_dim: int
     use_bias: bool = False
     standardize: bool = False
     dtype: layers.Dtype = jnp.float32
+    hand_written_gradients: bool = True
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b i"], *, train: bool) -> Float[Array, "b d"]:
+    def __call__(self, x: Float[Array, "b i"], *, train: bool = False) -> Float[Array, "b d"]:
         del train
         if self.standardize:
             x = standardize(self, x)
-        # std 1/sqrt(i), as CLIP draws its projections
-        kernel = self.param(
-            "kernel", initializers.LECUN_NORMAL, (x.shape[-1], self.embed_dim), jnp.float32
-        )
+        # std 1/sqrt(i), as in CLIP's projections
+        shape = (x.shape[-1], self.embed_dim)
+        kernel = initializers.param(self, "kernel", initializers.LECUN_NORMAL, shape)
         bias = None
         if self.use_bias:
-            bias = self.param("bias", initializers.ZEROS, (self.embed_dim,), jnp.float32)
-        return layers.dense(x, kernel, bias, dtype=self.dtype)
+            bias = initializers.param(self, "bias", initializers.ZEROS, (self.embed_dim,))
+        manual = self.hand_written_gradients
+        return layers.dense(x, kernel, bias, dtype=self.dtype, hand_written_gradients=manual)
 
 
 class MlpHead(nn.Module):
     """norm? → fc1 → activation → dropout → fc2.
 
-    `input_norm` adds a LayerNorm in front, `standardize` fixed statistics; see `standardized`.
+    `input_norm` applies a LayerNorm first; `standardize` applies `standardize` before it.
     """
 
     embed_dim: int
@@ -83,13 +84,21 @@ class MlpHead(nn.Module):
     use_bias: bool = True
     dropout: float = 0.0
     dtype: layers.Dtype = jnp.float32
+    hand_written_gradients: bool = True
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b i"], *, train: bool) -> Float[Array, "b d"]:
+    def __call__(self, x: Float[Array, "b i"], *, train: bool = False) -> Float[Array, "b d"]:
+        manual = self.hand_written_gradients
+
+        def linear(features: int, name: str) -> layers.Dense:
+            return layers.Dense(
+                features, self.use_bias, self.dtype, hand_written_gradients=manual, name=name
+            )
+
         if self.standardize:
             x = standardize(self, x)
         if self.input_norm:
-            x = layers.LayerNorm(name="norm1")(x)
-        x = layers.Dense(self.hidden_dim, self.use_bias, dtype=self.dtype, name="fc1")(x)
+            x = layers.LayerNorm(hand_written_gradients=manual, name="norm1")(x)
+        x = linear(self.hidden_dim, "fc1")(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(layers.activation(self.act)(x))
-        return layers.Dense(self.embed_dim, self.use_bias, dtype=self.dtype, name="fc2")(x)
+        return linear(self.embed_dim, "fc2")(x)

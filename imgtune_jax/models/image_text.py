@@ -18,16 +18,16 @@ from imgtune_jax.types import MODALITIES, Batch, Outputs, Params, TokenScores
 
 
 def unit_norm(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
-    """x / max(|x|, 1e-12) in float32; a zero row stays zero and has a finite gradient."""
+    """Return x / max(|x|, 1e-12) in float32. A zero row stays zero, with a finite gradient."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def clamp_log_scale(t: Float[Array, ""], maximum: float) -> Float[Array, ""]:
-    """min(t, maximum), whose gradient above the maximum only ever leads back down.
+    """Return min(t, maximum); above the maximum, keep only gradients whose descent lowers t.
 
-    A plain minimum has none there: once past the bound, a scale could never return.
+    `jnp.minimum` has no gradient there: a scale above the bound could never return.
     """
     return jnp.minimum(t, maximum)
 
@@ -45,32 +45,35 @@ clamp_log_scale.defvjp(_clamp_forward, _clamp_backward)
 
 @dataclasses.dataclass(frozen=True)
 class ImageTextModel(ModelComponents):
-    """With a text tower and heads it matches (CLIP); with a decoder it writes (Cap).
+    """A contrastive model with a text tower and heads (CLIP), a captioner with a decoder (Cap).
 
-    With both, the decoder may read the text tower's tokens: CoCa (2205.01917), both from one pass.
+    With both, the decoder may read the text tower's tokens: CoCa (2205.01917), from one pass.
     """
 
     def apply(
         self, params: Params, batch: Batch, *, rng: jax.Array | None = None, train: bool = False
     ) -> Outputs:
-        """What this model has to say of what the batch holds. `rng` is needed to train.
+        """Return the outputs that the fields of the batch allow. Training needs `rng`, for dropout.
 
-        `batch.image_features` and `batch.text_features`, where given, are what `front` gave.
+        `batch.image_features` and `batch.text_features`, if given, are outputs of
+        `apply_frozen_prefix`.
         """
-        found = {tower: self.apply_tower(params, tower, batch, rng, train) for tower in MODALITIES}
+        outputs = {
+            tower: self.apply_tower(params, tower, batch, rng, train) for tower in MODALITIES
+        }
         embs = {}
-        for tower, out in found.items():
+        for tower, out in outputs.items():
             if out is not None and getattr(self, f"{tower}_head") is not None:
                 embs[f"{tower}_emb"] = self._project(params, tower, out.pooled, rng, train)
-        captions, image, text = None, found["image"], found["text"]
+        scores, image, text = None, outputs["image"], outputs["text"]
         if self.decoder is not None and image is not None and batch.text is not None:
             tokens = None if text is None else text.tokens
-            captions = self._score_tokens(params, image.tokens, batch.text, tokens, rng, train)
+            scores = self._score_tokens(params, image.tokens, batch.text, tokens, rng, train)
         scale, bias = self.logit_scale(params), self.logit_bias(params)
-        return Outputs(**embs, logit_scale=scale, logit_bias=bias, token_scores=captions)
+        return Outputs(**embs, logit_scale=scale, logit_bias=bias, token_scores=scores)
 
     def logit_scale(self, params: Params) -> Float[Array, ""] | None:
-        """The multiplier of the logits, clamped; None for a model without a text tower."""
+        """Return the clamped multiplier of the logits; None for a model without a text tower."""
         if self.text is None:
             return None
         t = params["logit_scale"].astype(jnp.float32)
@@ -79,46 +82,46 @@ class ImageTextModel(ModelComponents):
         return jnp.exp(t)
 
     def logit_bias(self, params: Params) -> Float[Array, ""] | None:
-        """What is added to the logits; None if this model has no bias."""
+        """Return the bias of the logits; None if this model has none."""
         if self.logit_bias_init is None:
             return None
         return params["logit_bias"].astype(jnp.float32)
 
     def image_features(self, params: Params, image: UInt8[Array, "b h w c"]) -> Float[Array, "b e"]:
-        """The image side's pooled vector, before the head, in float32."""
+        """Return the pooled vectors of images, before the head, in float32."""
         return self._image(params, image, "pooled")
 
     def text_features(
         self, params: Params, text: Int[Array, "b l"], text_mask: Bool[Array, "b l"]
     ) -> Float[Array, "b e"]:
-        """The text tower's pooled vector, before the head, in float32."""
+        """Return the pooled vectors of texts, before the head, in float32."""
         return self.apply_tower_eval(params, "text", (text, text_mask), lambda out: out.pooled)
 
     def tower_features(self, params: Params, batch: Batch) -> dict[str, Float[Array, "b e"]]:
-        """Both sides' pooled vectors of a batch, before the heads, in float32, by tower."""
-        found = {tower: self.apply_tower(params, tower, batch) for tower in MODALITIES}
-        return {t: x.pooled.astype(jnp.float32) for t, x in found.items() if x is not None}
+        """Return the pooled vectors of a batch by tower, before the heads, in float32."""
+        outputs = {tower: self.apply_tower(params, tower, batch) for tower in MODALITIES}
+        return {t: out.pooled.astype(jnp.float32) for t, out in outputs.items() if out is not None}
 
     def encode_image(self, params: Params, image: UInt8[Array, "b h w c"]) -> Float[Array, "b d"]:
-        """Unit-norm embeddings of uint8 RGB images."""
+        """Return unit-norm embeddings of uint8 RGB images."""
         return self.project_image_features(params, self.image_features(params, image))
 
     def project_image_features(
         self, params: Params, features: Float[Array, "b e"]
     ) -> Float[Array, "b d"]:
-        """Unit-norm embeddings from `features_image`'s vectors."""
+        """Return unit-norm embeddings of the vectors of `image_features`."""
         return self._project(params, "image", features, None, False)
 
     def encode_text(
         self, params: Params, text: Int[Array, "b l"], text_mask: Bool[Array, "b l"]
     ) -> Float[Array, "b d"]:
-        """Unit-norm embeddings of token ids."""
+        """Return unit-norm embeddings of token ids."""
         return self._project(
             params, "text", self.text_features(params, text, text_mask), None, False
         )
 
     def image_tokens(self, params: Params, image: UInt8[Array, "b h w c"]) -> Float[Array, "b m e"]:
-        """What the decoder sees of uint8 RGB images, in float32."""
+        """Return the tokens of uint8 RGB images that the decoder reads, in float32."""
         return self._image(params, image, "tokens")
 
     def caption_scores(
@@ -128,7 +131,7 @@ class ImageTextModel(ModelComponents):
         text: Int[Array, "b l"],
         text_mask: Bool[Array, "b l"],
     ) -> TokenScores:
-        """The scores of given captions, in eval mode; no logits [b l v] are held."""
+        """Return the scores of given captions, in eval mode, without logits [b l v] in memory."""
         return self._score_tokens(
             params, image_tokens, text, self._text_tokens(params, text, text_mask)
         )
@@ -142,10 +145,10 @@ class ImageTextModel(ModelComponents):
         *,
         parallel: Bool[Array, " b"] | None = None,
     ) -> Float[Array, "b l v"]:
-        """Logits of the token behind each position, in eval mode, all at once.
+        """Return the logits of the token after each position, in eval mode, all at once.
 
-        For tests and small sizes. `parallel` says which rows predict without looking at the text,
-        position by position (CapPa); their texts are without their last position.
+        For tests and small sizes. `parallel` states which rows predict from positions alone,
+        without the text (CapPa); texts are then without their last position.
         """
         tokens = self._text_tokens(params, text, text_mask)
         inputs = text if tokens is None else tokens
@@ -155,40 +158,45 @@ class ImageTextModel(ModelComponents):
     def decoder_cache(
         self, params: Params, image_tokens: Float[Array, "b m e"], *, length: int
     ) -> DecoderCache:
-        """What decoding of up to `length` tokens starts from. All leaves have a row an image.
+        """Return the cache to decode up to `length` tokens. All leaves have one row per image.
 
-        Raises ValueError beyond the decoder's max_length.
+        Raises ValueError if `length` exceeds the decoder's max_length.
         """
         if not 0 < length <= self.decoder.max_length:
             raise ValueError(
-                f"length={length}; this decoder writes 1 to {self.decoder.max_length} tokens"
+                f"length = {length}; this decoder generates 1 to {self.decoder.max_length} tokens"
             )
         b = len(image_tokens)
-        kept = self._apply_decoding(
-            params, "decoder", image_tokens, length=length, method="empty_cache"
+        caches = self._apply_decoding(
+            params, "decoder", image_tokens, length=length, method="init_cache"
         )
         text = ()
         if self.decoder.input_from == "text_tower":
-            text = self.text.empty_cache(b, length)
-        return DecoderCache(jnp.zeros(b, jnp.int32), kept, text)
+            text = self.text.init_cache(b, length)
+        return DecoderCache(jnp.zeros(b, jnp.int32), caches, text)
 
     def decode_step(
         self, params: Params, cache: DecoderCache, token: Int[Array, " b"]
     ) -> tuple[Float[Array, "b v"], DecoderCache]:
-        """Logits of the token behind `token`, which stands at each row's `cache.position`."""
+        """Return the logits of the token after `token`, which is at each row's `cache.position`."""
         inputs, text, position = token, cache.text, cache.position
         if self.decoder.input_from == "text_tower":
             inputs, text = self._apply_decoding(params, "text", token, text, position)
-        hidden, kept = self._apply_decoding(params, "decoder", inputs, cache.decoder, position)
-        return self._logits(params, hidden), DecoderCache(position + 1, kept, text)
+        hidden, caches = self._apply_decoding(params, "decoder", inputs, cache.decoder, position)
+        return self._logits(params, hidden), DecoderCache(position + 1, caches, text)
 
-    def _apply_decoding(self, params: Params, name: str, *inputs, method: str = "step", **options):
+    def _apply_decoding(
+        self, params: Params, name: str, *inputs, method: str = "decode_step", **options
+    ):
         module = getattr(self, name)
         return module.apply({"params": params[name]}, *inputs, method=method, **options)
 
     def _logits(self, params: Params, hidden: Float[Array, "*n d"]) -> Float[Array, "*n v"]:
         return layers.dense(
-            hidden, self.decoder.kernel(params["decoder"]), dtype=self.decoder.dtype
+            hidden,
+            self.decoder.vocab_kernel(params["decoder"]),
+            dtype=self.decoder.dtype,
+            hand_written_gradients=self.decoder.hand_written_gradients,
         )
 
     def _text_tokens(self, params: Params, text: Array, mask: Array) -> Array | None:
@@ -212,11 +220,12 @@ class ImageTextModel(ModelComponents):
         )
         return token_scores(
             hidden,
-            self.decoder.kernel(params["decoder"]),
+            self.decoder.vocab_kernel(params["decoder"]),
             text[:, 1:],
             chunk=self.decoder.chunk,
             dtype=self.decoder.dtype,
             constrain=self.constrain,
+            hand_written_gradients=self.decoder.hand_written_gradients,
         )
 
     def _image(self, params: Params, image: Array, kind: str) -> Array:

@@ -1,13 +1,16 @@
-"""How parameters are drawn: each is declared with its law, and a whole component is drawn at once.
+"""Initializers, and how all parameters of a component are sampled at once.
 
-One vectorised draw of standard normals compiles many times faster than one draw a parameter, and
-declaring a law costs nothing when a model is only traced.
+Every initializer samples a normal distribution, as any Linen initializer: `module.init(key, x)`
+returns plain float32 arrays. A `Model` instead collects the distributions (`param_specs`) and
+samples a full component in one call (`sample_params`): one vectorized sample of standard normals
+compiles many times faster than one per parameter.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,105 +21,156 @@ from jaxtyping import Array
 
 from imgtune_jax.types import Params
 
-Initializer = Callable[..., Any]
-MAX_DRAW = 2**27  # elements drawn together: 512 MiB
+MAX_DRAW = 2**27  # elements sampled together: 512 MiB
+
+# `param` declares a NormalSpec instead of an array if the module has an RNG stream of this name.
+SPEC_STREAM = "param_specs"
 
 
-class Law(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
-    """A parameter in waiting: normal with this mean and standard deviation."""
+class NormalSpec(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
+    """The distribution of a parameter, normal(mean, std); `value` has its shape and type."""
 
     value: Any
     mean: float = struct.field(pytree_node=False)
     std: float = struct.field(pytree_node=False)
 
     def unbox(self) -> Any:
-        """The placeholder, which has the parameter's shape."""
+        """Return the placeholder, which has the parameter's shape."""
         return self.value
 
-    def replace_boxed(self, val: Any) -> Law:
-        """The same law of another placeholder."""
+    def replace_boxed(self, val: Any) -> NormalSpec:
+        """Return the same distribution with another placeholder."""
         return self.replace(value=val)
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> Any:
-        """Unchanged: a law has no axis names."""
+        """Return self: a spec has no axis names."""
         del index, params
         return self
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> Any:
-        """Unchanged, as above."""
+        """Return self: a spec has no axis names."""
         del index, params
         return self
 
 
-def normal(std: float, *, mean: float = 0.0) -> Initializer:
-    """Normal with this standard deviation."""
+class Initializer(Protocol):
+    """A Linen initializer that can also state its distribution."""
 
-    def declare(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Law:
-        del key
-        return Law(jnp.zeros(shape, dtype), mean, std)
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = ...) -> Array:
+        """Sample an array."""
+        ...
 
-    return declare
+    def spec(self, shape: tuple[int, ...]) -> NormalSpec:
+        """Return the distribution of a float32 parameter of that shape."""
+        ...
 
 
-def fan_scaled_normal(variance: Callable[[int, int], float]) -> Initializer:
-    """Normal whose variance is a function of a kernel's (fan_in, fan_out)."""
+@dataclasses.dataclass(frozen=True)
+class Normal:
+    """Normal with this mean and standard deviation; constant if `std` is 0."""
 
-    def declare(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Law:
+    std: float
+    mean: float = 0.0
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        """Sample an array."""
+        if not self.std:
+            return jnp.full(shape, self.mean, dtype)
+        return self.mean + self.std * jax.random.normal(key, shape, dtype)
+
+    def spec(self, shape: tuple[int, ...]) -> NormalSpec:
+        """Return the distribution of a float32 parameter of that shape."""
+        return NormalSpec(jnp.zeros(shape, jnp.float32), self.mean, self.std)
+
+
+@dataclasses.dataclass(frozen=True)
+class FanScaledNormal:
+    """Normal with mean 0 whose variance is a function of a kernel's (fan_in, fan_out)."""
+
+    variance: Callable[[int, int], float]
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        """Sample a kernel of shape [… i o]; axes before the last two are a window."""
+        return self._normal(shape)(key, shape, dtype)
+
+    def spec(self, shape: tuple[int, ...]) -> NormalSpec:
+        """Return the distribution of a float32 kernel of that shape."""
+        return self._normal(shape).spec(shape)
+
+    def _normal(self, shape: tuple[int, ...]) -> Normal:
         window = int(np.prod(shape[:-2]))
-        std = variance(window * shape[-2], window * shape[-1]) ** 0.5
-        return normal(std)(key, shape, dtype)
-
-    return declare
+        return Normal(self.variance(window * shape[-2], window * shape[-1]) ** 0.5)
 
 
-ZEROS = normal(0.0)
-ONES = normal(0.0, mean=1.0)
-XAVIER_NORMAL = fan_scaled_normal(
-    lambda fan_in, fan_out: 2 / (fan_in + fan_out)
-)  # Glorot and Bengio, 2010
-LECUN_NORMAL = fan_scaled_normal(lambda fan_in, fan_out: 1 / fan_in)
-HE_NORMAL = fan_scaled_normal(lambda fan_in, fan_out: 2 / fan_in)  # 1502.01852, in front of a ReLU
+ZEROS = Normal(0.0)
+ONES = Normal(0.0, mean=1.0)
+# Glorot and Bengio, 2010
+XAVIER_NORMAL = FanScaledNormal(lambda fan_in, fan_out: 2 / (fan_in + fan_out))
+LECUN_NORMAL = FanScaledNormal(lambda fan_in, fan_out: 1 / fan_in)
+HE_NORMAL = FanScaledNormal(lambda fan_in, fan_out: 2 / fan_in)  # 1502.01852, before a ReLU
 
 
-def declare(module: nn.Module, *inputs: Any) -> Params:
-    """The laws of a module's parameters, on abstract inputs; nothing is computed."""
+def param(module: nn.Module, name: str, initializer: Initializer, shape: tuple[int, ...]) -> Array:
+    """Declare and return a float32 parameter of a module: `module.param` for this package.
+
+    The parameter is sampled by `initializer`. If the module has an RNG stream `SPEC_STREAM`, it is
+    `initializer.spec(shape)` instead, and nothing is sampled; see `param_specs`.
+    """
+    if module.has_rng(SPEC_STREAM):
+        return cast(Array, module.param(name, lambda key: initializer.spec(shape)))
+    if module.has_variable("params", name):
+        # Linen evaluates the initializer's shape on every trace; tracing a sample takes long.
+        return module.param(name, lambda key: jnp.zeros(shape, jnp.float32))
+    return module.param(name, initializer, shape, jnp.float32)
+
+
+def param_specs(module: nn.Module, *inputs: Any) -> Params:
+    """Return the NormalSpec of each parameter of a module, on abstract inputs.
+
+    Nothing is computed. Every parameter of the module must be declared by `param`.
+    """
 
     def run(*inputs: Any) -> Any:
-        return module.init(jax.random.key(0), *inputs, train=False)
+        key = jax.random.key(0)
+        return module.init({"params": key, SPEC_STREAM: key}, *inputs)
 
     return cast(Params, jax.eval_shape(run, *inputs).get("params", {}))
 
 
-def abstract_params(laws: Params) -> Params:
-    """The abstract parameters that follow the laws."""
-    return jax.tree.map(lambda law: law.value, laws, is_leaf=lambda x: isinstance(x, Law))
+def abstract_params(specs: Params) -> Params:
+    """Return the abstract parameters that have these distributions."""
+    return jax.tree.map(lambda spec: spec.value, specs, is_leaf=_is_spec)
 
 
-def sample_params(laws: Params, key: jax.Array) -> Params:
-    """Float32 parameters that follow the laws. Values depend on the whole tree, not on a path."""
-    leaves, structure = jax.tree.flatten(laws, is_leaf=lambda x: isinstance(x, Law))
-    random = [i for i, law in enumerate(leaves) if law.std]
-    drawn: dict[int, Array] = {}
-    while random:
-        group = _first_group(random, leaves)
-        random = random[len(group) :]
-        key, own = jax.random.split(key)
-        noise = jax.random.normal(own, (sum(leaves[i].value.size for i in group),), jnp.float32)
-        parts = jnp.split(noise, np.cumsum([leaves[i].value.size for i in group])[:-1])
-        drawn |= dict(zip(group, parts, strict=True))
+def sample_params(specs: Params, key: jax.Array) -> Params:
+    """Sample float32 parameters. Values depend on the full tree, not on each path."""
+    leaves, structure = jax.tree.flatten(specs, is_leaf=_is_spec)
+    remaining = [i for i, spec in enumerate(leaves) if spec.std]
+    noise: dict[int, Array] = {}
+    while remaining:
+        group = _next_group(remaining, leaves)
+        remaining = remaining[len(group) :]
+        key, group_key = jax.random.split(key)
+        sizes = [leaves[i].value.size for i in group]
+        flat = jax.random.normal(group_key, (sum(sizes),), jnp.float32)
+        noise |= dict(zip(group, jnp.split(flat, np.cumsum(sizes)[:-1]), strict=True))
     values = [
-        law.mean + law.std * drawn[i].reshape(law.value.shape)
-        if i in drawn
-        else jnp.full(law.value.shape, law.mean, jnp.float32)
-        for i, law in enumerate(leaves)
+        spec.mean + spec.std * noise[i].reshape(spec.value.shape)
+        if i in noise
+        else jnp.full(spec.value.shape, spec.mean, jnp.float32)
+        for i, spec in enumerate(leaves)
     ]
     return jax.tree.unflatten(structure, values)
 
 
-def _first_group(indexes: list[int], leaves: list[Law]) -> list[int]:
-    """As many parameters as fit one draw, at least one."""
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, NormalSpec)
+
+
+def _next_group(indices: list[int], leaves: list[NormalSpec]) -> list[int]:
+    """Return the longest start of `indices` with at most MAX_DRAW elements, at least one index."""
     total, group = 0, []
-    for i in indexes:
+    for i in indices:
         total += leaves[i].value.size
         if group and total > MAX_DRAW:
             break

@@ -1,32 +1,33 @@
-"""From a sequence of tokens to one vector."""
+"""Poolers: a sequence of tokens to one vector, or to a vector and fewer tokens."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from imgtune_jax.models import initializers, layers
+from imgtune_jax.models.attention import Attention
 from imgtune_jax.models.block import MlpBlock
 
 
 class TowerOutput(NamedTuple):
-    """What any tower gives: one vector an example, and the tokens that it was pooled from."""
+    """The output of every tower: one vector per example, and the tokens it was pooled from."""
 
     pooled: Float[Array, "b d"]
     tokens: Float[Array, "b l e"]
 
 
 def masked_mean(x: Float[Array, "b l d"], mask: Bool[Array, "b l"]) -> Float[Array, "b d"]:
-    """Mean over the positions where `mask` holds; zeros for a row that has none."""
+    """Return the mean over the positions where `mask` is True; zeros for a row without one."""
     weight = mask[..., None].astype(x.dtype)
     return (x * weight).sum(1) / jnp.maximum(weight.sum(1), 1.0)
 
 
 def last_true_index(mask: Bool[Array, "b l"]) -> Int[Array, " b"]:
-    """Index of each row's last True (EOT when the text ends with it); 0 for a row without one."""
+    """Return the index of each row's last True (EOT if the text ends with it); 0 without one."""
     return jnp.max(jnp.where(mask, jnp.arange(mask.shape[1])[None], 0), axis=1)
 
 
@@ -39,15 +40,94 @@ class MAPHead(nn.Module):
     norm_epsilon: float = 1e-6
     dropout: float = 0.0
     dtype: layers.Dtype = jnp.float32
+    hand_written_gradients: bool = True
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None = None, *, train: bool
+        self,
+        x: Float[Array, "b l d"],
+        mask: Bool[Array, "b l"] | None = None,
+        *,
+        train: bool = False,
     ) -> Float[Array, "b d"]:
-        probe = self.param("probe", initializers.XAVIER_NORMAL, (1, 1, x.shape[-1]), jnp.float32)
+        manual = self.hand_written_gradients
+        shape = (1, 1, x.shape[-1])
+        probe = initializers.param(self, "probe", initializers.XAVIER_NORMAL, shape)
         query = jnp.broadcast_to(probe, (x.shape[0], 1, x.shape[-1]))
-        attn = layers.Attention(self.num_heads, dtype=self.dtype, name="attn")
+        attn = Attention(
+            self.num_heads, dtype=self.dtype, hand_written_gradients=manual, name="attn"
+        )
         y = attn(query, x, mask=mask)
-        mlp = MlpBlock(self.mlp_dim, self.act, self.dropout, self.dtype, name="mlp")
-        y = y + mlp(layers.LayerNorm(self.norm_epsilon, name="norm")(y), train=train)
+        mlp = MlpBlock(
+            self.mlp_dim,
+            self.act,
+            self.dropout,
+            self.dtype,
+            hand_written_gradients=manual,
+            name="mlp",
+        )
+        norm = layers.LayerNorm(self.norm_epsilon, manual, name="norm")
+        y = y + mlp(norm(y), train=train)
         return y[:, 0]
+
+
+class QueryAttention(nn.Module):
+    """Learned queries that attend to all tokens: one attention, without residual and MLP."""
+
+    num_queries: int
+    width: int
+    num_heads: int
+    norm_epsilon: float
+    dtype: layers.Dtype
+    hand_written_gradients: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b m e"]) -> Float[Array, "b n d"]:
+        manual = self.hand_written_gradients
+
+        def norm(name: str) -> layers.LayerNorm:
+            return layers.LayerNorm(self.norm_epsilon, manual, name=name)
+
+        shape = (self.num_queries, self.width)
+        query = initializers.param(self, "query", initializers.Normal(1.0), shape)
+        query = jnp.broadcast_to(norm("query_norm")(query), (len(x), *shape))
+        attn = Attention(
+            self.num_heads, dtype=self.dtype, hand_written_gradients=manual, name="attn"
+        )
+        return attn(query, norm("context_norm")(x))
+
+
+class AttentionalPooler(nn.Module):
+    """Image tokens to a contrastive vector and `num_queries` captioning tokens (2205.01917, 3.2).
+
+    `layout` is one of
+      cascade   the vector is one query over the captioning tokens, as in the paper.
+      parallel  the vector is one query over the tower's tokens.
+      shared    one set of queries, then a norm: the first is the vector, the other
+                num_queries - 1 the tokens. open_clip's CoCa models use it.
+    """
+
+    width: int
+    num_queries: int = 256
+    num_heads: int = 8
+    layout: Literal["cascade", "parallel", "shared"] = "cascade"
+    norm_epsilon: float = 1e-6
+    dtype: layers.Dtype = jnp.float32
+    hand_written_gradients: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b m e"], *, train: bool = False) -> TowerOutput:
+        del train  # no dropout
+        if self.layout not in ("cascade", "parallel", "shared"):
+            raise ValueError(
+                f"attentional pooler layout = {self.layout!r}; "
+                "expected 'cascade', 'parallel' or 'shared'"
+            )
+        manual = self.hand_written_gradients
+        fields = (self.width, self.num_heads, self.norm_epsilon, self.dtype, manual)
+        tokens = QueryAttention(self.num_queries, *fields, name="captioning")(x)
+        if self.layout == "shared":
+            tokens = layers.LayerNorm(self.norm_epsilon, manual, name="norm")(tokens)
+            return TowerOutput(tokens[:, 0], tokens[:, 1:])
+        source = tokens if self.layout == "cascade" else x
+        return TowerOutput(QueryAttention(1, *fields, name="contrastive")(source)[:, 0], tokens)

@@ -11,12 +11,12 @@ from jaxtyping import Array, Float
 
 
 def sincos_2d(grid: int, width: int, *, temperature: float = 10_000.0) -> Float[np.ndarray, "l d"]:
-    """Fixed sine-cosine positions of MoCo v3 (2104.02057) as in big_vision.
+    """Return the fixed sine-cosine positions of MoCo v3 (2104.02057), as in big_vision.
 
-    Raises ValueError unless the width divides by 4.
+    Raises ValueError unless the width is a multiple of 4.
     """
     if width % 4:
-        raise ValueError(f"sincos positions need a width that divides by 4, got {width}")
+        raise ValueError(f"width = {width}; sincos positions need a multiple of 4")
     y, x = np.mgrid[:grid, :grid]
     omega = 1.0 / temperature ** (np.arange(width // 4) / (width // 4 - 1))
     y, x = y.reshape(-1, 1) * omega, x.reshape(-1, 1) * omega
@@ -26,15 +26,15 @@ def sincos_2d(grid: int, width: int, *, temperature: float = 10_000.0) -> Float[
 def resize_pos_embed(
     positions: Float[Array, "l d"] | Float[np.ndarray, "l d"], length: int
 ) -> Float[Array, "m d"]:
-    """A learned grid at another resolution: antialiased bicubic, as open_clip does on loading.
+    """Resize a learned square grid of positions: antialiased bicubic, as open_clip on loading.
 
-    Raises ValueError if either length is not a square.
+    Raises ValueError if either length is not the square of an integer.
     """
     old, new = math.isqrt(positions.shape[0]), math.isqrt(length)
     if old * old != positions.shape[0] or new * new != length:
         raise ValueError(
-            f"positions: cannot resize a grid of {positions.shape[0]} to {length}; both must be "
-            "squares"
+            f"cannot resize {positions.shape[0]} positions to {length}; both must be squares of "
+            "integers"
         )
     if old == new:
         return jnp.asarray(positions)

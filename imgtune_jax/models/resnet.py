@@ -1,9 +1,9 @@
-"""ResNet v1.5 (1512.03385; the stride stands in the 3×3 convolution, as in torchvision)."""
+"""ResNet v1.5 (1512.03385; the stride is in the 3×3 convolution, as in torchvision)."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +11,13 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float
 
-from imgtune_jax.models import conv, layers, sizes
-from imgtune_jax.models.layer_stack import Part
-from imgtune_jax.models.pooling import TowerOutput
+from imgtune_jax.models import conv, layers
 
 GROUP_SIZE = 16  # the stem's 64 channels in four groups
 
 
 def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b oh ow c"]:
-    """3×3 maximum at stride 2 with torch's symmetric padding."""
+    """Return the 3×3 maximum at stride 2 with PyTorch's symmetric padding."""
     padding = ((0, 0), (1, 1), (1, 1), (0, 0))
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding)
 
@@ -32,11 +30,16 @@ class Bottleneck(nn.Module):
     project: bool
     norm: conv.Norm
     dtype: layers.Dtype = jnp.float32
+    hand_written_gradients: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b oh ow o"]:
         layer = functools.partial(
-            conv.ConvNorm, norm=self.norm, group_size=GROUP_SIZE, dtype=self.dtype
+            conv.ConvNorm,
+            norm=self.norm,
+            group_size=GROUP_SIZE,
+            dtype=self.dtype,
+            hand_written_gradients=self.hand_written_gradients,
         )
         out, pad = 4 * self.features, ((1, 1), (1, 1))
         y = layer(self.features, act="relu", name="conv1")(x)
@@ -47,13 +50,14 @@ class Bottleneck(nn.Module):
         return jax.nn.relu(x + y)
 
 
-class ResNet(nn.Module):
-    """Normalised NHWC images to a 2048-d mean-pooled vector; tokens are the last map.
+class ResNet(conv.ConvTower):
+    """Normalized NHWC images to a 2048-d mean-pooled vector; tokens are the last map.
 
-    `norm`, `num_classes` and `remat` as in EfficientNetLite. Blocks are `stage1_0`, `stage1_1`, …
-    Padding is torch's (symmetric), which differs from SAME at stride 2.
+    Blocks are `stage1_0`, `stage1_1`, … Padding is PyTorch's (symmetric), which differs from SAME
+    at stride 2. Other fields as in ConvTower.
     """
 
+    CONFIG_NAME: ClassVar[str] = "resnet"
     VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {
         "50": dict(stage_sizes=(3, 4, 6, 3)),
         "101": dict(stage_sizes=(3, 4, 23, 3)),
@@ -62,28 +66,16 @@ class ResNet(nn.Module):
 
     stage_sizes: tuple[int, ...] = (3, 4, 6, 3)
     width: int = 64
-    norm: conv.Norm = "folded"
-    num_classes: int = 0
-    dtype: layers.Dtype = jnp.float32
-    remat: bool = False
-    constrain: layers.Constrain = layers.no_constraint
-
-    @classmethod
-    def variant_fields(cls, variant: str) -> dict[str, Any]:
-        """The depths behind a name of VARIANTS."""
-        return sizes.get_variant(cls.VARIANTS, variant, "resnet")
 
     def setup(self):
-        """Declares the stem, four stages of blocks and, where asked for, the classifier."""
-        self.stem = conv.ConvNorm(
-            self.width,
-            7,
-            2,
-            act="relu",
+        common: dict[str, Any] = dict(
             norm=self.norm,
-            group_size=GROUP_SIZE,
-            padding=((3, 3), (3, 3)),
             dtype=self.dtype,
+            hand_written_gradients=self.hand_written_gradients,
+        )
+        pad = ((3, 3), (3, 3))
+        self.stem = conv.ConvNorm(
+            self.width, 7, 2, act="relu", group_size=GROUP_SIZE, padding=pad, **common
         )
         block = nn.remat(Bottleneck) if self.remat else Bottleneck
         for stage, size in enumerate(self.stage_sizes):
@@ -92,41 +84,17 @@ class ResNet(nn.Module):
                     features=self.width * 2**stage,
                     stride=2 if stage > 0 and i == 0 else 1,
                     project=i == 0,
-                    norm=self.norm,
-                    dtype=self.dtype,
+                    **common,
                 )
                 for i in range(size)
             ]
             setattr(self, f"stage{stage + 1}", blocks)
         if self.num_classes:
-            self.classifier = layers.Dense(self.num_classes, dtype=self.dtype)
+            self.classifier = self._make_classifier()
 
-    def __call__(
-        self,
-        image: Float[Array, "b h w c"] | Float[Array, "b m e"],
-        *,
-        train: bool,
-        part: Part = "whole",
-    ) -> TowerOutput | Array:
-        """`part`: "front" gives the tokens, "rest" takes them for the image."""
-        del train  # no dropout, no norm statistics
-        if part == "rest":
-            return TowerOutput(image.mean(1), image)
-        x = self.stem(image.astype(jnp.float32))
-        x = max_pool(x)
+    def _feature_map(self, image: Array) -> tuple[Array, list[Array]]:
+        x = max_pool(self.stem(image))
         for stage in range(len(self.stage_sizes)):
             for block in getattr(self, f"stage{stage + 1}"):
                 x = self.constrain(block(x), ("batch", None, None, "embed"))
-        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
-        if part == "front":
-            return tokens
-        pooled = x.mean((1, 2))
-        if self.num_classes and self.is_initializing():
-            self.classifier(pooled)  # so that init draws its parameters
-        return TowerOutput(pooled, tokens)
-
-    def classify(self, image: Float[Array, "b h w c"]) -> Float[Array, "b n"]:
-        """Logits of the `num_classes` that the weights were trained on."""
-        if not self.num_classes:
-            raise ValueError("classify needs num_classes; these weights carry no classifier")
-        return self.classifier(cast(TowerOutput, self(image, train=False)).pooled)
+        return x, []

@@ -2,42 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from imgtune_jax.models import initializers, layers, pooling, sizes
+from imgtune_jax.models import initializers, pooling
 from imgtune_jax.models.block import LayerCache
-from imgtune_jax.models.layer_stack import Part
-from imgtune_jax.models.transformer import LayerCaches, Transformer
+from imgtune_jax.models.transformer import LayerCaches, TextTower
+
+TOKEN_INIT, POSITION_INIT = initializers.Normal(0.02), initializers.Normal(0.01)
 
 
-class TextTransformer(Transformer):
+class TextTransformer(TextTower):
     """Token ids to a vector.
 
     `pool` is one of
-      eot        the last position where `text_mask` holds. Not argmax(token id), which breaks as
-                 soon as a token is added.
-      last       position l-1 whatever the mask: SigLIP, whose texts are padded to exactly
-                 `max_length`; another length is an error, since it would change the scores.
+      eot        the last position where `text_mask` is True. Not argmax(token id), which breaks as
+                 soon as a token is added to the vocabulary.
+      last       position l-1 independently of the mask: SigLIP, whose texts are padded to exactly
+                 `max_length`. Another length is an error, since it would change the scores.
       first      position 0.
-      mean       over the positions where `text_mask` holds.
-      attention  one learned query over those positions (see AttentionPool).
-      class      a learned token behind position l-1, which has no place in the tokens. Its own
-                 vector is normalised, the tokens are not: they are a decoder's input (CoCa,
+      mean       the mean over the positions where `text_mask` is True.
+      attention  one learned query over those positions (see MAPHead).
+      class      a learned token after position l-1, which the output tokens do not include. Its
+                 vector is normalized, the tokens are not: they are a decoder's input (CoCa,
                  2205.01917, as open_clip builds it).
 
-    `shifted_class_mask` repeats a mistake that open_clip's CoCa weights were trained with: keys
-    are masked one position late, so that the class token sees the first padding and not itself.
+    `shifted_class_mask` reproduces a mistake that open_clip's CoCa weights were trained with: keys
+    are masked one position late, so the class token attends to the first padding and not to itself.
 
     `mask_padding` hides padding keys from every query; SigLIP needs False. CLIP's causal mask
     alone hides what comes after EOT, so there the pooled vector is the same either way.
 
-    From scratch: token and position embeddings normal(0.02) and normal(0.01) as in CLIP, matrices
-    Xavier normal.
+    From scratch: token embeddings normal(0.02) and position embeddings normal(0.01) as in CLIP,
+    matrices Xavier normal. `hand_written_gradients` as in Transformer: reverse mode only if True.
     """
+
+    CONFIG_NAME: ClassVar[str] = "text_transformer"
 
     width: int = 512
     depth: int = 12
@@ -52,57 +55,39 @@ class TextTransformer(Transformer):
     act: str = "gelu"
     norm_epsilon: float = 1e-5
 
-    @classmethod
-    def variant_fields(cls, variant: str) -> dict[str, Any]:
-        """The sizes behind "Ti", "S", "B", …"""
-        return sizes.get_variant(sizes.SIZES, variant, "text_transformer")
+    def init_cache(self, batch: int, length: int) -> LayerCaches:
+        """Return empty caches for `decode_step`, with capacity for `length` tokens."""
+        return (LayerCache(self.init_kv_cache(batch, length), None),) * self.depth
 
-    @nn.compact
-    def __call__(
-        self,
-        text: Int[Array, "b l"],
-        text_mask: Bool[Array, "b l"],
-        *,
-        train: bool,
-        part: Part = "whole",
-    ) -> pooling.TowerOutput | Array:
-        self._check(text.shape[1])
-        x = text
-        if part != "rest":
-            x = self._embed(text, train=train and self.num_frozen_layers == 0)
-        mask = self._key_mask(text_mask)
-        x = self.run_blocks(x, mask, train=train, part=part, causal=self.causal)
-        if part == "front":
-            return x
-        norm = layers.LayerNorm(self.norm_epsilon, name="final_norm")
-        if self.pool == "class":
-            return pooling.TowerOutput(norm(x[:, -1]), x[:, :-1])
-        x = norm(x)
-        pooled = self._pool(x, text_mask, train=train and self.num_frozen_layers != -1)
-        return pooling.TowerOutput(pooled, x)
+    def decode_step(
+        self, token: Int[Array, " b"], caches: LayerCaches, position: Int[Array, " b"]
+    ) -> tuple[Float[Array, "b 1 d"], LayerCaches]:
+        """Return the output token of one position per row, for a causal tower."""
+        params = self.variables["params"]
+        x = params["token_embed"]["embedding"][token] + params["pos_embed"][position]
+        x, caches = self.decode_blocks(self.block(), x[:, None], caches, position)
+        return x if self.pool == "class" else self.apply_norm("final_norm", x), caches
 
-    def _check(self, length: int) -> None:
-        if length > self.max_length:
-            raise ValueError(
-                f"text of {length} tokens, but text_transformer has max_length={self.max_length}; "
-                "truncate in the tokenizer (and keep EOT)"
-            )
+    def _block_fields(self) -> dict[str, Any]:
+        return dict(causal=self.causal)
+
+    def _embed(self, inputs: Int[Array, "b l"], *, train: bool) -> Float[Array, "b m d"]:
+        self._check_length(inputs.shape[1])
+        num_positions = self.max_length + (self.pool == "class")
+        x, position = self._embed_tokens(inputs, TOKEN_INIT, POSITION_INIT, num_positions)
+        if self.pool == "class":  # always at the last position: shorter padding moves nothing
+            token = initializers.param(self, "class_token", POSITION_INIT, (1, self.width))
+            token = jnp.broadcast_to(token + position[-1:], (len(x), 1, self.width))
+            x = jnp.concatenate([x, token], axis=1)
+        return nn.Dropout(self.dropout, deterministic=not train)(x)
+
+    def _check_length(self, length: int) -> None:
+        super()._check_length(length)
         if self.pool == "last" and length != self.max_length:
             raise ValueError(
                 f"pool='last' reads the last position, so text must be padded to exactly "
                 f"max_length={self.max_length}; got {length}"
             )
-
-    def _embed(self, text: Int[Array, "b l"], *, train: bool) -> Float[Array, "b l d"]:
-        token = layers.Embed(self.vocab_size, self.width, name="token_embed")
-        shape = (self.max_length + (self.pool == "class"), self.width)
-        position = self.param("pos_embed", initializers.normal(0.01), shape, jnp.float32)
-        x = token(text) + position[None, : text.shape[1]]
-        if self.pool == "class":  # always at the last position: shorter padding moves nothing
-            own = self.param("class_token", initializers.normal(0.01), (1, self.width), jnp.float32)
-            own = jnp.broadcast_to(own + position[-1:], (len(x), 1, self.width))
-            x = jnp.concatenate([x, own], axis=1)
-        return nn.Dropout(self.dropout, deterministic=not train)(x)
 
     def _key_mask(self, mask: Bool[Array, "b l"]) -> Bool[Array, "b m"] | None:
         if not self.mask_padding:
@@ -112,27 +97,19 @@ class TextTransformer(Transformer):
         one = jnp.ones((len(mask), 1), bool)
         return jnp.concatenate([one, mask] if self.shifted_class_mask else [mask, one], axis=1)
 
-    def init_cache(self, batch: int, length: int) -> LayerCaches:
-        """What the first `step` starts from: room for `length` tokens."""
-        return (LayerCache(self.init_kv_cache(batch, length), None),) * self.depth
+    def _pool(
+        self, x: Float[Array, "b m d"], mask: Bool[Array, "b l"], *, train: bool
+    ) -> pooling.TowerOutput:
+        norm = self.norm("final_norm")
+        if self.pool == "class":
+            return pooling.TowerOutput(norm(x[:, -1]), x[:, :-1])
+        x = norm(x)
+        return pooling.TowerOutput(self._pool_tokens(x, mask, train=train), x)
 
-    def decode_step(
-        self, token: Int[Array, " b"], caches: LayerCaches, position: Int[Array, " b"]
-    ) -> tuple[Float[Array, "b 1 d"], LayerCaches]:
-        """The tokens' output, one position of each row at a time; for a causal tower."""
-        own = self.variables["params"]
-        x = own["token_embed"]["embedding"][token] + own["pos_embed"][position]
-        x, caches = self.decode_blocks(self.block(), x[:, None], caches, position)
-        if self.pool != "class":
-            norm = layers.LayerNorm(self.norm_epsilon, parent=None)
-            x = cast(Array, norm.apply({"params": own["final_norm"]}, x))
-        return x, caches
-
-    def _pool(self, x: Array, mask: Array, *, train: bool) -> Array:
+    def _pool_tokens(self, x: Array, mask: Array, *, train: bool) -> Array:
         if self.pool == "eot":
-            return jnp.take_along_axis(x, pooling.last_true_index(mask)[:, None, None], axis=1)[
-                :, 0
-            ]
+            index = pooling.last_true_index(mask)[:, None, None]
+            return jnp.take_along_axis(x, index, axis=1)[:, 0]
         if self.pool == "last":
             return x[:, -1]
         if self.pool == "first":
@@ -140,8 +117,8 @@ class TextTransformer(Transformer):
         if self.pool == "mean":
             return pooling.masked_mean(x, mask)
         if self.pool == "attention":
-            return self.attention_pool(x, mask, train=train)
+            return self._map_head(x, mask, train=train)
         raise ValueError(
-            f"text_transformer pool={self.pool!r}; want 'eot', 'last', 'first', 'mean', "
+            f"text_transformer pool = {self.pool!r}; expected 'eot', 'last', 'first', 'mean', "
             "'attention' or 'class'"
         )

@@ -1,4 +1,4 @@
-"""Scores of tokens under a vocabulary, without ever holding logits [b l v] as a whole."""
+"""Scores of tokens under a vocabulary, without logits [b t v] of all positions in memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from imgtune_jax.models import layers
-from imgtune_jax.types import TokenScores
+from imgtune_jax.types import Constrain, TokenScores, no_constraint
 
 LOGITS_AXES = ("batch", "length", "vocab")  # logical axes
 
@@ -21,37 +21,42 @@ def token_scores(
     *,
     chunk: int,
     dtype: layers.Dtype = jnp.float32,
-    constrain: layers.Constrain = layers.no_constraint,
+    constrain: Constrain = no_constraint,
+    hand_written_gradients: bool = True,
 ) -> TokenScores:
-    """What a loss needs of `hidden @ kernel`, `chunk` positions of all rows at a time.
+    """Score `target` under the logits `hidden @ kernel`, `chunk` positions of all rows at a time.
 
-    Forward and backward hold logits [b chunk v] only: the backward pass computes them again. They
-    and all sums are float32.
+    Forward and backward hold logits [b chunk v] only: the backward pass recomputes them. Logits
+    and all sums are float32. `hand_written_gradients` as in `layers`.
     """
 
-    def scores(kernel: Array, hidden: Array, target: Array) -> TokenScores:
-        logits = constrain(layers.dense(hidden, kernel, dtype=dtype), LOGITS_AXES)
+    def score(kernel: Array, hidden: Array, target: Array) -> TokenScores:
+        logits = layers.dense(
+            hidden, kernel, dtype=dtype, hand_written_gradients=hand_written_gradients
+        )
+        logits = constrain(logits, LOGITS_AXES)
         # A sum over a comparison: a gather along a sharded vocabulary would fetch all of it.
-        here = jnp.arange(logits.shape[-1])[None, None] == target[..., None]
-        of_target = jnp.where(here, logits, 0.0).sum(-1)
+        is_target = jnp.arange(logits.shape[-1])[None, None] == target[..., None]
+        target_logit = jnp.where(is_target, logits, 0.0).sum(-1)
         total = jax.nn.logsumexp(logits, axis=-1)
-        correct = (of_target >= jax.lax.stop_gradient(logits).max(-1)) * 1.0
-        return TokenScores(of_target - total, total, logits.mean(-1) - total, correct)
+        correct = (target_logit >= jax.lax.stop_gradient(logits).max(-1)) * 1.0
+        return TokenScores(target_logit - total, total, logits.mean(-1) - total, correct)
 
     length = target.shape[1]
     if length <= chunk:
-        return scores(kernel, hidden, target)
-    count = -(-length // chunk)
-    fill = count * chunk - length
+        return score(kernel, hidden, target)
+    num_chunks = -(-length // chunk)
+    padding = num_chunks * chunk - length
 
-    def cut(x: Array) -> Array:
-        x = jnp.pad(x, [(0, 0), (0, fill)] + [(0, 0)] * (x.ndim - 2))
-        return x.reshape(len(x), count, chunk, *x.shape[2:]).swapaxes(0, 1)
+    def split(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(len(x), num_chunks, chunk, *x.shape[2:]).swapaxes(0, 1)
 
-    def joined(x: Array) -> Array:
+    def merge(x: Array) -> Array:
         return x.swapaxes(0, 1).reshape(x.shape[1], -1)[:, :length]
 
     # Inside a scan nothing is merged across iterations, so no barrier is needed.
-    one = functools.partial(jax.checkpoint(scores, prevent_cse=False), kernel)
-    _, parts = jax.lax.scan(lambda _, part: (None, one(*part)), None, (cut(hidden), cut(target)))
-    return jax.tree.map(joined, parts)
+    score_chunk = functools.partial(jax.checkpoint(score, prevent_cse=False), kernel)
+    chunks = (split(hidden), split(target))
+    _, scores = jax.lax.scan(lambda _, xs: (None, score_chunk(*xs)), None, chunks)
+    return jax.tree.map(merge, scores)

@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from imgtune_jax.models import initializers, layers, pooling, positions, sizes
-from imgtune_jax.models.layer_stack import Part
-from imgtune_jax.models.transformer import Transformer
+from imgtune_jax.models import initializers, layers, positions, sizes
+from imgtune_jax.models.layer_stack import Segment
+from imgtune_jax.models.pooling import TowerOutput
+from imgtune_jax.models.transformer import TransformerTower
 
 POOLS = ("cls", "mean", "mean_all", "attention")
 
 
-class ViT(Transformer):
-    """Normalised square images to a vector; tokens are [cls, registers, patches].
+class ViT(TransformerTower):
+    """Normalized square images to a vector; tokens are [cls, registers, patches].
 
     `pool` is "cls", "mean" (patches only), "mean_all" (class token and registers too) or
-    "attention" (one learned query and an MLP: SigLIP's MAP head). `final_norm` says where the last
-    LayerNorm stands. Three pairs are in use under the one name "GAP", and weights of one give
-    nonsense under another (open_clip#579):
-      big_vision   pool="mean",     final_norm="before_pool", class_token=False
-      timm, MAE    pool="mean",     final_norm="after_pool"
+    "attention" (one learned query and an MLP: SigLIP's MAP head). `final_norm` is the position of
+    the last LayerNorm. Three pairs share the name "GAP", and weights of one pair produce
+    meaningless output under another (open_clip#579):
+      big_vision    pool="mean",     final_norm="before_pool", class_token=False
+      timm, MAE     pool="mean",     final_norm="after_pool"
       old open_clip pool="mean_all", final_norm="before_pool"
 
-    `positions` "learned" holds `pos_embed` for patches only; the class token, if any, has its own
-    position inside its own vector. `pre_norm` is CLIP's ln_pre, with `patch_bias=False`.
-    `patch_dropout` leaves out that share of the patches in training (2212.00794).
+    With `positions="learned"`, `pos_embed` has patches only; the vector of the class token, if
+    any, includes its position. `pre_norm` is CLIP's ln_pre, used with `patch_bias=False`.
+    `patch_dropout` omits that fraction of the patches in training (2212.00794).
 
-    From scratch: Xavier normal matrices, LeCun normal patches, positions normal(1/sqrt(width)),
-    class token zero. Where patches do not fill the image (So400m/14 at 384), the pixels beyond the
-    last whole patch are not looked at, as with an unpadded convolution. Raises ValueError on an
-    image that is not `image_size`².
+    From scratch: matrices Xavier normal, patches LeCun normal, positions normal(1/sqrt(width)),
+    class token zero. If patches do not fill the image (So400m/14 at 384), the pixels after the last
+    full patch are ignored, as by an unpadded convolution. `hand_written_gradients` as in
+    Transformer: reverse mode only if True. Raises ValueError on an image that is not
+    `image_size`×`image_size`.
     """
+
+    CONFIG_NAME: ClassVar[str] = "vit"
 
     width: int = 768
     depth: int = 12
@@ -56,21 +60,19 @@ class ViT(Transformer):
 
     @classmethod
     def variant_fields(cls, variant: str) -> dict[str, Any]:
-        """The sizes behind "Ti/16", "So400m/14", …"""
+        """Return the sizes of a variant such as "Ti/16" or "So400m/14"."""
         return sizes.decode_vit_variant(variant)
 
-    @nn.compact
-    def __call__(
-        self, image: Float[Array, "b h w c"], *, train: bool, part: Part = "whole"
-    ) -> pooling.TowerOutput | Array:
-        x = image
-        if part != "rest":
-            self._check(image)
-            x = self._embed(image, train=train and self.num_frozen_layers == 0)
-        x = self.run_blocks(x, train=train, part=part)
-        if part == "front":
-            return x
-        return self._pool(x, train=train and self.num_frozen_layers != -1)
+    def __call__(self, image: Float[Array, "b h w c"], *, train: bool = False) -> TowerOutput:
+        return cast(TowerOutput, self._run(image, train=train))
+
+    def run_prefix(self, image: Float[Array, "b h w c"]) -> Float[Array, "b l d"]:
+        """Return the tokens after the frozen layers, in eval mode."""
+        return cast(Array, self._run(image, segment=Segment.PREFIX))
+
+    def run_suffix(self, tokens: Float[Array, "b l d"], *, train: bool = False) -> TowerOutput:
+        """Return the tower's output, given the output of `run_prefix`."""
+        return cast(TowerOutput, self._run(tokens, train=train, segment=Segment.SUFFIX))
 
     def _check(self, image: Float[Array, "b h w c"]) -> None:
         if image.shape[1:3] != (self.image_size, self.image_size):
@@ -80,30 +82,32 @@ class ViT(Transformer):
             )
         if self.image_size < self.patch_size:
             raise ValueError(
-                f"image_size={self.image_size} is smaller than patch_size={self.patch_size}"
+                f"image_size={self.image_size} is smaller than patch_size={self.patch_size}; "
+                "set a smaller patch_size"
             )
         if self.pool == "cls" and not self.class_token:
-            raise ValueError("pool='cls' needs class_token=True")
+            raise ValueError("pool='cls' needs class_token=True; set it, or another pool")
         if self.pool not in POOLS or self.final_norm not in ("before_pool", "after_pool", "none"):
             raise ValueError(
-                f"vit pool={self.pool!r}, final_norm={self.final_norm!r}; want pool in {POOLS} "
-                "and final_norm in ('before_pool', 'after_pool', 'none')"
+                f"vit pool = {self.pool!r}, final_norm = {self.final_norm!r}; expected pool in "
+                f"{POOLS} and final_norm in ('before_pool', 'after_pool', 'none')"
             )
 
-    def _embed(self, image: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b l d"]:
-        x = self._patches(image)
+    def _embed(self, inputs: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b l d"]:
+        self._check(inputs)
+        x = self._patches(inputs)
         if self.positions == "learned":
-            law = initializers.normal(self.width**-0.5)
-            x = x + self.param("pos_embed", law, x.shape[1:], jnp.float32)[None]
+            init = initializers.Normal(self.width**-0.5)
+            x = x + initializers.param(self, "pos_embed", init, x.shape[1:])[None]
         elif self.positions == "sincos":
             x = x + positions.sincos_2d(self.image_size // self.patch_size, self.width)[None]
         else:
-            raise ValueError(f"vit positions={self.positions!r}; want 'learned' or 'sincos'")
+            raise ValueError(f"vit positions = {self.positions!r}; expected 'learned' or 'sincos'")
         if train and self.patch_dropout:
             x = drop_patches(x, self.make_rng("dropout"), rate=self.patch_dropout)
         x = jnp.concatenate([*self._special_tokens(len(x)), x], axis=1)
         if self.pre_norm:
-            x = layers.LayerNorm(self.norm_epsilon, name="pre_norm")(x)
+            x = self.norm("pre_norm")(x)
         return nn.Dropout(self.dropout, deterministic=not train)(x)
 
     def _patches(self, image: Float[Array, "b h w c"]) -> Float[Array, "b l d"]:
@@ -111,36 +115,40 @@ class ViT(Transformer):
         p, grid = self.patch_size, size // self.patch_size
         image = image[:, : grid * p, : grid * p]
         x = image.reshape(b, grid, p, grid, p, channels).swapaxes(2, 3)
-        return PatchEmbed(self.width, p, self.patch_bias, self.dtype, name="patch_embed")(
-            x.reshape(b, grid * grid, p * p * channels)
+        embed = PatchEmbed(
+            self.width,
+            p,
+            self.patch_bias,
+            self.dtype,
+            self.hand_written_gradients,
+            name="patch_embed",
         )
+        return embed(x.reshape(b, grid * grid, p * p * channels))
 
     def _special_tokens(self, b: int) -> list[Float[Array, "b n d"]]:
         tokens = []
         if self.class_token:
-            tokens.append(
-                self.param("class_token", initializers.ZEROS, (1, self.width), jnp.float32)
-            )
+            shape = (1, self.width)
+            tokens.append(initializers.param(self, "class_token", initializers.ZEROS, shape))
         if self.num_registers:
-            law, shape = initializers.normal(0.02), (self.num_registers, self.width)
-            tokens.append(self.param("registers", law, shape, jnp.float32))
+            init, shape = initializers.Normal(0.02), (self.num_registers, self.width)
+            tokens.append(initializers.param(self, "registers", init, shape))
         return [jnp.broadcast_to(t, (b, *t.shape)) for t in tokens]
 
-    def _pool(self, x: Float[Array, "b l d"], *, train: bool) -> pooling.TowerOutput:
-        def norm(y: Array) -> Array:
-            return layers.LayerNorm(self.norm_epsilon, name="final_norm")(y)
-
+    def _pool(self, x: Float[Array, "b l d"], mask: None, *, train: bool) -> TowerOutput:
+        del mask
         if self.final_norm == "before_pool":
-            x = norm(x)
+            x = self.norm("final_norm")(x)
         if self.pool == "cls":
             pooled = x[:, 0]
         elif self.pool == "attention":
-            pooled = self.attention_pool(x, train=train)
+            pooled = self._map_head(x, train=train)
         else:
             skip = self.class_token + self.num_registers if self.pool == "mean" else 0
             pooled = x[:, skip:].mean(1)
-        pooled = norm(pooled) if self.final_norm == "after_pool" else pooled
-        return pooling.TowerOutput(pooled, x)
+        if self.final_norm == "after_pool":
+            pooled = self.norm("final_norm")(pooled)
+        return TowerOutput(pooled, x)
 
 
 class PatchEmbed(nn.Module):
@@ -150,20 +158,27 @@ class PatchEmbed(nn.Module):
     patch_size: int
     use_bias: bool
     dtype: layers.Dtype = jnp.float32
+    hand_written_gradients: bool = True
 
     @nn.compact
     def __call__(self, patches: Float[Array, "b l i"]) -> Float[Array, "b l d"]:
         p = self.patch_size
         shape = (p, p, patches.shape[-1] // (p * p), self.width)
-        kernel = self.param("kernel", initializers.LECUN_NORMAL, shape, jnp.float32)
+        kernel = initializers.param(self, "kernel", initializers.LECUN_NORMAL, shape)
         bias = None
         if self.use_bias:
-            bias = self.param("bias", initializers.ZEROS, (self.width,), jnp.float32)
-        return layers.dense(patches, kernel.reshape(-1, self.width), bias, dtype=self.dtype)
+            bias = initializers.param(self, "bias", initializers.ZEROS, (self.width,))
+        return layers.dense(
+            patches,
+            kernel.reshape(-1, self.width),
+            bias,
+            dtype=self.dtype,
+            hand_written_gradients=self.hand_written_gradients,
+        )
 
 
 def drop_patches(x: Float[Array, "b l d"], key: jax.Array, *, rate: float) -> Float[Array, "b m d"]:
-    """A random subset of each example's patches, in order; at least one is kept (2212.00794)."""
+    """Return a random subset of each example's patches, in order, at least one (2212.00794)."""
     b, length, _ = x.shape
     keep = max(1, round(length * (1 - rate)))
     order = jnp.argsort(jax.random.uniform(key, (b, length)), axis=1)[:, :keep]

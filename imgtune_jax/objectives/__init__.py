@@ -1,6 +1,7 @@
-"""Objectives: `objective(outputs, batch) -> (loss, metrics)`, one loss a file.
+"""Objectives, one per file: `objective(outputs, batch) -> (loss, metrics)`.
 
-A new loss is one file and one line in `OBJECTIVES`.
+The losses are also functions of arrays: `softmax_loss`, `sigmoid_loss` and `token_cross_entropy`.
+To add an objective, add a file and a line in `OBJECTIVES`.
 """
 
 from __future__ import annotations
@@ -13,10 +14,23 @@ from typing import Any
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from imgtune_jax.objectives.caption_loss import CaptionLoss
-from imgtune_jax.objectives.sigmoid import SigmoidLoss
-from imgtune_jax.objectives.softmax import SoftmaxLoss
+from imgtune_jax.objectives.caption_loss import CaptionLoss, token_cross_entropy
+from imgtune_jax.objectives.sigmoid import SigmoidLoss, sigmoid_loss
+from imgtune_jax.objectives.softmax import SoftmaxLoss, softmax_loss
 from imgtune_jax.types import Batch, Metrics, Outputs
+
+__all__ = [
+    "OBJECTIVES",
+    "CaptionLoss",
+    "Objective",
+    "SigmoidLoss",
+    "SoftmaxLoss",
+    "WeightedSum",
+    "build_objective",
+    "sigmoid_loss",
+    "softmax_loss",
+    "token_cross_entropy",
+]
 
 Objective = Callable[[Outputs, Batch], tuple[Float[Array, ""], Metrics]]
 
@@ -29,12 +43,12 @@ OBJECTIVES: dict[str, type] = {
 
 @dataclass(frozen=True)
 class WeightedSum:
-    """total = Σ weight · loss. Each raw term is reported under its own name."""
+    """Total loss Σ weight · loss. Each term is reported unweighted, under its name."""
 
     terms: tuple[tuple[float, Objective], ...]
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
-        """The weighted sum, and all terms' metrics."""
+        """Return the weighted sum of the losses, and the metrics of all terms."""
         total: Any = 0.0
         metrics: Metrics = {}
         for weight, objective in self.terms:
@@ -47,10 +61,12 @@ class WeightedSum:
 def build_objective(
     cfg: Mapping[str, Mapping[str, Any]], *, mesh: Mesh | None = None
 ) -> WeightedSum:
-    """{"softmax": {"weight": 1.0, **fields}} -> the weighted sum.
+    """Build the objective of a config, such as {"softmax": {"weight": 1.0, **fields}}.
 
-    `mesh` is where outputs and batch are laid out by batch; None: on one device. An objective that
-    has a field `mesh` gets it. Raises ValueError for an unknown objective or field.
+    `mesh` is the device mesh over which outputs and batch are sharded by batch (None: one device);
+    it is passed to every objective with a field `mesh`. The default weight is 1, and terms of
+    weight 0 are left out. Raises ValueError for an unknown objective or field, and if no term
+    remains.
     """
     terms = []
     for name, fields in cfg.items():
@@ -58,16 +74,20 @@ def build_objective(
             raise ValueError(f"objective {name!r} is unknown; known: {', '.join(OBJECTIVES)}")
         fields = dict(fields)
         weight = float(fields.pop("weight", 1.0))
-        has = {f.name for f in dataclasses.fields(OBJECTIVES[name])}
-        known = sorted(has - {"mesh"})
+        field_names = {f.name for f in dataclasses.fields(OBJECTIVES[name])}
+        known = sorted(field_names - {"mesh"})
         if unknown := sorted(set(fields) - set(known)):
             raise ValueError(
-                f"objective {name!r} has no {unknown}; known: weight, {', '.join(known)}"
+                f"objective {name!r} has unknown fields {unknown}; known: weight, "
+                f"{', '.join(known)}"
             )
-        if "mesh" in has:
+        if "mesh" in field_names:
             fields["mesh"] = mesh
         if weight:
             terms.append((weight, OBJECTIVES[name](**fields)))
     if not terms:
-        raise ValueError(f"no objective has a weight other than 0: {dict(cfg)}")
+        raise ValueError(
+            f"objectives = {dict(cfg)}; expected a weight other than 0; set the weight of at least "
+            "one term"
+        )
     return WeightedSum(tuple(terms))

@@ -1,4 +1,4 @@
-"""Captioning loss: the next token's cross-entropy (Cap, 2306.07915; CoCa, 2205.01917)."""
+"""Captioning loss: cross-entropy of the next token (Cap, 2306.07915; CoCa, 2205.01917)."""
 
 from __future__ import annotations
 
@@ -7,20 +7,39 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from imgtune_jax.types import Batch, ExpMean, Metrics, Outputs
+from imgtune_jax.types import Batch, ExpMean, Metrics, Outputs, TokenScores
+
+
+def token_cross_entropy(
+    scores: TokenScores,
+    mask: Bool[Array, "b t"],
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Float[Array, ""]:
+    """Return the cross-entropy of the tokens under `mask`, in nats, averaged over them.
+
+        loss = mean of -(1 - ε) log p(token) - ε/v Σ_k log p(k) + z_loss · (logsumexp of logits)²
+
+    ε is `label_smoothing`, the share of the target that is uniform over the vocabulary of v tokens
+    (1512.00567). `z_loss` keeps the logits near 0 (PaLM, 2204.02311, section 5). If `mask` is False
+    everywhere, the loss is 0.
+    """
+    loss = -(1 - label_smoothing) * scores.log_prob - label_smoothing * scores.mean_log_prob
+    loss = loss + z_loss * jnp.square(scores.logsumexp)
+    return _masked_sum(loss, mask) / jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1)
 
 
 @dataclass(frozen=True)
 class CaptionLoss:
-    """Mean nats per caption token of the global batch, however it is sharded or accumulated.
+    """`token_cross_entropy` as an objective: mean over the caption tokens of the global batch.
 
-    A token carries loss where `batch.target_mask` holds (else `text_mask`): captions and their end
-    do; the begin token, prompts and padding do not, whatever their ids. `label_smoothing` spreads
-    that share of the target over the vocabulary (1512.00567); `z_loss` times the squared logsumexp
-    keeps logits near 0 (PaLM, 2204.02311, section 5).
+    The mean does not depend on sharding or accumulation. The loss covers the tokens under
+    `batch.target_mask` (by default, under `text_mask`): captions and their end tokens. The begin
+    token, prompts and padding are excluded by this mask, not by their ids.
 
-    Reported under the term's name are the plain nats, without smoothing and z-loss, whose
-    exponential is the perplexity.
+    The metrics leave out smoothing and z-loss: "captioning", in nats per token, its exponential
+    "perplexity", and "token_accuracy".
     """
 
     label_smoothing: float = 0.0
@@ -29,37 +48,38 @@ class CaptionLoss:
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1 or self.z_loss < 0:
             raise ValueError(
-                f"label_smoothing = {self.label_smoothing}, z_loss = {self.z_loss}; wanted "
-                "0 <= label_smoothing < 1 and 0 <= z_loss"
+                f"objective 'captioning': label_smoothing = {self.label_smoothing}, z_loss = "
+                f"{self.z_loss}; expected 0 <= label_smoothing < 1 and 0 <= z_loss"
             )
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
-        """Loss and its metrics. Raises ValueError when the model wrote no captions."""
+        """Return (loss, metrics). Raises ValueError if the outputs have no token scores."""
         scores = outputs.token_scores
         if scores is None:
             raise ValueError(
-                "objective 'captioning' needs a model with a decoder (config.model.decoder) and a "
-                "batch with images and text"
+                "objective 'captioning': the model returned no token_scores; it needs a model with "
+                "a decoder (config.model.decoder) and batches with images and text"
             )
-        mask = _targets(batch)
-        nats = -scores.log_prob
-        loss = (1 - self.label_smoothing) * nats - self.label_smoothing * scores.mean_log_prob
-        loss = loss + self.z_loss * jnp.square(scores.logsumexp)
-
-        def total(x: Array) -> Array:
-            return jnp.sum(jnp.where(mask, x, 0.0))
-
+        mask = _target_mask(batch)
         count = jnp.sum(mask, dtype=jnp.float32)
+        cross_entropy = _masked_sum(-scores.log_prob, mask)
         metrics: Metrics = {
-            "captioning": (total(nats), count),
-            "perplexity": ExpMean(total(nats), count),
-            "token_accuracy": (total(scores.correct), count),
+            "captioning": (cross_entropy, count),
+            "perplexity": ExpMean(cross_entropy, count),
+            "token_accuracy": (_masked_sum(scores.correct, mask), count),
         }
-        return total(loss) / jnp.maximum(count, 1), metrics
+        loss = token_cross_entropy(
+            scores, mask, label_smoothing=self.label_smoothing, z_loss=self.z_loss
+        )
+        return loss, metrics
 
 
-def _targets(batch: Batch) -> Bool[Array, "b t"]:
-    """Which of the tokens behind the first carry loss."""
+def _masked_sum(x: Float[Array, "b t"], mask: Bool[Array, "b t"]) -> Float[Array, ""]:
+    return jnp.sum(jnp.where(mask, x, 0.0))
+
+
+def _target_mask(batch: Batch) -> Bool[Array, "b t"]:
+    """Return the mask of the tokens that contribute to the loss, from the second token on."""
     assert batch.text_mask is not None
     mask = batch.text_mask if batch.target_mask is None else batch.target_mask & batch.text_mask
     return mask[:, 1:] & batch.example_mask[:, None]

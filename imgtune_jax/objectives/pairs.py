@@ -1,4 +1,7 @@
-"""All pairs of a global batch, a block at a time: no [b b] array, on one device or many."""
+"""Reductions over all (image, text) pairs of a global batch, in blocks and over devices.
+
+No array of shape [b b] exists at any time.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,10 @@ from jax.sharding import Mesh, PartitionSpec
 from imgtune_jax.partition import ACTIVATION_AXES
 from imgtune_jax.types import PyTree
 
-BLOCK_SIZE = 2**23  # pairs in a block: 32 MiB of float32 logits
+BLOCK_SIZE = 2**23  # pairs per block: 32 MiB of float32 logits
 
-# visit(scalars, images, texts, image_sums, text_sums) -> (image_sums, text_sums) of one block.
+# block_fn(scalars, images, texts, image_sums, text_sums) -> (image_sums, text_sums), with the
+# contributions of one block added.
 BlockFn = Callable[[Any, Any, Any, Any, Any], tuple[Any, Any]]
 
 
@@ -27,15 +31,16 @@ def reduce_pairs(
     *,
     mesh: Mesh | None,
 ) -> tuple[PyTree, PyTree]:
-    """Show `visit` each pair of an image and a text once; give back what it summed by side.
+    """Call `block_fn` on blocks that cover every (image, text) pair once; return the sums.
 
-    Sides and sums are trees of [b ...] arrays, (images, texts). `visit` sees some rows of the
-    images and all or some of the texts; it must not care for the order of its calls, and must leave
-    its sums alone for rows of zeros, with which the last block is filled up.
+    `sides` and `sums` are (images, texts), each a tree of [b ...] arrays; `sums` holds the initial
+    values. `block_fn` receives some rows of the images with all or some of the texts, in any
+    order. The last block is padded with rows of zeros (so their mask is False), for which
+    `block_fn` must leave the sums of the other rows unchanged.
 
-    Under a mesh that cuts the batch, the images and their sums stay on their devices, and the texts
-    travel around the ring of devices with theirs: a device holds its own part of the batch and one
-    other's. The batch must divide over the devices.
+    If `mesh` shards the batch, the images and their sums stay on their devices, and the texts and
+    theirs are passed around the ring of devices: each device holds its shard of the images and one
+    shard of the texts. The batch size must be a multiple of the number of shards.
     """
     axes = ACTIVATION_AXES["batch"]
     num_shards = (
@@ -48,7 +53,7 @@ def reduce_pairs(
     def ring(
         scalars: PyTree, sides: tuple[PyTree, PyTree], sums: tuple[PyTree, PyTree]
     ) -> tuple[PyTree, PyTree]:
-        """What one device does: its images meet the texts of every device in turn."""
+        """On one device, pair its images with the texts of every device in turn."""
         images, texts = sides
 
         def ring_step(carry: Any, _: None) -> tuple[Any, None]:
@@ -74,20 +79,21 @@ def _scan_blocks(
     image_sums: PyTree,
     text_sums: PyTree,
 ) -> tuple[PyTree, PyTree]:
-    """`visit` blocks of image rows against all of these texts."""
+    """Call `block_fn` on blocks of image rows with all of `texts`; return both sums."""
     n, m = (jax.tree.leaves(side)[0].shape[0] for side in (images, texts))
-    blocks = -(-n * m // BLOCK_SIZE)
-    if blocks == 1:
+    num_blocks = -(-n * m // BLOCK_SIZE)
+    if num_blocks == 1:
         return block_fn(images, texts, image_sums, text_sums)
-    rows = -(-n // blocks)
+    rows_per_block = -(-n // num_blocks)
 
-    def cut(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, rows * blocks - n)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(blocks, rows, *x.shape[1:])
+    def to_blocks(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, rows_per_block * num_blocks - n)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(num_blocks, rows_per_block, *x.shape[1:])
 
-    def one(text_sums: PyTree, block: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+    def scan_step(text_sums: PyTree, block: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
         image_sums, text_sums = block_fn(block[0], texts, block[1], text_sums)
         return text_sums, image_sums
 
-    text_sums, image_sums = jax.lax.scan(one, text_sums, jax.tree.map(cut, (images, image_sums)))
+    blocks = jax.tree.map(to_blocks, (images, image_sums))
+    text_sums, image_sums = jax.lax.scan(scan_step, text_sums, blocks)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n], image_sums), text_sums

@@ -9,26 +9,62 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from imgtune_jax.objectives.contrastive import (
     PairEmbeddings,
     Positives,
     cotangent_of,
     matmul_float32,
+    output_embeddings,
     pair_embeddings,
     pair_logits,
+    safe_count,
 )
 from imgtune_jax.objectives.pairs import reduce_pairs
 from imgtune_jax.types import Batch, Metrics, Outputs
 
 
+def sigmoid_loss(
+    image_emb: Float[Array, "n d"],
+    text_emb: Float[Array, "n d"],
+    *,
+    scale: Float[Array, ""] | float,
+    bias: Float[Array, ""] | float = 0.0,
+    positive_id: Int[Array, " n"] | None = None,
+    mask: Bool[Array, " n"] | None = None,
+    mesh: Mesh | None = None,
+) -> Float[Array, ""]:
+    """Return the sigmoid loss in nats per valid example (SigLIP, 2303.15343, Algorithm 1).
+
+        loss = -1/n Σ_ij log σ(z_ij · (scale · x_i · y_j + bias)),  z_ij = ±1
+
+    The sum is over all n² pairs of valid examples, and n is their number; z_ij is 1 for a positive
+    pair and -1 for a negative one. The loss of a batch without valid examples is 0.
+
+    Args:
+      image_emb: x, float32, of unit norm.
+      text_emb: y, likewise; text i belongs to image i.
+      scale: the multiplier itself, that is, after exp.
+      bias: added to every logit.
+      positive_id: image i and text j are a positive pair if their ids are equal. Default: i = j.
+      mask: False for rows to be ignored. Default: all rows are valid.
+      mesh: if given, the arrays are sharded by batch over it, and n must be a multiple of the
+        number of shards. Default: all rows are on one device.
+
+    Memory grows with n · d, not with n². The gradient (reverse mode only) is with respect to the
+    embeddings, `scale` and `bias`.
+    """
+    images, texts = pair_embeddings(image_emb, text_emb, positive_id=positive_id, mask=mask)
+    total: Any = _sum_over_pairs(mesh, jnp.float32(scale), jnp.float32(bias), images, texts)
+    return total / safe_count(images.mask)
+
+
 @dataclass(frozen=True)
 class SigmoidLoss:
-    """Sum over all pairs of valid examples, divided by the number of valid examples (Algorithm 1).
+    """`sigmoid_loss` as an objective: over the global batch, with the model's scale and bias.
 
-    -log σ(z · (scale · cos + bias)), z = +1 for a positive pair and -1 for a negative one. A model
-    without a `logit_bias` runs with a bias of 0.
+    A model without a `logit_bias` has a bias of 0. The metric is "sigmoid": nats per valid example.
     """
 
     positives: Positives = Positives.PAIR
@@ -38,60 +74,60 @@ class SigmoidLoss:
         object.__setattr__(self, "positives", Positives(self.positives))
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
-        """Loss and its metrics; exact over the global batch."""
-        pairs = pair_embeddings(outputs, batch, positives=self.positives, term="sigmoid")
+        """Return (loss, metrics). Raises ValueError if the outputs lack an embedding."""
+        pairs = output_embeddings(outputs, batch, positives=self.positives, term="sigmoid")
         assert outputs.logit_scale is not None  # a model with embeddings has one
         bias = jnp.float32(0) if outputs.logit_bias is None else outputs.logit_bias
-        total: Any = sigmoid_loss(self.mesh, outputs.logit_scale, bias, *pairs)
+        total: Any = _sum_over_pairs(self.mesh, outputs.logit_scale, bias, *pairs)
         count = jnp.sum(batch.example_mask, dtype=jnp.float32)
         return total / jnp.maximum(count, 1), {"sigmoid": (total, count)}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def sigmoid_loss(
+def _sum_over_pairs(
     mesh: Mesh | None,
     scale: Float[Array, ""],
     bias: Float[Array, ""],
     images: PairEmbeddings,
     texts: PairEmbeddings,
 ) -> Float[Array, ""]:
-    """-log σ, summed over all pairs."""
-    nats = jnp.zeros(images.positive_id.shape), ()
-    return jnp.sum(reduce_pairs(_loss_block, (scale, bias), (images, texts), nats, mesh=mesh)[0])
+    """Return the sum of -log σ over all valid pairs, in nats."""
+    sums = jnp.zeros(images.positive_id.shape), ()
+    return jnp.sum(reduce_pairs(_loss_block, (scale, bias), (images, texts), sums, mesh=mesh)[0])
 
 
-def _nats_and_gradients(
+def _forward(
     mesh: Mesh | None,
     scale: Float[Array, ""],
     bias: Float[Array, ""],
     images: PairEmbeddings,
     texts: PairEmbeddings,
 ) -> tuple[Float[Array, ""], Any]:
-    """One pass: the slopes of a block are at hand when its nats are, so no pair is met twice."""
+    """Compute loss and gradients in one pass, so that every logit is computed once."""
     zeros = jnp.zeros(images.positive_id.shape)
     sums = (zeros, zeros, jnp.zeros_like(images.emb)), jnp.zeros_like(texts.emb)
     sums = reduce_pairs(_loss_and_grad_block, (scale, bias), (images, texts), sums, mesh=mesh)
-    (nats, d_bias, d_image), d_text = sums
+    (loss, d_bias, d_image), d_text = sums
     d_scale = jnp.sum(images.emb * d_image)
-    return jnp.sum(nats), (d_scale, jnp.sum(d_bias), scale * d_image, scale * d_text)
+    return jnp.sum(loss), (d_scale, jnp.sum(d_bias), scale * d_image, scale * d_text)
 
 
-def _pull_back(mesh: Mesh | None, gradients: Any, g: Float[Array, ""]) -> tuple[Any, ...]:
+def _backward(mesh: Mesh | None, gradients: Any, g: Float[Array, ""]) -> tuple[Any, ...]:
     d_scale, d_bias, d_image, d_text = (g * x for x in gradients)
     return d_scale, d_bias, cotangent_of(d_image), cotangent_of(d_text)
 
 
-sigmoid_loss.defvjp(_nats_and_gradients, _pull_back)
+_sum_over_pairs.defvjp(_forward, _backward)
 
 
 def _loss_block(
     scalars: Any,
     images: PairEmbeddings,
     texts: PairEmbeddings,
-    nats: Float[Array, " n"],
+    loss: Float[Array, " n"],
     _: tuple[()],
 ) -> tuple[Float[Array, " n"], tuple[()]]:
-    return nats + _block(scalars, images, texts)[0], ()
+    return loss + _loss_and_d_logits(scalars, images, texts)[0], ()
 
 
 def _loss_and_grad_block(
@@ -101,20 +137,20 @@ def _loss_and_grad_block(
     image_sums: Any,
     d_text: Float[Array, "m d"],
 ) -> tuple[Any, Float[Array, "m d"]]:
-    nats, d_bias, d_image = image_sums
-    more, d_logits = _block(scalars, images, texts)
+    loss, d_bias, d_image = image_sums
+    block_loss, d_logits = _loss_and_d_logits(scalars, images, texts)
     d_image += matmul_float32(d_logits, texts.emb)
     d_text += matmul_float32(d_logits.T, images.emb)
-    return (nats + more, d_bias + d_logits.sum(1), d_image), d_text
+    return (loss + block_loss, d_bias + d_logits.sum(1), d_image), d_text
 
 
-def _block(
+def _loss_and_d_logits(
     scalars: Any, images: PairEmbeddings, texts: PairEmbeddings
 ) -> tuple[Float[Array, " n"], Float[Array, "n m"]]:
-    """(nats of the images, d nats / d logit of the pairs)."""
+    """Return (loss per image, summed over the texts; its gradient with respect to the logits)."""
     scale, bias = scalars
     logits, valid, positive = pair_logits(images, texts, scale)
     sign = jnp.where(positive, -1.0, 1.0)  # -z
     signed = sign * (logits + bias)
-    nats = jnp.where(valid, jax.nn.softplus(signed), 0.0).sum(1)
-    return nats, jnp.where(valid, sign * jax.nn.sigmoid(signed), 0.0)
+    loss = jnp.where(valid, jax.nn.softplus(signed), 0.0).sum(1)
+    return loss, jnp.where(valid, sign * jax.nn.sigmoid(signed), 0.0)

@@ -16,23 +16,62 @@ from imgtune_jax.objectives.contrastive import (
     Positives,
     cotangent_of,
     matmul_float32,
+    output_embeddings,
     pair_embeddings,
     pair_logits,
+    safe_count,
 )
 from imgtune_jax.objectives.pairs import reduce_pairs
 from imgtune_jax.types import Batch, Metrics, Outputs
 
-# Finite, not -inf: a wholly masked row must give 0 * finite, not 0 * nan.
+# Finite, because a fully masked row must contribute 0 · finite; with -inf it would be 0 · nan.
 MASKED_LOGIT = -1e30
 NO_INDEX = 2**31 - 1
 
 
+def softmax_loss(
+    image_emb: Float[Array, "n d"],
+    text_emb: Float[Array, "n d"],
+    *,
+    scale: Float[Array, ""] | float,
+    positive_id: Int[Array, " n"] | None = None,
+    mask: Bool[Array, " n"] | None = None,
+    label_smoothing: float = 0.0,
+    mesh: Mesh | None = None,
+) -> Float[Array, ""]:
+    """Return the softmax loss in nats per valid example (CLIP, 2103.00020, Figure 3).
+
+        loss = 1/(2n) Σ_i [H(t_i, softmax_j(s_ij)) + H(t_i, softmax_j(s_ji))],  s = scale · x yᵀ
+
+    H is the cross-entropy; i and j run over the n valid examples. The target t_i is uniform over
+    the positives of i (UniCL, 2204.03610); without `positive_id`, it is one-hot at i. The loss of a
+    batch without valid examples is 0.
+
+    Args:
+      image_emb: x, float32, of unit norm.
+      text_emb: y, likewise; text i belongs to image i.
+      scale: the multiplier itself, that is, after exp.
+      positive_id: image i and text j are a positive pair if their ids are equal. Default: i = j.
+      mask: False for rows to be ignored. Default: all rows are valid.
+      label_smoothing: this share of t_i is uniform over all n examples (1512.00567).
+      mesh: if given, the arrays are sharded by batch over it, and n must be a multiple of the
+        number of shards. Default: all rows are on one device.
+
+    Memory grows with n · d, not with n². The gradient (reverse mode only) is with respect to the
+    embeddings and `scale`.
+    """
+    images, texts = pair_embeddings(image_emb, text_emb, positive_id=positive_id, mask=mask)
+    sums: Any = _sum_and_hits(mesh, label_smoothing, jnp.float32(scale), images, texts)
+    return sums[0] / safe_count(images.mask)
+
+
 @dataclass(frozen=True)
 class SoftmaxLoss:
-    """Mean nats per valid example, averaged over image→text and text→image.
+    """`softmax_loss` as an objective: over the global batch, with the model's scale.
 
-    The negatives of an example are all other valid examples of the *global* batch, however it is
-    sharded or accumulated. With several positives the target is uniform over them.
+    The negatives of an example are all other valid examples of the *global* batch, independently of
+    sharding and accumulation. The metrics are "softmax", in nats per valid example, and the recall
+    at 1 within the batch, "batch_image_to_text_R@1" and "batch_text_to_image_R@1".
     """
 
     label_smoothing: float = 0.0
@@ -42,20 +81,27 @@ class SoftmaxLoss:
     def __post_init__(self) -> None:
         object.__setattr__(self, "positives", Positives(self.positives))
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing = {self.label_smoothing}; wanted 0 <= it < 1")
+            raise ValueError(
+                f"objective 'softmax': label_smoothing = {self.label_smoothing}; expected "
+                "0 <= label_smoothing < 1"
+            )
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
-        """Raises ValueError when the model has a logit bias: such weights are a sigmoid model's."""
+        """Return (loss, metrics).
+
+        Raises ValueError if the outputs lack an embedding, or if the model has a logit bias:
+        weights that were trained with one belong to a sigmoid model.
+        """
         if outputs.logit_bias is not None:
             raise ValueError(
-                "softmax loss with a logit_bias: a softmax cannot see it, and weights trained with "
-                "one are a sigmoid model's; use the 'sigmoid' objective or "
-                "config.model.logit_bias_init=None"
+                "objective 'softmax': the model has a logit_bias, which a softmax ignores; weights "
+                "trained with one expect the 'sigmoid' objective; use that, or set "
+                "config.model.logit_bias_init = None"
             )
-        pairs = pair_embeddings(outputs, batch, positives=self.positives, term="softmax")
+        pairs = output_embeddings(outputs, batch, positives=self.positives, term="softmax")
         assert outputs.logit_scale is not None  # a model with embeddings has one
-        of_pairs: Any = softmax_loss(self.mesh, self.label_smoothing, outputs.logit_scale, *pairs)
-        total, hits = of_pairs
+        sums: Any = _sum_and_hits(self.mesh, self.label_smoothing, outputs.logit_scale, *pairs)
+        total, hits = sums
         count = jnp.sum(batch.example_mask, dtype=jnp.float32)
         metrics: Metrics = {
             "softmax": (total, count),
@@ -66,138 +112,144 @@ class SoftmaxLoss:
 
 
 class LogitStats(NamedTuple):
-    """What is known of each image's logits, or of each text's. log Σ exp is top + log(spread).
+    """Statistics of the logits of each image (or text), over the candidates reduced so far.
 
-    The two stay apart: one float32 of about 100 would round a well-fitted row's nats to 1e-5.
+    log Σ exp(logit) is max + log(sum_exp). The two terms are stored apart: in float32, a single
+    value near 100 would round the loss of a well-fitted row to a multiple of about 1e-5.
     """
 
     max: Float[Array, " n"]
-    argmax: Int[Array, " n"]  # index of the candidate at the top; of equal ones the first
-    sum_exp: Float[Array, " n"]  # Σ exp(logit - top)
-    positive_sum: Float[Array, " n"]  # Σ logit, over the positives
+    argmax: Int[Array, " n"]  # index of the best candidate; ties go to the lowest index
+    sum_exp: Float[Array, " n"]  # Σ exp(logit - max)
+    positive_sum: Float[Array, " n"]  # Σ logit over the positives
 
     @classmethod
-    def nothing(cls, n: int) -> LogitStats:
-        """Before the first block."""
+    def empty(cls, n: int) -> LogitStats:
+        """Return the statistics of n rows without candidates."""
         return cls(jnp.full(n, MASKED_LOGIT), jnp.full(n, NO_INDEX), jnp.zeros(n), jnp.zeros(n))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def softmax_loss(
+def _sum_and_hits(
     mesh: Mesh | None,
-    smoothing: float,
+    label_smoothing: float,
     scale: Float[Array, ""],
     images: PairEmbeddings,
     texts: PairEmbeddings,
 ) -> tuple[Float[Array, ""], list[Float[Array, ""]]]:
-    """(half the nats of all images and texts, [images, texts] that a positive is best for)."""
-    return _nats_and_residuals(mesh, smoothing, scale, images, texts)[0]
+    """Return (loss summed over examples, [number of images, of texts] ranked first by a positive).
+
+    The loss of an example is the mean over both directions, in nats.
+    """
+    return _forward(mesh, label_smoothing, scale, images, texts)[0]
 
 
-def _nats_and_residuals(
+def _forward(
     mesh: Mesh | None,
-    smoothing: float,
+    label_smoothing: float,
     scale: Float[Array, ""],
     images: PairEmbeddings,
     texts: PairEmbeddings,
 ) -> tuple[Any, Any]:
-    nothing = LogitStats.nothing(images.positive_id.shape[0])
-    seen = reduce_pairs(_block_stats, scale, (images, texts), (nothing, nothing), mesh=mesh)
-    num_right = _num_positives(images.positive_id, images.mask)
+    empty = LogitStats.empty(images.positive_id.shape[0])
+    stats = reduce_pairs(_block_stats, scale, (images, texts), (empty, empty), mesh=mesh)
+    num_positives = _num_positives(images.positive_id, images.mask)
     total, hits = jnp.float32(0), []
-    for own, other, s in ((images, texts, seen[0]), (texts, images, seen[1])):
-        nats = jnp.log(s.spread) + (1 - smoothing) * (s.top - s.right / num_right)
-        if smoothing:
-            mean = matmul_float32(other.mask.astype(jnp.float32), other.emb) / _safe_count(
-                other.mask
-            )
-            nats += smoothing * (s.top - scale * matmul_float32(own.emb, mean))
-        total += jnp.sum(jnp.where(own.mask, nats, 0.0)) / 2
-        hit = own.mask & (own.positive_id == jnp.take(other.positive_id, s.first, mode="clip"))
-        hits.append(jnp.sum(hit, dtype=jnp.float32))
-    return (total, hits), (scale, images, texts, seen, num_right)
+    for query, candidate, s in ((images, texts, stats[0]), (texts, images, stats[1])):
+        loss = jnp.log(s.sum_exp) + (1 - label_smoothing) * (s.max - s.positive_sum / num_positives)
+        if label_smoothing:
+            valid = candidate.mask.astype(jnp.float32)
+            mean = matmul_float32(valid, candidate.emb) / safe_count(candidate.mask)
+            loss += label_smoothing * (s.max - scale * matmul_float32(query.emb, mean))
+        total += jnp.sum(jnp.where(query.mask, loss, 0.0)) / 2
+        best_id = jnp.take(candidate.positive_id, s.argmax, mode="clip")
+        hits.append(jnp.sum(query.mask & (query.positive_id == best_id), dtype=jnp.float32))
+    return (total, hits), (scale, images, texts, stats, num_positives)
 
 
-def _pull_back(mesh: Mesh | None, smoothing: float, residuals: Any, g: Any) -> tuple[Any, ...]:
-    """Σ slope · emb, from the pairs' logits once more: keeping them would take [b b] floats."""
-    scale, images, texts, seen, num_right = residuals
-    valid = images.valid
-    halves = [jnp.where(valid, 0.5 / s.spread, 0.0) for s in seen]
-    pairs = (
-        (images, seen[0].top, halves[0], (1 - smoothing) / num_right),
-        (texts, seen[1].top, halves[1]),
+def _backward(mesh: Mesh | None, label_smoothing: float, residuals: Any, g: Any) -> tuple[Any, ...]:
+    """Recompute the logits: storing them would take [b b] floats."""
+    scale, images, texts, stats, num_positives = residuals
+    mask = images.mask
+    half_weights = [jnp.where(mask, 0.5 / s.sum_exp, 0.0) for s in stats]
+    sides = (
+        (images, stats[0].max, half_weights[0], (1 - label_smoothing) / num_positives),
+        (texts, stats[1].max, half_weights[1]),
     )
     zeros = jnp.zeros_like(images.emb), jnp.zeros_like(texts.emb)
-    scalars = scale, smoothing / _safe_count(valid)
-    d_image, d_text = reduce_pairs(_grad_block, scalars, pairs, zeros, mesh=mesh)
+    scalars = scale, label_smoothing / safe_count(mask)
+    d_image, d_text = reduce_pairs(_grad_block, scalars, sides, zeros, mesh=mesh)
     d_scale = g[0] * jnp.sum(images.emb * d_image)
     d_image, d_text = g[0] * scale * d_image, g[0] * scale * d_text
     return d_scale, cotangent_of(d_image), cotangent_of(d_text)
 
 
-softmax_loss.defvjp(_nats_and_residuals, _pull_back)
+_sum_and_hits.defvjp(_forward, _backward)
 
 
 def _block_stats(
     scale: Float[Array, ""],
     images: PairEmbeddings,
     texts: PairEmbeddings,
-    of_images: LogitStats,
-    of_texts: LogitStats,
+    image_stats: LogitStats,
+    text_stats: LogitStats,
 ) -> tuple[LogitStats, LogitStats]:
     logits, valid, positive = pair_logits(images, texts, scale)
     logits = jnp.where(valid, logits, MASKED_LOGIT)
-    of_images = _update_stats(of_images, logits, positive, texts.index[None, :], axis=1)
-    return of_images, _update_stats(of_texts, logits, positive, images.index[:, None], axis=0)
+    image_stats = _update_stats(image_stats, logits, positive, texts.index[None, :], axis=1)
+    return image_stats, _update_stats(text_stats, logits, positive, images.index[:, None], axis=0)
 
 
 def _update_stats(
-    seen: LogitStats,
+    stats: LogitStats,
     logits: Float[Array, "n m"],
     positive: Bool[Array, "n m"],
     index: Array,
     *,
     axis: int,
 ) -> LogitStats:
-    """`seen`, with the candidates along `axis`; `index` is theirs in the batch."""
-    highest = logits.max(axis, keepdims=True)
-    first = jnp.where(logits == highest, index, NO_INDEX).min(axis)
-    highest = highest.squeeze(axis)
-    earlier = jnp.minimum(first, seen.argmax)
-    first = jnp.where(
-        highest == seen.max, earlier, jnp.where(highest > seen.max, first, seen.argmax)
+    """Add the candidates along `axis` to `stats`; `index` is their position in the batch."""
+    block_max = logits.max(axis, keepdims=True)
+    block_argmax = jnp.where(logits == block_max, index, NO_INDEX).min(axis)
+    block_max = block_max.squeeze(axis)
+    argmax = jnp.where(
+        block_max == stats.max,
+        jnp.minimum(block_argmax, stats.argmax),
+        jnp.where(block_max > stats.max, block_argmax, stats.argmax),
     )
-    top = jnp.maximum(highest, seen.max)
-    exps = jnp.exp(logits - jnp.expand_dims(top, axis))
-    spread = seen.sum_exp * jnp.exp(seen.max - top) + exps.sum(axis)
+    new_max = jnp.maximum(block_max, stats.max)
+    block_exp = jnp.exp(logits - jnp.expand_dims(new_max, axis))
     return LogitStats(
-        top, first, spread, seen.positive_sum + jnp.where(positive, logits, 0.0).sum(axis)
+        max=new_max,
+        argmax=argmax,
+        sum_exp=stats.sum_exp * jnp.exp(stats.max - new_max) + block_exp.sum(axis),
+        positive_sum=stats.positive_sum + jnp.where(positive, logits, 0.0).sum(axis),
     )
 
 
 def _grad_block(
     scalars: Any, images: Any, texts: Any, d_image: Float[Array, "n d"], d_text: Float[Array, "m d"]
 ) -> tuple[Float[Array, "n d"], Float[Array, "m d"]]:
-    """The slope of the loss by a logit: both ways' probabilities halved, less the target."""
+    """Add a block's gradients.
+
+    The gradient with respect to a logit is the mean of both directions' probabilities, minus the
+    target.
+    """
     scale, uniform = scalars
-    images, image_top, image_half, target = images
-    texts, text_top, text_half = texts
+    images, image_max, image_weight, target = images
+    texts, text_max, text_weight = texts
     logits, valid, positive = pair_logits(images, texts, scale)
     logits = jnp.where(valid, logits, MASKED_LOGIT)
-    d_logits = jnp.exp(logits - image_top[:, None]) * image_half[:, None]
-    d_logits += jnp.exp(logits - text_top[None, :]) * text_half[None, :]
+    d_logits = jnp.exp(logits - image_max[:, None]) * image_weight[:, None]
+    d_logits += jnp.exp(logits - text_max[None, :]) * text_weight[None, :]
     d_logits -= jnp.where(positive, target[:, None], 0.0) + jnp.where(valid, uniform, 0.0)
     return d_image + matmul_float32(d_logits, texts.emb), d_text + matmul_float32(
         d_logits.T, images.emb
     )
 
 
-def _num_positives(key: Int[Array, " b"], valid: Bool[Array, " b"]) -> Float[Array, " b"]:
-    """How many valid examples have a row's key, itself included; at least 1."""
-    b = key.shape[0]
-    _, group = jnp.unique(key, return_inverse=True, size=b)
-    return jnp.maximum(jax.ops.segment_sum(valid.astype(jnp.float32), group, b)[group], 1)
-
-
-def _safe_count(valid: Bool[Array, " b"]) -> Float[Array, ""]:
-    return jnp.maximum(valid.sum(dtype=jnp.float32), 1)
+def _num_positives(positive_id: Int[Array, " b"], mask: Bool[Array, " b"]) -> Float[Array, " b"]:
+    """Return the number of valid examples with each row's id, itself included; at least 1."""
+    b = positive_id.shape[0]
+    _, group = jnp.unique(positive_id, return_inverse=True, size=b)
+    return jnp.maximum(jax.ops.segment_sum(mask.astype(jnp.float32), group, b)[group], 1)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from imgtune_jax import evals, objectives, param_tree
+from imgtune_jax import evals, objectives, param_tree, xla_cpu
 from imgtune_jax.config import Config
 from imgtune_jax.errors import NonFiniteLossError
 from imgtune_jax.training import batch_source, checkpoint, experiment, optim, run, state
@@ -209,5 +209,5 @@ def compile_step(
         step,
         donate_argnums=0,
         out_shardings=(layout, exp.partitioner.replicated),
-        compiler_options=exp.partitioner.compiler_options,
+        compiler_options=xla_cpu.compiler_options(exp.partitioner.mesh),
     )

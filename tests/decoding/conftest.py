@@ -1,4 +1,4 @@
-"""A small recurrent model whose next token depends on all tokens before it, and on its image."""
+"""A small recurrent model whose next token depends on its image and all previous tokens."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ import pytest
 WIDTH = 6
 
 
-def make_toy(vocabulary, *, seed=0, sharpness=2.0):
+def make_toy_model(vocabulary, *, seed=0, sharpness=2.0):
     rng = np.random.default_rng(seed)
     params = {
         "embed": jnp.asarray(rng.normal(size=(vocabulary, WIDTH)), jnp.float32),
@@ -18,7 +18,7 @@ def make_toy(vocabulary, *, seed=0, sharpness=2.0):
         "out": jnp.asarray(sharpness * rng.normal(size=(WIDTH, vocabulary)), jnp.float32),
     }
 
-    def start(params, image, *, length):
+    def init_cache(params, image, *, length):
         b = len(image)
         return {
             "image": image,
@@ -39,32 +39,37 @@ def make_toy(vocabulary, *, seed=0, sharpness=2.0):
         return jnp.asarray(rng.normal(size=(b, WIDTH)), jnp.float32)
 
     def next_logp(image, context):
-        """log p of the next token, in NumPy: the reference."""
-        p = {name: np.asarray(x) for name, x in params.items()}
+        """Return log p of the next token, computed in NumPy as the reference."""
+        weights = {name: np.asarray(x) for name, x in params.items()}
         hidden = np.zeros(WIDTH, np.float32)
         for token in context:
-            hidden = np.tanh(hidden @ p["mix"] + p["embed"][token])
-        logits = (hidden + np.asarray(image)) @ p["out"]
+            hidden = np.tanh(hidden @ weights["mix"] + weights["embed"][token])
+        logits = (hidden + np.asarray(image)) @ weights["out"]
         return logits - np.logaddexp.reduce(logits)
 
-    def logp(image, prompt, text):
-        """log p of every token of a text."""
-        return [next_logp(image, [*prompt, *text[:i]])[token] for i, token in enumerate(text)]
+    def logp(image, prompt, sequence):
+        """Return log p of every token of a sequence that continues the prompt."""
+        return [next_logp(image, [*prompt, *sequence[:i]])[t] for i, t in enumerate(sequence)]
 
     return SimpleNamespace(
-        params=params, start=start, step=step, images=images, logp=logp, next_logp=next_logp
+        params=params,
+        init_cache=init_cache,
+        step=step,
+        images=images,
+        logp=logp,
+        next_logp=next_logp,
     )
 
 
 @pytest.fixture(scope="session")
-def toy():
-    """`toy(vocabulary, seed=…)`."""
-    return make_toy
+def toy_model():
+    """Return the constructor: `toy_model(vocabulary, seed=…)`."""
+    return make_toy_model
 
 
 @pytest.fixture(scope="session")
-def texts():
-    """Turns a Generated into lists: the tokens of the texts of the rows."""
+def to_lists():
+    """Return a function from GeneratedTokens to lists of token ids by row and sequence."""
 
     def convert(out):
         rows = zip(np.asarray(out.tokens), np.asarray(out.mask), strict=True)

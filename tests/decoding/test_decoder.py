@@ -1,4 +1,4 @@
-"""The house's decoders, written with and scored: what the laws of this room are for."""
+"""Generation and scoring with the caption decoders of `imgtune_jax.models`."""
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,13 @@ from imgtune_jax.decoding.prefill import prefill
 from imgtune_jax.partition import Partitioner, make_mesh
 
 SIZES = dict(width=16, depth=2, mlp_dim=24, num_heads=2)
-VOCAB, LONGEST = 24, 12
+VOCAB, MAX_LENGTH = 24, 12
 CAP = dict(
     image=dict(name="vit", patch_size=4, **SIZES),
-    decoder=dict(name="transformer", vocab_size=VOCAB, max_length=LONGEST, **SIZES),
+    decoder=dict(name="transformer", vocab_size=VOCAB, max_length=MAX_LENGTH, **SIZES),
     image_size=8,
 )
-TEXT = dict(name="text_transformer", vocab_size=VOCAB, max_length=LONGEST, pool="class", **SIZES)
+TEXT = dict(name="text_transformer", vocab_size=VOCAB, max_length=MAX_LENGTH, pool="class", **SIZES)
 COCA = CAP | dict(
     text=TEXT, embed_dim=8, decoder={**CAP["decoder"], "input_from": "text_tower", "cross": "block"}
 )
@@ -26,8 +26,8 @@ STOP = (0, 3)
 
 
 @pytest.fixture(scope="module", params=["cap", "coca"])
-def writer(request):
-    """(model, parameters, image tokens)."""
+def captioner(request):
+    """Return (model, parameters, image tokens)."""
     model = models.build_model({"cap": CAP, "coca": COCA}[request.param])
     rng = np.random.default_rng(0)
     shapes = model.abstract_params()
@@ -36,58 +36,60 @@ def writer(request):
     return model, params, model.image_tokens(params, image)
 
 
-def generator(model, method, **options):
-    # No token twice: random models write one token over and over.
+def make_generator(model, method, **options):
+    # Without the n-gram limit, random models repeat one token.
     settings = GenerationConfig(
         stop_ids=STOP, max_new_tokens=9, min_new_tokens=2, no_repeat_ngram_size=1, method=method
     )
-    longest = model.decoder.max_length
+    max_positions = model.decoder.max_length
     return Generator(
-        model.decoder_cache, model.decode_step, settings, max_positions=longest, **options
+        model.decoder_cache, model.decode_step, settings, max_positions=max_positions, **options
     )
 
 
-def test_greedy_is_the_argmax_of_uncached_logits(writer, texts):
-    """With ragged prompts, token by token; the longest prompt fills the model to its last place."""
-    model, params, tokens = writer
+def test_greedy_is_the_argmax_of_uncached_logits(captioner, to_lists):
+    """Prompts have different lengths; the longest one fills the model up to its last position."""
+    model, params, tokens = captioner
     logits = jax.jit(lambda text, mask: model.caption_logits(params, tokens, text, mask))
     rows = [list(prompt) for prompt in PROMPTS]
     for count in range(9):
-        text, mask = np.zeros((8, LONGEST), np.int32), np.zeros((8, LONGEST), bool)
+        text, mask = np.zeros((8, MAX_LENGTH), np.int32), np.zeros((8, MAX_LENGTH), bool)
         for i, row in enumerate(rows):
             text[i, : len(row)], mask[i, : len(row)] = row, True
-        found = np.array(logits(jnp.asarray(text), jnp.asarray(mask)))
+        next_logits = np.array(logits(jnp.asarray(text), jnp.asarray(mask)))
         if count < 2:
-            found[..., STOP] = -np.inf
+            next_logits[..., STOP] = -np.inf
         for i, row in enumerate(rows):
             if row[-1] not in STOP:
-                scores = found[i, len(row) - 1]
+                scores = next_logits[i, len(row) - 1]
                 scores[row] = -np.inf
                 row.append(int(scores.argmax()))
-    want = [[row[len(p) :]] for row, p in zip(rows, PROMPTS, strict=True)]
-    assert texts(generator(model, Greedy())(params, tokens, *pad_prompts(PROMPTS))) == want
-    assert len({len(row[0]) for row in want}) > 2
+    expected = [[row[len(prompt) :]] for row, prompt in zip(rows, PROMPTS, strict=True)]
+    out = make_generator(model, Greedy())(params, tokens, *pad_prompts(PROMPTS))
+    assert to_lists(out) == expected
+    assert len({len(row[0]) for row in expected}) > 2
 
 
-def test_logprob_of_what_was_written_is_its_score(writer, texts):
-    """What a beam says of its texts is what teacher forcing says of them."""
-    model, params, tokens = writer
-    out = generator(model, BeamSearch(width=3, n=3))(params, tokens, *pad_prompts(PROMPTS))
+def test_logprob_of_generated_sequences_equals_their_caption_score(captioner, to_lists):
+    """Cached decoding and teacher forcing agree."""
+    model, params, tokens = captioner
+    out = make_generator(model, BeamSearch(width=3, n=3))(params, tokens, *pad_prompts(PROMPTS))
     for j in range(3):
-        rows = [[*p, *row[j]] for p, row in zip(PROMPTS, texts(out), strict=True)]
-        ids, mask = (x[:, :LONGEST] for x in pad_prompts(rows))
-        found = model.caption_scores(params, tokens, jnp.asarray(ids), jnp.asarray(mask)).log_prob
+        rows = [[*prompt, *row[j]] for prompt, row in zip(PROMPTS, to_lists(out), strict=True)]
+        ids, mask = (x[:, :MAX_LENGTH] for x in pad_prompts(rows))
+        scores = model.caption_scores(params, tokens, jnp.asarray(ids), jnp.asarray(mask))
         for i, row in enumerate(rows):
-            want = found[i, len(PROMPTS[i]) - 1 : len(row) - 1].sum()
-            np.testing.assert_allclose(out.logprob[i, j], want, rtol=1e-4)  # cached = uncached
+            expected = scores.log_prob[i, len(PROMPTS[i]) - 1 : len(row) - 1].sum()
+            # rtol: cached decoding sums in another order.
+            np.testing.assert_allclose(out.logprob[i, j], expected, rtol=1e-4)
 
 
-def test_answers_are_scored_as_captions_are(writer):
-    model, params, tokens = writer
+def test_score_texts_equals_caption_scores(captioner):
+    model, params, tokens = captioner
     answers, mask = (jnp.asarray(x) for x in pad_prompts([[1, 4, 0], [1, 5, 6, 7, 0], [1, 0]]))
     target = mask & (jnp.arange(answers.shape[1]) > 0)[None]
-    got = decoding.score_texts(
-        lambda *given: model.caption_scores(params, *given).log_prob,
+    actual = decoding.score_texts(
+        lambda *args: model.caption_scores(params, *args).log_prob,
         tokens,
         answers,
         mask,
@@ -96,34 +98,34 @@ def test_answers_are_scored_as_captions_are(writer):
     )
     for j in range(3):
         rows = [jnp.repeat(x[j : j + 1], 8, 0) for x in (answers, mask)]
-        found = model.caption_scores(params, tokens, *rows).log_prob
-        want = jnp.where(target[j, 1:][None], found, 0).sum(1)
-        np.testing.assert_allclose(got[:, j], want, rtol=1e-5)
+        log_prob = model.caption_scores(params, tokens, *rows).log_prob
+        expected = jnp.where(target[j, 1:][None], log_prob, 0).sum(1)
+        np.testing.assert_allclose(actual[:, j], expected, rtol=1e-5)
 
 
-def test_no_beam_moves_the_keys_of_the_image(writer):
-    model, params, tokens = writer
-    cache = model.decoder_cache(params, tokens, length=LONGEST)
+def test_keys_and_values_of_the_image_are_shared_by_all_beams(captioner):
+    model, params, tokens = captioner
+    cache = model.decoder_cache(params, tokens, length=MAX_LENGTH)
     prompts = map(jnp.asarray, pad_prompts(PROMPTS))
 
     def step(cache, token):
         return model.decode_step(params, cache, token)
 
-    begin = prefill(step, cache, *prompts, n=3, max_new_tokens=4)
-    image_keys = 2 * model.decoder.depth
-    assert len(begin.cache) == len(jax.tree.leaves(cache)) - image_keys
-    assert {x.shape[2] for x in begin.cache if x.ndim > 1} == {LONGEST}
+    prefilled = prefill(step, cache, *prompts, n=3, max_new_tokens=4)
+    num_image_leaves = 2 * model.decoder.depth
+    assert len(prefilled.cache) == len(jax.tree.leaves(cache)) - num_image_leaves
+    assert {x.shape[2] for x in prefilled.cache if x.ndim > 1} == {MAX_LENGTH}
 
 
-def test_beams_on_eight_devices_are_those_of_one_and_no_cache_is_gathered(writer, texts):
-    model, params, tokens = writer
-    part = Partitioner(make_mesh(config.MeshConfig(8, 1, 1)))
+def test_beams_on_eight_devices_equal_those_on_one_without_gathering_a_cache(captioner, to_lists):
+    model, params, tokens = captioner
+    partitioner = Partitioner(make_mesh(config.MeshConfig(8, 1, 1)))
     prompts = pad_prompts(PROMPTS)
-    one = generator(model, BeamSearch(width=3))(params, tokens, *prompts)
-    spread = part.shard_rows(np.asarray(tokens))
-    write = generator(model, BeamSearch(width=3), constrain=part.constrain)
-    many = write(jax.device_put(params, part.replicated), spread, *prompts)
-    assert texts(one) == texts(many)
-    assert many.tokens.sharding.is_equivalent_to(part.batch_sharding, 3)
-    compiled = jax.jit(lambda p, x: write(p, x, *prompts)).lower(params, spread).compile()
+    one = make_generator(model, BeamSearch(width=3))(params, tokens, *prompts)
+    sharded = partitioner.shard_rows(np.asarray(tokens))
+    generate = make_generator(model, BeamSearch(width=3), constrain=partitioner.constrain)
+    many = generate(jax.device_put(params, partitioner.replicated), sharded, *prompts)
+    assert to_lists(one) == to_lists(many)
+    assert many.tokens.sharding.is_equivalent_to(partitioner.batch_sharding, 3)
+    compiled = jax.jit(lambda p, x: generate(p, x, *prompts)).lower(params, sharded).compile()
     assert "all-gather" not in compiled.as_text()

@@ -1,6 +1,7 @@
-"""What open_clip's CoCa writes, replayed from a golden (tests/golden/decoding_open_clip.py).
+"""Generation equals that of open_clip's CoCa, stored in tests/golden/decoding_open_clip.npz.
 
-Its beam search is compared with its two faults mended; that script names them.
+The beam search of open_clip has two bugs, which the script that makes the golden file describes and
+fixes.
 """
 
 import json
@@ -15,11 +16,11 @@ from imgtune_jax.decoding import BeamSearch, GenerationConfig, Generator, Greedy
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "decoding_open_clip.npz")
 CASES = sorted({name.partition("/")[0] for name in GOLDEN.files if "/" in name})
-THEIRS = json.loads(str(GOLDEN["settings"]))
+SETTINGS = json.loads(str(GOLDEN["settings"]))
 
 
-def generated(name, **settings):
-    """Our tokens [b l] of the golden's images, and their mask."""
+def generate(name, **settings):
+    """Return our tokens [b l] for the golden file's images, and their mask."""
     prefix = f"{name}/state/"
     state = {n.removeprefix(prefix): GOLDEN[n] for n in GOLDEN.files if n.startswith(prefix)}
     state = {n: x.astype(np.float32) for n, x in state.items()} | {"logit_scale": np.zeros(())}
@@ -31,36 +32,37 @@ def generated(name, **settings):
     generator = Generator(
         model.decoder_cache,
         model.decode_step,
-        GenerationConfig(**settings, pad_id=THEIRS["pad"]),
+        GenerationConfig(**settings, pad_id=SETTINGS["pad"]),
         max_positions=model.decoder.max_length,
     )
-    prompts = pad_prompts([[THEIRS["begin"]]] * len(tokens))
+    prompts = pad_prompts([[SETTINGS["begin"]]] * len(tokens))
     out = generator(params, tokens, *prompts)
     return np.asarray(out.tokens[:, 0]), np.asarray(out.mask[:, 0])
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_greedy_equals_theirs_token_for_token(name):
-    """They end at the pad token too, and put the end token at the longest, whatever is likely."""
-    want = GOLDEN[f"{name}/greedy"][:, 1:]
-    chosen = want.shape[1] - (THEIRS["longest"] - 1 == want.shape[1])
-    stop = (THEIRS["end"], THEIRS["pad"])
-    got, mask = generated(name, method=Greedy(), max_new_tokens=chosen, stop_ids=stop)
-    np.testing.assert_array_equal(got, want[:, :chosen])
+def test_greedy_equals_open_clip_token_for_token(name):
+    """open_clip also ends at the pad token, and forces an end token at the maximum length."""
+    expected = GOLDEN[f"{name}/greedy"][:, 1:]
+    has_forced_end = expected.shape[1] == SETTINGS["longest"] - 1
+    length = expected.shape[1] - has_forced_end
+    stop = (SETTINGS["end"], SETTINGS["pad"])
+    actual, mask = generate(name, method=Greedy(), max_new_tokens=length, stop_ids=stop)
+    np.testing.assert_array_equal(actual, expected[:, :length])
     assert len(set(mask.sum(1).tolist())) > 2
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_beam_search_equals_theirs_token_for_token(name):
-    """They count the begin token into the lengths."""
-    want = GOLDEN[f"{name}/beam"][:, 1:]
-    got, mask = generated(
+def test_beam_search_equals_open_clip_token_for_token(name):
+    """open_clip's lengths include the begin token."""
+    expected = GOLDEN[f"{name}/beam"][:, 1:]
+    actual, mask = generate(
         name,
-        method=BeamSearch(width=THEIRS["beams"]),
-        max_new_tokens=THEIRS["longest"] - 1,
-        min_new_tokens=THEIRS["shortest"] - 1,
-        stop_ids=(THEIRS["end"],),
+        method=BeamSearch(width=SETTINGS["beams"]),
+        max_new_tokens=SETTINGS["longest"] - 1,
+        min_new_tokens=SETTINGS["shortest"] - 1,
+        stop_ids=(SETTINGS["end"],),
     )
-    np.testing.assert_array_equal(got[:, : want.shape[1]], want)
-    assert not mask[:, want.shape[1] :].any()
+    np.testing.assert_array_equal(actual[:, : expected.shape[1]], expected)
+    assert not mask[:, expected.shape[1] :].any()
     assert len(set(mask.sum(1).tolist())) > 1

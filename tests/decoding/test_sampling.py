@@ -1,4 +1,4 @@
-"""Greedy decoding and sampling: the argmax, the support, the frequencies."""
+"""Greedy decoding equals a loop; samples have the right support and frequencies."""
 
 import jax
 import jax.numpy as jnp
@@ -10,33 +10,33 @@ from imgtune_jax.decoding.sampling import filter_logits
 
 
 @pytest.fixture(scope="module")
-def model(toy):
-    return toy(9, seed=2)
+def model(toy_model):
+    return toy_model(9, seed=2)
 
 
-def greedy_by_hand(model, image, prompt, settings):
-    """An argmax a step, over the rules written as sets and loops."""
-    context, text = list(prompt), []
-    while len(text) < settings.max_new_tokens:
+def reference_greedy(model, image, prompt, settings):
+    """Take the argmax at every step, with the processors written as sets and loops."""
+    context, sequence = list(prompt), []
+    while len(sequence) < settings.max_new_tokens:
         logp = model.next_logp(image, context).copy()
         for token in set(context):
             logp[token] *= settings.repetition_penalty
         if n := settings.no_repeat_ngram_size:
-            grams = {tuple(context[i : i + n]) for i in range(len(context) - n + 1)}
+            ngrams = {tuple(context[i : i + n]) for i in range(len(context) - n + 1)}
             for token in range(len(logp)):
-                if (*context[len(context) - n + 1 :], token) in grams:
+                if (*context[len(context) - n + 1 :], token) in ngrams:
                     logp[token] = -np.inf
-        if len(text) < settings.min_new_tokens:
+        if len(sequence) < settings.min_new_tokens:
             logp[list(settings.stop_ids)] = -np.inf
-        text.append(int(logp.argmax()))
-        context.append(text[-1])
-        if text[-1] in settings.stop_ids:
+        sequence.append(int(logp.argmax()))
+        context.append(sequence[-1])
+        if sequence[-1] in settings.stop_ids:
             break
-    return text
+    return sequence
 
 
 @pytest.mark.parametrize(
-    "rules",
+    "processors",
     [
         {},
         {"min_new_tokens": 5},
@@ -46,48 +46,39 @@ def greedy_by_hand(model, image, prompt, settings):
         {"no_repeat_ngram_size": 3, "min_new_tokens": 11},
     ],
 )
-def test_greedy_is_the_argmax_loop(model, rules, texts):
+def test_greedy_equals_the_argmax_loop(model, processors, to_lists):
     prompts = [[4], [4, 6, 4, 6, 2], [4, 1, 1], [4, 7]]
     settings = GenerationConfig(
-        **{"stop_ids": (0, 3), "max_new_tokens": 12, **rules}, method=Greedy()
+        **{"stop_ids": (0, 3), "max_new_tokens": 12, **processors}, method=Greedy()
     )
-    out = Generator(model.start, model.step, settings)(
+    out = Generator(model.init_cache, model.step, settings)(
         model.params, model.images(4), *pad_prompts(prompts)
     )
-    want = [
-        [greedy_by_hand(model, image, prompt, settings)]
+    expected = [
+        [reference_greedy(model, image, prompt, settings)]
         for image, prompt in zip(model.images(4), prompts, strict=True)
     ]
-    assert texts(out) == want
+    assert to_lists(out) == expected
     np.testing.assert_allclose(out.score, out.logprob / np.asarray(out.mask).sum(-1), rtol=1e-6)
 
 
-def test_the_rules_bind(model, texts):
-    """Without them, the texts of the test above are others."""
-    plain, *ruled = (
-        texts(
-            Generator(
-                model.start,
-                model.step,
-                GenerationConfig(stop_ids=(0, 3), max_new_tokens=12, **rules),
-            )(
-                model.params,
-                model.images(4),
-                *pad_prompts([[4], [4, 6, 4, 6, 2], [4, 1, 1], [4, 7]]),
-            )
-        )
-        for rules in (
-            {},
-            {"min_new_tokens": 5},
-            {"repetition_penalty": 3.0},
-            {"no_repeat_ngram_size": 2},
-        )
-    )
-    assert all(plain != other for other in ruled)
+def test_every_processor_changes_some_sequence(model, to_lists):
+    """The test above would not notice a processor that has no effect on its prompts."""
+    prompts = pad_prompts([[4], [4, 6, 4, 6, 2], [4, 1, 1], [4, 7]])
+
+    def generate(**processors):
+        settings = GenerationConfig(stop_ids=(0, 3), max_new_tokens=12, **processors)
+        generator = Generator(model.init_cache, model.step, settings)
+        return to_lists(generator(model.params, model.images(4), *prompts))
+
+    unprocessed = generate()
+    assert generate(min_new_tokens=5) != unprocessed
+    assert generate(repetition_penalty=3.0) != unprocessed
+    assert generate(no_repeat_ngram_size=2) != unprocessed
 
 
-def test_an_offset_of_the_logits_changes_nothing(model, texts):
-    """Also under a repetition penalty: it acts on probabilities."""
+def test_offset_of_the_logits_has_no_effect(model, to_lists):
+    """This also holds with a repetition penalty, which acts on log probabilities."""
 
     def shifted(params, cache, token):
         logits, cache = model.step(params, cache, token)
@@ -95,19 +86,19 @@ def test_an_offset_of_the_logits_changes_nothing(model, texts):
 
     settings = GenerationConfig(stop_ids=(0, 3), max_new_tokens=12, repetition_penalty=2.0)
     a, b = (
-        Generator(model.start, step, settings)(
+        Generator(model.init_cache, step, settings)(
             model.params, model.images(4), *pad_prompts([[4]] * 4)
         )
         for step in (model.step, shifted)
     )
-    assert texts(a) == texts(b)
+    assert to_lists(a) == to_lists(b)
 
 
 LOGP = jnp.log(jnp.asarray([[0.05, 0.3, 0.1, 0.3, 0.25]], jnp.float32))
 
 
 @pytest.mark.parametrize(
-    ("method", "want"),
+    ("method", "expected"),
     [
         (Sampling(), {0: 0.05, 1: 0.3, 2: 0.1, 3: 0.3, 4: 0.25}),
         (Sampling(top_k=1), {1: 1.0}),
@@ -117,54 +108,55 @@ LOGP = jnp.log(jnp.asarray([[0.05, 0.3, 0.1, 0.3, 0.25]], jnp.float32))
         (Sampling(top_p=0.59), {1: 0.3, 3: 0.3}),
         (Sampling(top_p=0.61), {1: 0.3, 3: 0.3, 4: 0.25}),
         (Sampling(top_p=0.94), {1: 0.3, 3: 0.3, 4: 0.25, 2: 0.1}),
-        # Renormalised over three tokens, two of them hold 0.6 / 0.85 = 0.71.
+        # Renormalized over three tokens, the first two have probability 0.6 / 0.85 = 0.71.
         (Sampling(top_k=3, top_p=0.7), {1: 0.3, 3: 0.3}),
         (Sampling(top_k=3, top_p=0.72), {1: 0.3, 3: 0.3, 4: 0.25}),
-        # At temperature 1/2 probabilities are squared: 0.09 + 0.09 of 0.255.
+        # Temperature 1/2 squares the probabilities: 0.09 + 0.09 of 0.255.
         (Sampling(temperature=0.5, top_p=0.7), {1: 0.09, 3: 0.09}),
     ],
 )
-def test_candidates_are_exactly_those_of_top_k_and_top_p(method, want):
+def test_filter_logits_retains_exactly_the_tokens_of_top_k_and_top_p(method, expected):
     logits, tokens = filter_logits(LOGP, method)
-    p = np.asarray(jax.nn.softmax(logits))[0]
-    got = {int(t): x for t, x in zip(tokens[0], p, strict=True) if x > 0}
-    total = sum(want.values())
-    assert got == pytest.approx({t: x / total for t, x in want.items()}, rel=1e-5)
+    probs = np.asarray(jax.nn.softmax(logits))[0]
+    actual = {int(t): p for t, p in zip(tokens[0], probs, strict=True) if p > 0}
+    total = sum(expected.values())
+    assert actual == pytest.approx({t: p / total for t, p in expected.items()}, rel=1e-5)
 
 
 @pytest.mark.parametrize(
     "method", [Sampling(n=4000, temperature=1.5), Sampling(n=4000, top_k=4, top_p=0.8)]
 )
-def test_frequencies_are_those_of_the_distribution(model, method):
-    """First tokens, and second ones given the first. 4000 draws, five standard deviations."""
+def test_frequencies_match_the_distribution(model, method):
+    """Compare first tokens, and second ones given the first: 4000 samples, 5 standard errors."""
     settings = GenerationConfig(stop_ids=(0,), max_new_tokens=2, min_new_tokens=1, method=method)
     image = model.images(1)
-    out = Generator(model.start, model.step, settings)(
+    out = Generator(model.init_cache, model.step, settings)(
         model.params, image, *pad_prompts([[4]]), key=jax.random.key(0)
     )
     tokens = np.asarray(out.tokens[0])
     likely = np.bincount(tokens[:, 0]).argmax()
     second = tokens[tokens[:, 0] == likely, 1]
-    for context, drawn, banned in (([4], tokens[:, 0], [0]), ([4, likely], second, [])):
+    for context, sampled, excluded in (([4], tokens[:, 0], [0]), ([4, likely], second, [])):
         logp = model.next_logp(image[0], context).copy()
-        logp[banned] = -np.inf
+        logp[excluded] = -np.inf
         logits, index = filter_logits(jnp.asarray(logp)[None], method)
-        p = np.zeros(9)
-        p[np.asarray(index[0])] = np.asarray(jax.nn.softmax(logits))[0]
-        got = np.bincount(drawn, minlength=9) / len(drawn)
-        assert (got[p == 0] == 0).all()
-        assert (np.abs(got - p) <= 5 * np.sqrt(p * (1 - p) / len(drawn)) + 1e-9).all()
+        probs = np.zeros(9)
+        probs[np.asarray(index[0])] = np.asarray(jax.nn.softmax(logits))[0]
+        frequency = np.bincount(sampled, minlength=9) / len(sampled)
+        standard_error = np.sqrt(probs * (1 - probs) / len(sampled))
+        assert (frequency[probs == 0] == 0).all()
+        assert (np.abs(frequency - probs) <= 5 * standard_error + 1e-9).all()
 
 
-def test_draws_differ_between_keys_rows_and_samples(model, texts):
+def test_samples_differ_between_keys_rows_and_sequences(model, to_lists):
     settings = GenerationConfig(
         stop_ids=(0,), max_new_tokens=12, method=Sampling(n=2, temperature=2.0)
     )
-    generator = Generator(model.start, model.step, settings)
+    generator = Generator(model.init_cache, model.step, settings)
     image = jnp.repeat(model.images(1), 2, 0)
     a, b = (
-        texts(generator(model.params, image, *pad_prompts([[4], [4]]), key=jax.random.key(seed)))
+        to_lists(generator(model.params, image, *pad_prompts([[4], [4]]), key=jax.random.key(seed)))
         for seed in (0, 1)
     )
-    drawn = [tuple(text) for out in (a, b) for row in out for text in row]
-    assert len(set(drawn)) == len(drawn)
+    sequences = [tuple(sequence) for out in (a, b) for row in out for sequence in row]
+    assert len(set(sequences)) == len(sequences)

@@ -1,4 +1,4 @@
-"""The likelihood of given texts."""
+"""`score_texts` returns the log probabilities of given texts."""
 
 import jax
 import jax.numpy as jnp
@@ -8,59 +8,61 @@ import pytest
 from imgtune_jax import config, decoding
 from imgtune_jax.partition import Partitioner, make_mesh
 
-# A begin token, a prompt token, the answer.
+# Each row: a begin token, a prompt token, the answer.
 ANSWERS = [[1, 2, 4, 0], [1, 2, 5, 5, 3, 0], [1, 2, 0], [1, 2, 6, 1, 0], [1, 2, 3, 0]]
 
 
 @pytest.fixture(scope="module")
-def model(toy):
-    return toy(8, seed=7)
+def model(toy_model):
+    return toy_model(8, seed=7)
 
 
 def token_log_probs(model):
-    def run(image, text, mask):
-        cache = model.start(model.params, image, length=text.shape[1])
+    """Return a `TokenLogProbs` of the model."""
 
-        def one(cache, token):
+    def log_probs(image, text, mask):
+        cache = model.init_cache(model.params, image, length=text.shape[1])
+
+        def read_token(cache, token):
             logits, cache = model.step(model.params, cache, token)
             return cache, jax.nn.log_softmax(logits)
 
-        _, logp = jax.lax.scan(one, cache, text.T)
+        _, logp = jax.lax.scan(read_token, cache, text.T)
         return jnp.take_along_axis(logp[:-1], text.T[1:, :, None], -1)[..., 0].T
 
-    return run
+    return log_probs
 
 
-def arrays():
+def answer_arrays():
+    """Return (text, text_mask, target_mask) of ANSWERS."""
     text, mask = decoding.pad_prompts(ANSWERS)
     return text, mask, mask & (np.arange(text.shape[1]) >= 2)[None]
 
 
-def scores(model, image, **options):
-    def run(image):
-        return decoding.score_texts(
-            token_log_probs(model), image, *map(jnp.asarray, arrays()), **options
-        )
+def score_answers(model, image, **options):
+    def score(image):
+        arrays = map(jnp.asarray, answer_arrays())
+        return decoding.score_texts(token_log_probs(model), image, *arrays, **options)
 
-    return jax.jit(run)(image)
+    return jax.jit(score)(image)
 
 
 @pytest.mark.parametrize("normalize_length", [False, True])
 @pytest.mark.parametrize("block", [1, 2, 8])
 def test_scores_are_the_log_probabilities_of_the_answers(model, normalize_length, block):
-    """Every image with every answer, begin token and prompt left out, whatever the block."""
+    """For every image and answer, without begin token and prompt, for every block size."""
     images = model.images(3)
-    got = scores(model, images, normalize_length=normalize_length, block=block)
+    actual = score_answers(model, images, normalize_length=normalize_length, block=block)
     for i, image in enumerate(images):
         for j, answer in enumerate(ANSWERS):
             logp = model.logp(image, answer[:2], answer[2:])
-            want = np.mean(logp) if normalize_length else np.sum(logp)
-            np.testing.assert_allclose(got[i, j], want, rtol=1e-5)
+            expected = np.mean(logp) if normalize_length else np.sum(logp)
+            np.testing.assert_allclose(actual[i, j], expected, rtol=1e-5)
 
 
 def test_scores_keep_the_batch_sharded(model):
-    part = Partitioner(make_mesh(config.MeshConfig(8, 1, 1)))
+    partitioner = Partitioner(make_mesh(config.MeshConfig(8, 1, 1)))
     images = np.asarray(model.images(8))
-    got = scores(model, part.shard_rows(images))
-    assert got.sharding.is_equivalent_to(part.batch_sharding, got.ndim)
-    np.testing.assert_allclose(got, scores(model, images), rtol=1e-6)
+    actual = score_answers(model, partitioner.shard_rows(images))
+    assert actual.sharding.is_equivalent_to(partitioner.batch_sharding, actual.ndim)
+    np.testing.assert_allclose(actual, score_answers(model, images), rtol=1e-6)

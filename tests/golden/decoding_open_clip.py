@@ -1,15 +1,15 @@
-"""Makes decoding_open_clip.npz: what small random open_clip CoCa models write of random images.
+"""Make decoding_open_clip.npz: captions of random images by small random open_clip CoCa models.
 
     pip install -r tests_peers/requirements.txt transformers==4.55.4 "huggingface-hub<1"
     python -m tests.golden.decoding_open_clip
 
-with open-clip-torch 3.3.0, torch 2.13.0. Its generation cannot be imported with transformers 5,
-which has no BeamSearchScorer; `tests_peers/test_coca_generation.py` runs the greedy one live.
+with open-clip-torch 3.3.0 and torch 2.13.0. open_clip does not import its beam search with
+transformers 5, which has no BeamSearchScorer; `tests_peers/test_coca_generation.py` runs greedy
+generation live.
 
-Greedy is theirs as it is (`top_k` with k = 1). Their beam search has two faults, which are mended
-here: it adds up logits where log probabilities belong, and it counts the begin token into the
-length. Their text tower hides a token of id `pad_id` that was written like any other; no id is
-hidden here.
+Greedy generation is open_clip's, unchanged (`top_k` with k = 1). Its beam search has two bugs,
+which are fixed here: it sums logits instead of log probabilities, and it includes the begin token
+in the length. Its text tower masks generated tokens whose id is `pad_id`; here no id is masked.
 """
 
 import json
@@ -61,13 +61,13 @@ WIDE = SMALL | dict(
     multimodal_cfg={**SMALL["multimodal_cfg"], "width": 16, "heads": 4, "layers": 1},
 )
 CASES = {"small": SMALL, "wide": WIDE}
-SEEDS = {"small": 2, "wide": 39}  # texts of many lengths, from greedy and from beam search
+SEEDS = {"small": 2, "wide": 39}  # captions of many lengths, for greedy and beam search
 
 
 def build(name):
-    """A model, every parameter drawn anew, wide enough apart that texts differ and end.
+    """Return a model with random parameters, large enough that captions differ and end.
 
-    The numbers are those of float16, so that the golden file is small.
+    The values are exact in float16, so that the golden file is small.
     """
     cfg = CASES[name] | {"text_cfg": CASES[name]["text_cfg"] | {"pad_id": NO_PAD}}
     model = coca_model.CoCa(**cfg).eval()
@@ -76,18 +76,18 @@ def build(name):
         for key, parameter in model.named_parameters():
             if not key.startswith("logit"):
                 noise = rng.normal(0, 0.5, tuple(parameter.shape)).astype(np.float16)
-                norm = key.endswith("weight") and ".ln_" in key
-                parameter.copy_(torch.from_numpy((noise + norm).astype(np.float16)))
+                is_norm_scale = key.endswith("weight") and ".ln_" in key
+                parameter.copy_(torch.from_numpy((noise + is_norm_scale).astype(np.float16)))
     return model
 
 
 def images():
-    """uint8 RGB."""
+    """Return random uint8 RGB images."""
     return np.random.default_rng(9).integers(0, 256, (IMAGES, 8, 8, 3), np.uint8)
 
 
 def generate(model, **options):
-    """Token ids [b l], the begin token first."""
+    """Return token ids [b l], beginning with the begin token."""
     pixels = (images() / 255 - constants.OPENAI_DATASET_MEAN) / constants.OPENAI_DATASET_STD
     pixels = torch.from_numpy(pixels.astype(np.float32).transpose(0, 3, 1, 2))
     common = dict(seq_len=LONGEST, pad_token_id=PAD, eos_token_id=END, sot_token_id=BEGIN)
@@ -95,20 +95,20 @@ def generate(model, **options):
 
 
 def greedy(model):
-    """Their deterministic draw. It ends at the pad token too, and forces an end at the longest."""
+    """Generate greedily. open_clip also ends at the pad token, and forces an end at LONGEST."""
     return generate(model, generation_type="top_k", top_k=1, min_seq_len=1)
 
 
 def beam(model):
-    """Their beam search, mended, with one group, which is the plain one."""
+    """Generate by beam search with both bugs fixed; one group is standard beam search."""
     scorer, forward = coca_model.BeamSearchScorer, coca_model.CoCa.forward
 
-    def normalised(self, *args, **kwargs):
+    def forward_log_probs(self, *args, **kwargs):
         out = forward(self, *args, **kwargs)
         return out | {"logits": out["logits"].log_softmax(-1)}
 
     with (
-        mock.patch.object(coca_model.CoCa, "forward", normalised),
+        mock.patch.object(coca_model.CoCa, "forward", forward_log_probs),
         mock.patch.object(scorer, "process", partialmethod(scorer.process, decoder_prompt_len=1)),
         mock.patch.object(scorer, "finalize", partialmethod(scorer.finalize, decoder_prompt_len=1)),
     ):

@@ -218,7 +218,7 @@ def test_scanned_and_recomputed_layers_give_the_same_gradients(options):
     other, _ = built(CASES["cap, blocks"], **options)
 
     def loss(model):
-        return lambda p: model.apply(p, b).captions.log_prob.sum()
+        return lambda p: model.apply(p, b).token_scores.log_prob.sum()
 
     want, got = jax.grad(loss(plain))(params), jax.grad(loss(other))(params)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), got, want)
@@ -251,7 +251,7 @@ def test_wrong_models_are_refused(changes, message):
 
 def test_wrong_lengths_are_refused():
     model, params = built(CASES["cap"])
-    with pytest.raises(ValueError, match="length=7; this decoder writes 1 to 6 tokens"):
+    with pytest.raises(ValueError, match="length = 7; this decoder generates 1 to 6 tokens"):
         model.decoder_cache(params, jnp.zeros((1, 4, 16)), length=7)
     cappa, params = built(CAPPA)
     b = batch((4, 4))

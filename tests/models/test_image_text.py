@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imgtune_jax import models, param_tree
+from imgtune_jax import models, param_tree, xla_cpu
 from imgtune_jax.locking import FrozenPrefix
 from imgtune_jax.models import image_text
 from imgtune_jax.types import MODALITIES, Batch
@@ -59,7 +59,7 @@ def test_cached_features_stand_in_for_the_image_tower(model, params):
     """… whose parameters need not be there."""
     b = batch()
     want = jax.jit(model.apply)(params, b)
-    features = model.features_image(params, b.image)
+    features = model.image_features(params, b.image)
     assert features.shape == (3, model.feature_dim())
     rest = {name: tree for name, tree in params.items() if name != "image"}
     got = jax.jit(model.apply)(rest, batch(image=None, image_features=features))
@@ -69,7 +69,7 @@ def test_cached_features_stand_in_for_the_image_tower(model, params):
 
 def test_an_absent_tower_that_is_needed_is_named(model, params):
     rest = {name: tree for name, tree in params.items() if name != "image"}
-    with pytest.raises(ValueError, match="runs the component 'image', but the parameters hold"):
+    with pytest.raises(ValueError, match="applies the component 'image', but the parameters hold"):
         model.apply(rest, batch())
 
 
@@ -78,7 +78,7 @@ def test_images_are_normalised_in_units_of_255(model, params):
     want = model.image.apply(
         {"params": params["image"]}, jnp.full((1, 8, 8, 3), 1.0), train=False
     ).pooled
-    np.testing.assert_allclose(model.features_image(params, jnp.asarray(x)), want, atol=1e-6)
+    np.testing.assert_allclose(model.image_features(params, jnp.asarray(x)), want, atol=1e-6)
 
 
 def test_a_batch_of_one_side_gives_one_embedding(model, params):
@@ -153,11 +153,11 @@ def test_unit_norm_of_zero_is_zero_with_a_finite_gradient():
             dict(image=dict(name="vit", patchsize=4)),
             "tower 'vit' has no field 'patchsize'; did you mean 'patch_size'",
         ),
-        (dict(image=dict(name="vitt")), "tower: name='vitt'; want one of vit,"),
+        (dict(image=dict(name="vitt")), "tower: name = 'vitt'; expected one of vit,"),
         (dict(text_head=dict(name="linear", bias=True)), "text_head 'linear' has no field 'bias'"),
         (dict(image=dict(name="vit", variant="Q/16")), "vit has no variant 'Q'"),
-        (dict(image=dict(name="vit", variant="B16")), "want SIZE/PATCH"),
-        (dict(dtype="float16"), "dtype='float16'; want one of float32, bfloat16"),
+        (dict(image=dict(name="vit", variant="B16")), "expected SIZE/PATCH"),
+        (dict(dtype="float16"), "dtype = 'float16'; expected one of float32, bfloat16"),
         (dict(image=dict(name="vit", image_size=9)), "image_size=9, but the model's is 8"),
     ],
 )
@@ -167,7 +167,7 @@ def test_a_wrong_field_is_named_with_the_right_ones(change, message):
 
 
 def test_missing_fields_are_named():
-    with pytest.raises(ValueError, match="no image"):
+    with pytest.raises(ValueError, match="no image tower"):
         models.build_model(dict(text=CFG["text"]))
     with pytest.raises(ValueError, match="neither text nor decoder"):
         models.build_model(dict(image=CFG["image"]))
@@ -177,7 +177,7 @@ def test_missing_fields_are_named():
 
 def test_identity_head_checks_the_width():
     cfg = {**CFG, "text_head": dict(name="identity")}
-    with pytest.raises(ValueError, match="gives 16 features, embed_dim is 12"):
+    with pytest.raises(ValueError, match="returns 16 features, embed_dim is 12"):
         models.build_model(cfg).abstract_params()
 
 
@@ -209,7 +209,7 @@ def test_a_convolutional_tower_in_parts_gives_what_the_whole_batch_gives(monkeyp
     cfg = CFG | dict(image=dict(name="efficientnet_lite", variant="lite0"), image_size=32)
     model = models.build_model(cfg)
     params = model.init(jax.random.key(0))
-    size = type(model.image).CPU_BATCH
+    size = xla_cpu.CONV_BATCH
     x = np.random.default_rng(0).integers(0, 256, (3 * size, 32, 32, 3), np.uint8)
     whole = jax.jit(lambda p, x: model.image_features(p, x))
     assert "while" not in whole.lower(params, x).as_text()
@@ -262,5 +262,7 @@ def test_locked_matrices_are_held_in_the_type_of_products_and_give_the_same_valu
 
 
 def test_a_float32_model_holds_its_locked_matrices_as_they_are(model, params):
-    jax.tree.map(np.testing.assert_array_equal, model.as_operands(params), params)
-    assert {x.dtype for x in jax.tree.leaves(model.as_operands(params))} == {jnp.dtype("float32")}
+    jax.tree.map(np.testing.assert_array_equal, model.cast_frozen_kernels(params), params)
+    assert {x.dtype for x in jax.tree.leaves(model.cast_frozen_kernels(params))} == {
+        jnp.dtype("float32")
+    }

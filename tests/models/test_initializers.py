@@ -60,8 +60,8 @@ def test_no_two_matrices_share_their_noise(params):
 
 def test_draws_in_groups_still_follow_the_laws(monkeypatch):
     """A component too large for one draw is drawn in several."""
-    laws = {f"w{i}": initializers.normal(0.5)(None, (40, 25)) for i in range(5)} | {
-        "b": initializers.ONES(None, (3,))
+    laws = {f"w{i}": initializers.Normal(0.5).spec((40, 25)) for i in range(5)} | {
+        "b": initializers.ONES.spec((3,))
     }
     monkeypatch.setattr(initializers, "MAX_DRAW", 2100)
     params = initializers.sample_params(laws, jax.random.key(1))

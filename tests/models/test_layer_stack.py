@@ -117,7 +117,7 @@ def test_no_gradient_is_computed_through_locked_first_layers():
 
 def test_num_frozen_layers_out_of_range_is_an_error():
     tower = models.build_tower({**TEXT, "num_frozen_layers": 4})
-    with pytest.raises(ValueError, match="want 0 to 3, or -1"):
+    with pytest.raises(ValueError, match="expected 0 to 3, or -1"):
         models.abstract_tower_params(tower)
 
 

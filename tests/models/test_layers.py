@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy.special import erf
 
-from imgtune_jax.models import layers
+from imgtune_jax import xla_cpu
+from imgtune_jax.models import attention, layers
 
 
 def normal(*shape, seed=0):
@@ -162,7 +163,7 @@ def test_only_on_a_cpu_low_precision_has_another_form(dtype, platform):
 @pytest.mark.parametrize("columns", [1, 6, 7, 48])
 def test_turned_is_the_transpose(columns):
     x = jnp.asarray(normal(2, 5, columns))
-    np.testing.assert_array_equal(layers._turned(x), np.swapaxes(x, 1, 2))
+    np.testing.assert_array_equal(xla_cpu.swap_last_axes(x), np.swapaxes(x, 1, 2))
 
 
 def test_softmax_stays_float32_for_bf16_operands():
@@ -226,7 +227,7 @@ def test_unknown_activation_lists_the_known():
 
 def test_heads_that_do_not_divide_the_width_are_an_error():
     with pytest.raises(ValueError, match="width 10 does not divide over 4 heads"):
-        layers.Attention(4).init(jax.random.key(0), jnp.zeros((1, 2, 10)))
+        attention.Attention(4).init(jax.random.key(0), jnp.zeros((1, 2, 10)))
 
 
 def test_an_id_outside_the_vocabulary_is_loud():

@@ -1,0 +1,76 @@
+"""Backward passes written by hand, and the pieces they share with the forward equations.
+
+They exist for two reasons. In low precision, autodiff would multiply a float32 cotangent with
+low-precision operands, and no matrix unit computes that product: it would run in float32. And
+XLA:CPU compiles autodiff's gradients of attention and layer normalization to slower code. A
+function with such a gradient supports reverse mode only; `hand_written_gradients=False` selects
+the same function with autodiff's gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from imgtune_jax.xla_cpu import contract
+
+Dtype = Any
+
+
+def expand_like(vector: Float[Array, " d"], like: Array) -> Array:
+    """Reshape a vector to [1 … 1 d] with the rank of `like`, as implicit promotion is an error."""
+    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
+def center_and_rstd(x: Array, epsilon: float) -> tuple[Array, Array]:
+    """Return x minus its mean over the last axis, and 1 / sqrt(variance + epsilon)."""
+    # E[(x-m)^2], not E[x^2]-m^2: the latter cancels when the mean is large.
+    centered = x - x.mean(-1, keepdims=True)
+    return centered, lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + epsilon)
+
+
+def matmul_backward(dtype: Dtype, residuals: Any, g: Array) -> tuple[Array, Array]:
+    """Return the gradients of `x @ kernel`, with operands in `dtype`.
+
+    The residuals are x and kernel in `dtype`, and two empty arrays of their original types.
+    """
+    x, kernel, like_x, like_kernel = residuals
+    g = g.astype(dtype)
+    dx, dkernel = contract(g, kernel, axes=(-1, -1)), contract(x, g, axes=(-2, -2))
+    return dx.astype(like_x.dtype), dkernel.astype(like_kernel.dtype)
+
+
+def attention_backward(residuals: Any, g: Array) -> tuple[Array, Array, Array, None]:
+    """Return the gradients of attention with respect to q, k and v (2205.14135, appendix B.2).
+
+    The residuals are q, k, v, the mask `visible` or None, the attention weights and the output.
+    """
+    q, k, v, visible, weights, y = residuals
+    dv = contract(weights, g, axes=(-2, -2))
+    weighted_mean = (g.astype(jnp.float32) * y).sum(-1, keepdims=True)
+    dscores = weights * (contract(g, v, axes=(-1, -1)) - weighted_mean) * q.shape[-1] ** -0.5
+    if visible is not None:
+        dscores = jnp.where(visible, dscores, 0.0)
+    dscores = dscores.astype(q.dtype)
+    dq, dk = contract(dscores, k, axes=(-1, -2)), contract(dscores, q, axes=(-2, -2))
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+def layer_norm_backward(
+    epsilon: float, residuals: tuple[Array, Array], g: Array
+) -> tuple[Array, Array, Array]:
+    """Return the gradients of layer normalization. The residuals are x and scale only."""
+    x, scale = residuals
+    centered, rstd = center_and_rstd(x, epsilon)
+    y, rows = centered * rstd, tuple(range(x.ndim - 1))
+    gy = g * y
+
+    def mean_scaled(z: Array) -> Array:
+        # As a product: for a sum of products XLA:CPU expands the scale to the size of x.
+        return jnp.dot(z, scale, precision="highest")[..., None] / x.shape[-1]
+
+    dx = rstd * (g * expand_like(scale, x) - mean_scaled(g) - y * mean_scaled(gy))
+    return dx, gy.sum(rows), g.sum(rows)
