@@ -26,7 +26,7 @@ from imgtune_jax.models import (
     vit,
 )
 
-SIZES = dict(width=16, depth=3, mlp_dim=24, num_heads=2)
+SIZES = dict(width=16, depth=2, mlp_dim=24, num_heads=2)
 TOWERS = {
     "vit": vit.ViT(image_size=8, patch_size=4, num_registers=1, pre_norm=True, **SIZES),
     "vit map": vit.ViT(image_size=8, patch_size=4, pool="attention", **SIZES),
@@ -77,14 +77,14 @@ def test_init_samples_the_declared_distribution_of_every_parameter(name):
 
 
 def test_init_of_a_layer_norm_is_the_identity():
-    scale_and_bias = params_of("vit")["blocks_2"]["norm1"]
+    scale_and_bias = params_of("vit")["blocks_1"]["norm1"]
     np.testing.assert_array_equal(scale_and_bias["scale"], 1)
     np.testing.assert_array_equal(scale_and_bias["bias"], 0)
 
 
 def test_init_samples_each_layer_separately():
-    kernels = [params_of("vit")[f"blocks_{i}"]["attn"]["q"]["kernel"] for i in range(3)]
-    assert len({float(kernel[0, 0]) for kernel in kernels}) == 3
+    kernels = [params_of("vit")[f"blocks_{i}"]["attn"]["q"]["kernel"] for i in range(2)]
+    assert kernels[0][0, 0] != kernels[1][0, 0]
 
 
 def test_init_has_the_shapes_of_the_models_init():
@@ -113,16 +113,18 @@ def apply_with_intermediates(tower, params, **options):
 @pytest.mark.parametrize("options", [{}, dict(scan=True), dict(remat=True)], ids=str)
 def test_intermediates_have_the_output_of_every_block(options):
     tower, params = TOWERS["vit"].clone(**options), params_of("vit")
-    output, seen = apply_with_intermediates(tower, params)
-    assert {name for name in seen if name.startswith("blocks_")} == {
+    output, intermediates = apply_with_intermediates(tower, params)
+    assert {name for name in intermediates if name.startswith("blocks_")} == {
         f"blocks_{i}" for i in range(tower.depth)
     }
     layer = tower.block()
-    x = seen["pre_norm"]["__call__"][0]
+    x = intermediates["pre_norm"]["__call__"][0]
     for i in range(tower.depth):
         x = layer.apply({"params": params[f"blocks_{i}"]}, x)
-        np.testing.assert_allclose(seen[f"blocks_{i}"]["__call__"][0], x, rtol=1e-5, atol=1e-5)
-    assert "fc1" in seen["blocks_1"]["mlp"]
+        np.testing.assert_allclose(
+            intermediates[f"blocks_{i}"]["__call__"][0], x, rtol=1e-5, atol=1e-5
+        )
+    assert "fc1" in intermediates["blocks_1"]["mlp"]
     want = tower.apply({"params": params}, *inputs(tower))
     np.testing.assert_allclose(output.pooled, want.pooled, rtol=1e-5, atol=1e-5)
 
@@ -189,8 +191,10 @@ def test_jvp_equals_the_gradient_without_hand_written_gradients(name):
     want, want_gradient = jax.jit(jax.value_and_grad(by_hand))(params)
     got, got_gradient = jax.jit(jax.value_and_grad(by_autodiff))(params)
     np.testing.assert_allclose(got, want, rtol=1e-5)
-    for x, y in zip(*map(jax.tree.leaves, (got_gradient, want_gradient)), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * np.abs(y).max())
+    gradients = [jax.tree.leaves(g) for g in (got_gradient, want_gradient)]
+    largest = max(np.abs(g).max() for g in gradients[1])  # a key's bias has gradient zero
+    for x, y in zip(*gradients, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6 * largest)
     value, derivative = jax.jit(lambda p, v: jax.jvp(by_autodiff, (p,), (v,)))(params, tangent)
     np.testing.assert_allclose(value, want, rtol=1e-5)
     products = jax.tree.map(lambda g, v: np.vdot(np.float64(g), v), want_gradient, tangent)
@@ -198,11 +202,15 @@ def test_jvp_equals_the_gradient_without_hand_written_gradients(name):
     np.testing.assert_allclose(derivative, sum(jax.tree.leaves(products)), atol=1e-5 * scale)
 
 
-@pytest.mark.parametrize("options", [dict(scan=True), dict(remat=True), dict(dtype=jnp.bfloat16)])
+@pytest.mark.parametrize("options", [dict(scan=True, remat=True), dict(dtype=jnp.bfloat16)])
 def test_linearize_works_in_every_form(options):
     tower = TOWERS["vit"].clone(hand_written_gradients=False, **options)
-    params = params_of("vit")
-    _, pushforward = jax.linearize(
-        lambda p: tower.apply({"params": p}, *inputs(tower)).pooled, params
-    )
-    assert np.isfinite(pushforward(params)).all()
+
+    @jax.jit
+    def derivative(params):
+        _, pushforward = jax.linearize(
+            lambda p: tower.apply({"params": p}, *inputs(tower)).pooled, params
+        )
+        return pushforward(params)
+
+    assert np.isfinite(derivative(params_of("vit"))).all()
