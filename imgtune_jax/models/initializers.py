@@ -21,7 +21,7 @@ from jaxtyping import Array
 
 from imgtune_jax.types import Params
 
-MAX_DRAW = 2**27  # elements sampled together: 512 MiB
+MAX_SAMPLE_SIZE = 2**27  # elements sampled in one call: 512 MiB
 
 # `param` declares a NormalSpec instead of an array if the module has an RNG stream of this name.
 SPEC_STREAM = "param_specs"
@@ -168,11 +168,11 @@ def _is_spec(x: Any) -> bool:
 
 
 def _next_group(indices: list[int], leaves: list[NormalSpec]) -> list[int]:
-    """Return the longest start of `indices` with at most MAX_DRAW elements, at least one index."""
+    """Return the longest start of `indices` with at most MAX_SAMPLE_SIZE elements, at least one index."""
     total, group = 0, []
     for i in indices:
         total += leaves[i].value.size
-        if group and total > MAX_DRAW:
+        if group and total > MAX_SAMPLE_SIZE:
             break
         group.append(i)
     return group

@@ -1,8 +1,8 @@
-"""Makes models_params.txt: the path and shape of every parameter of one model a tower.
+"""Generate models_params.txt: the path and shape of every parameter, for one model per tower.
 
     python tests/golden/models_params.py
 
-A changed path is a visible diff: it breaks checkpoints, locks and weight maps.
+A changed path breaks checkpoints, locks and weight maps, so it must be a visible diff.
 """
 
 from pathlib import Path
@@ -46,16 +46,15 @@ def lines():
     for name, cfg in TOWERS.items():
         yield f"# {name}"
         tower = models.abstract_tower_params(models.build_tower(cfg))
-        yield from listing(tower)
+        yield from param_lines(tower)
     for name, fields in MODELS.items():
         yield f"# {name}"
         cfg = dict(image=VIT, text=TEXT, embed_dim=8, image_size=8, logit_bias_init=0.0)
         params = models.build_model({**cfg, **fields}).abstract_params()
-        yield from listing({k: x for k, x in params.items() if k not in ("image", "text")})
+        yield from param_lines({k: x for k, x in params.items() if k not in ("image", "text")})
 
 
-def listing(params):
-
+def param_lines(params):
     shapes = [x.shape for x in jax.tree.leaves(params)]
     for path, shape in zip(param_tree.param_paths(params), shapes, strict=True):
         yield f"{path} {'x'.join(map(str, shape)) or 'scalar'}"

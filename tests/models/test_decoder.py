@@ -1,4 +1,4 @@
-"""Laws of captioning: what a token sees, what changes nothing, cached = uncached."""
+"""Properties of captioning: what a token attends to, invariances, cached = uncached."""
 
 import jax
 import jax.numpy as jnp
@@ -35,13 +35,13 @@ CAPPA = {**CAP, "decoder": {**CAP["decoder"], "parallel_fraction": 0.5}}
 
 
 def random_params(model, seed=0):
-    """Every parameter drawn, so that no zero hides a fault."""
+    """Return parameters without zeros, which could hide a fault."""
     rng = np.random.default_rng(seed)
     shapes = model.abstract_params()
     return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), shapes)
 
 
-def built(cfg, **decoder):
+def build(cfg, **decoder):
     model = models.build_model({**cfg, "decoder": {**cfg["decoder"], **decoder}})
     return model, random_params(model)
 
@@ -60,17 +60,17 @@ def batch(lengths=(6, 3, 4), seed=0, pad=0):
     )
 
 
-def by_embedding(model, params, b, length=LENGTH, **options):
-    """Logits as a function of each position's token vector, wherever the tokens are embedded."""
-    owner = "decoder" if model.decoder.input_from == "ids" else "text"
-    table = params[owner]["token_embed"]["embedding"]
+def logits_of_embeddings(model, params, b, length=LENGTH, **options):
+    """Return logits as a function of the token embedding of each position."""
+    component = "decoder" if model.decoder.input_from == "ids" else "text"
+    table = params[component]["token_embed"]["embedding"]
     tokens = model.image_tokens(params, b.image)
     ids = jnp.arange(b.text.size).reshape(b.text.shape)  # a row of the table for each position
     mask = b.text_mask[:, :length]
 
     def logits(rows):
         rows = jnp.concatenate([rows, table[len(rows) :]])
-        tree = {**params, owner: {**params[owner], "token_embed": {"embedding": rows}}}
+        tree = {**params, component: {**params[component], "token_embed": {"embedding": rows}}}
         return model.caption_logits(tree, tokens, ids[:, :length], mask, **options)
 
     return logits, table[b.text].reshape(-1, table.shape[1])
@@ -78,30 +78,30 @@ def by_embedding(model, params, b, length=LENGTH, **options):
 
 @pytest.mark.parametrize("name", ["cap", "cap, blocks", "coca"])
 def test_caption_ignores_future_tokens(name):
-    model, params = built(CASES[name])
-    logits, rows = by_embedding(model, params, batch((6, 6)))
+    model, params = build(CASES[name])
+    logits, rows = logits_of_embeddings(model, params, batch((6, 6)))
     for i in (0, 2, 5):
         g = jax.grad(lambda rows, i=i: jnp.square(logits(rows)[0, i]).sum())(rows)
-        seen = np.abs(g).sum(1).reshape(2, LENGTH)
-        assert (seen[0, : i + 1] > 1e-6).all()
-        np.testing.assert_array_equal(seen[0, i + 1 :], 0)
-        np.testing.assert_array_equal(seen[1], 0)  # nor another row's
+        influence = np.abs(g).sum(1).reshape(2, LENGTH)
+        assert (influence[0, : i + 1] > 1e-6).all()
+        np.testing.assert_array_equal(influence[0, i + 1 :], 0)
+        np.testing.assert_array_equal(influence[1], 0)  # another row
 
 
-def test_parallel_prediction_sees_no_text_at_all_and_every_row_alone():
-    model, params = built(CAPPA)
+def test_parallel_rows_ignore_the_text():
+    model, params = build(CAPPA)
     rows_parallel = jnp.asarray([True, False])
-    logits, rows = by_embedding(
+    logits, rows = logits_of_embeddings(
         model, params, batch((6, 6)), parallel=rows_parallel, length=LENGTH - 1
     )
     g = jax.grad(lambda rows: jnp.square(logits(rows)[0]).sum())(rows)
     np.testing.assert_array_equal(g, 0)
     g = jax.grad(lambda rows: jnp.square(logits(rows)[1]).sum())(rows)
-    assert np.abs(g).sum() > 1e-3  # the autoregressive row does
+    assert np.abs(g).sum() > 1e-3  # the autoregressive row reads it
 
 
-def test_parallel_rows_look_in_both_directions():
-    model, params = built(CAPPA)
+def test_parallel_rows_attend_in_both_directions():
+    model, params = build(CAPPA)
     b = batch((6,))
     tokens = model.image_tokens(params, b.image)
 
@@ -115,19 +115,19 @@ def test_parallel_rows_look_in_both_directions():
     assert (np.abs(g[: LENGTH - 1]).sum(1) > 1e-6).all()
 
 
-def test_the_stated_share_of_a_batch_is_predicted_in_parallel():
-    model, params = built(CAPPA, parallel_fraction=0.75)
+def test_parallel_fraction_is_the_fraction_of_parallel_rows():
+    model, params = build(CAPPA, parallel_fraction=0.75)
     b = batch((6,) * 400)
     run = jax.jit(lambda key: model.apply(params, b, rng=key, train=True).token_scores.log_prob)
     causal = model.apply(params, b).token_scores.log_prob
-    share = [(np.abs(run(jax.random.key(i)) - causal) > 1e-5).any(1).mean() for i in (0, 1)]
-    np.testing.assert_allclose(share, 0.75, atol=0.08)  # 0.75 ± 4 standard deviations
+    fractions = [(np.abs(run(jax.random.key(i)) - causal) > 1e-5).any(1).mean() for i in (0, 1)]
+    np.testing.assert_allclose(fractions, 0.75, atol=0.08)  # 0.75 ± 4 standard deviations
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_padding_and_other_rows_change_nothing(name):
-    """Neither its ids nor its length, nor what stands in another row."""
-    model, params = built(CASES[name])
+def test_padding_and_other_rows_do_not_change_scores(name):
+    """Neither the ids of the padding, nor its length, nor another row."""
+    model, params = build(CASES[name])
     b = batch((4, 3))
     want = model.apply(params, b)
     other = batch((4, 3), pad=7)
@@ -148,22 +148,22 @@ def test_padding_and_other_rows_change_nothing(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_captions_depend_on_their_own_image(name):
-    model, params = built(CASES[name])
+def test_captions_depend_on_their_image_only(name):
+    model, params = build(CASES[name])
     b = batch((6, 6))
     tokens = model.image_tokens(params, b.image)
 
-    def of_row(tokens):
+    def logits_of_first_row(tokens):
         return model.caption_logits(params, tokens, b.text, b.text_mask)[0]
 
-    g = jax.grad(lambda x: jnp.square(of_row(x)).sum())(tokens)
+    g = jax.grad(lambda x: jnp.square(logits_of_first_row(x)).sum())(tokens)
     assert np.abs(g[0]).max() > 1e-4
     np.testing.assert_array_equal(g[1], 0)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_cached_decoding_gives_the_uncached_logits(name):
-    model, params = built(CASES[name])
+def test_cached_decoding_returns_the_uncached_logits(name):
+    model, params = build(CASES[name])
     b = batch((6, 6, 6))
     tokens = model.image_tokens(params, b.image)
     want = model.caption_logits(params, tokens, b.text, b.text_mask)
@@ -176,8 +176,8 @@ def test_cached_decoding_gives_the_uncached_logits(name):
 
 
 @pytest.mark.parametrize("name", ["cap", "coca"])
-def test_rows_of_a_cache_can_be_gathered_and_stand_at_positions_of_their_own(name):
-    model, params = built(CASES[name])
+def test_rows_of_a_cache_can_be_gathered_and_have_separate_positions(name):
+    model, params = build(CASES[name])
     b = batch((6, 6, 6))
     tokens = model.image_tokens(params, b.image)
     want = model.caption_logits(params, tokens, b.text, b.text_mask)
@@ -193,9 +193,9 @@ def test_rows_of_a_cache_can_be_gathered_and_stand_at_positions_of_their_own(nam
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_scores_of_captions_are_those_of_the_whole_logits(name):
+def test_caption_scores_equal_those_of_unchunked_logits(name):
     for chunk in (2, 16):
-        model, params = built(CASES[name], chunk=chunk)
+        model, params = build(CASES[name], chunk=chunk)
         b = batch((6, 4))
         tokens = model.image_tokens(params, b.image)
         logits = model.caption_logits(params, tokens, b.text, b.text_mask)[:, :-1]
@@ -212,10 +212,10 @@ def test_scores_of_captions_are_those_of_the_whole_logits(name):
 @pytest.mark.parametrize(
     "options", [dict(scan=True), dict(remat=True), dict(scan=True, remat=True)]
 )
-def test_scanned_and_recomputed_layers_give_the_same_gradients(options):
+def test_scan_and_remat_do_not_change_gradients(options):
     b = batch()
-    plain, params = built(CASES["cap, blocks"])
-    other, _ = built(CASES["cap, blocks"], **options)
+    plain, params = build(CASES["cap, blocks"])
+    other, _ = build(CASES["cap, blocks"], **options)
 
     def loss(model):
         return lambda p: model.apply(p, b).token_scores.log_prob.sum()
@@ -224,12 +224,12 @@ def test_scanned_and_recomputed_layers_give_the_same_gradients(options):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), got, want)
 
 
-def test_a_captioner_has_no_embeddings_and_a_coca_both():
-    model, params = built(CASES["cap"])
+def test_captioner_has_no_embeddings_and_coca_has_both():
+    model, params = build(CASES["cap"])
     out = model.apply(params, batch())
     assert out.image_emb is None and out.logit_scale is None and "logit_scale" not in params
     assert model.components() == ("image", "decoder")
-    model, params = built(CASES["coca"])
+    model, params = build(CASES["coca"])
     out = model.apply(params, batch())
     assert out.image_emb.shape == out.text_emb.shape == (3, 12)
     assert set(model.components()) == set(components.COMPONENTS) - {"image_pooler"}
@@ -244,16 +244,16 @@ def test_a_captioner_has_no_embeddings_and_a_coca_both():
         (dict(decoder=dict(CAP["decoder"], chunks=3)), "no field 'chunks'; did you mean 'chunk'"),
     ],
 )
-def test_wrong_models_are_refused(changes, message):
+def test_invalid_models_are_errors(changes, message):
     with pytest.raises(ValueError, match=message):
         models.build_model({**CASES["coca"], **changes})
 
 
-def test_wrong_lengths_are_refused():
-    model, params = built(CASES["cap"])
+def test_invalid_lengths_are_errors():
+    model, params = build(CASES["cap"])
     with pytest.raises(ValueError, match="length = 7; this decoder generates 1 to 6 tokens"):
         model.decoder_cache(params, jnp.zeros((1, 4, 16)), length=7)
-    cappa, params = built(CAPPA)
+    cappa, params = build(CAPPA)
     b = batch((4, 4))
     b = b.replace(text=b.text[:, :4], text_mask=b.text_mask[:, :4])
     with pytest.raises(ValueError, match="padded to exactly max_length=6; got 4"):

@@ -1,4 +1,4 @@
-"""Laws of the model: what it needs, what it ignores, what runs in eval mode."""
+"""Properties of a model: its inputs, its frozen parts, its errors."""
 
 import dataclasses
 import re
@@ -44,7 +44,7 @@ def batch(**fields):
     return Batch(example_mask=jnp.ones(3, bool), **{**values, **fields})
 
 
-def test_embeddings_have_unit_norm_and_equal_the_encoders(model, params):
+def test_embeddings_have_unit_norm_and_equal_encode_image_and_encode_text(model, params):
     b = batch()
     out = jax.jit(model.apply)(params, b)
     for x in (out.image_emb, out.text_emb):
@@ -55,25 +55,25 @@ def test_embeddings_have_unit_norm_and_equal_the_encoders(model, params):
     np.testing.assert_allclose(out.text_emb, encoded, atol=1e-6)
 
 
-def test_cached_features_stand_in_for_the_image_tower(model, params):
-    """… whose parameters need not be there."""
+def test_cached_features_replace_the_image_tower(model, params):
+    """The parameters of the tower may then be absent."""
     b = batch()
     want = jax.jit(model.apply)(params, b)
     features = model.image_features(params, b.image)
     assert features.shape == (3, model.feature_dim())
-    rest = {name: tree for name, tree in params.items() if name != "image"}
-    got = jax.jit(model.apply)(rest, batch(image=None, image_features=features))
+    others = {name: tree for name, tree in params.items() if name != "image"}
+    got = jax.jit(model.apply)(others, batch(image=None, image_features=features))
     np.testing.assert_allclose(got.image_emb, want.image_emb, atol=1e-6)
     np.testing.assert_allclose(got.text_emb, want.text_emb, atol=1e-6)
 
 
-def test_an_absent_tower_that_is_needed_is_named(model, params):
-    rest = {name: tree for name, tree in params.items() if name != "image"}
+def test_absent_parameters_are_named_in_the_error(model, params):
+    others = {name: tree for name, tree in params.items() if name != "image"}
     with pytest.raises(ValueError, match="applies the component 'image', but the parameters hold"):
-        model.apply(rest, batch())
+        model.apply(others, batch())
 
 
-def test_images_are_normalised_in_units_of_255(model, params):
+def test_images_are_normalized_in_units_of_255(model, params):
     x = np.full((1, 8, 8, 3), 255, np.uint8)
     want = model.image.apply(
         {"params": params["image"]}, jnp.full((1, 8, 8, 3), 1.0), train=False
@@ -81,7 +81,7 @@ def test_images_are_normalised_in_units_of_255(model, params):
     np.testing.assert_allclose(model.image_features(params, jnp.asarray(x)), want, atol=1e-6)
 
 
-def test_a_batch_of_one_side_gives_one_embedding(model, params):
+def test_a_batch_of_one_modality_has_one_embedding(model, params):
     out = model.apply(params, batch(image=None))
     assert out.image_emb is None and out.text_emb is not None
     out = model.apply(params, batch(text=None, text_mask=None))
@@ -94,7 +94,7 @@ def test_text_without_its_mask_is_an_error(model, params):
 
 
 @pytest.mark.parametrize(
-    ("locked", "frozen", "layers"),
+    ("frozen_paths", "frozen", "layers"),
     [
         ((), set(), (0, 0)),
         (("image/",), {"image"}, (-1, 0)),
@@ -105,30 +105,30 @@ def test_text_without_its_mask_is_an_error(model, params):
         (("text/token_embed", "text/pos_embed", "text/blocks_1"), set(), (0, 0)),  # a gap
     ],
 )
-def test_locked_parts_run_in_eval_mode(model, locked, frozen, layers):
-    locked_model = model.freeze(lambda path: path.startswith(locked))
-    assert locked_model.frozen == frozen
-    assert (locked_model.image.num_frozen_layers, locked_model.text.num_frozen_layers) == layers
+def test_frozen_parts_are_set_to_eval_mode(model, frozen_paths, frozen, layers):
+    locked = model.freeze(lambda path: path.startswith(frozen_paths))
+    assert locked.frozen == frozen
+    assert (locked.image.num_frozen_layers, locked.text.num_frozen_layers) == layers
 
 
-def test_a_locked_side_trains_without_noise_and_the_other_with(model, params):
+def test_frozen_tower_has_no_dropout_and_the_other_has(model, params):
     locked = model.freeze(lambda path: path.startswith(("image/", "image_head/")))
     run = jax.jit(lambda p, b, k: locked.apply(p, b, rng=k, train=True))
-    # threefry takes most of a second to compile for the CPU, each time it is drawn from.
+    # threefry takes most of a second to compile for the CPU, each time it is sampled from.
     outs = [run(params, batch(), jax.random.key(i, impl="unsafe_rbg")) for i in (0, 1)]
     np.testing.assert_array_equal(outs[0].image_emb, outs[1].image_emb)
     assert np.abs(outs[0].text_emb - outs[1].text_emb).max() > 1e-3
-    still = model.apply(params, batch())
-    np.testing.assert_allclose(outs[0].image_emb, still.image_emb, atol=1e-6)
+    evaluated = model.apply(params, batch())
+    np.testing.assert_allclose(outs[0].image_emb, evaluated.image_emb, atol=1e-6)
 
 
-def test_clamped_scale_can_come_back():
-    """A plain minimum has no gradient above its bound, so a scale once there would stay."""
+def test_clamped_scale_can_return_below_the_maximum():
+    """`jnp.minimum` has no gradient above its bound, so a scale there would stay."""
     value, gradient = jax.value_and_grad(lambda t, s: s * image_text.clamp_log_scale(t, 4.6))(
         5.0, 1
     )
     assert value == np.float32(4.6) and gradient == 1  # descent lowers t
-    assert jax.grad(lambda t: -image_text.clamp_log_scale(t, 4.6))(5.0) == 0  # and never raises it
+    assert jax.grad(lambda t: -image_text.clamp_log_scale(t, 4.6))(5.0) == 0  # never raises it
     assert jax.grad(lambda t: -image_text.clamp_log_scale(t, 4.6))(4.5) == -1
 
 
@@ -161,7 +161,7 @@ def test_unit_norm_of_zero_is_zero_with_a_finite_gradient():
         (dict(image=dict(name="vit", image_size=9)), "image_size=9, but the model's is 8"),
     ],
 )
-def test_a_wrong_field_is_named_with_the_right_ones(change, message):
+def test_unknown_field_is_an_error_with_the_valid_ones(change, message):
     with pytest.raises(ValueError, match=message):
         models.build_model({**CFG, **change})
 
@@ -191,50 +191,50 @@ def test_bf16_model_keeps_float32_parameters_and_outputs(params):
 
 
 def test_every_residual_stream_is_constrained():
-    seen = []
+    constrained = []
 
     class Recorder:
         def constrain(self, x, axes):
-            seen.append((x.ndim, axes))
+            constrained.append((x.ndim, axes))
             return x
 
     model = models.build_model(CFG, Recorder())
     abstract = model.abstract_params()
-    seen.clear()
+    constrained.clear()
     jax.eval_shape(model.apply, abstract, batch())
-    assert seen == [(3, ("batch", "length", "embed"))] * (2 * (1 + 2))
+    assert constrained == [(3, ("batch", "length", "embed"))] * (2 * (1 + 2))
 
 
-def test_a_convolutional_tower_in_parts_gives_what_the_whole_batch_gives(monkeypatch):
+def test_convolutional_tower_in_chunks_equals_the_full_batch(monkeypatch):
     cfg = CFG | dict(image=dict(name="efficientnet_lite", variant="lite0"), image_size=32)
     model = models.build_model(cfg)
     params = model.init(jax.random.key(0))
     size = xla_cpu.CONV_BATCH
     x = np.random.default_rng(0).integers(0, 256, (3 * size, 32, 32, 3), np.uint8)
-    whole = jax.jit(lambda p, x: model.image_features(p, x))
-    assert "while" not in whole.lower(params, x).as_text()
+    at_once = jax.jit(lambda p, x: model.image_features(p, x))
+    assert "while" not in at_once.lower(params, x).as_text()
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    components = jax.jit(model.image_features)
-    assert "while" in components.lower(params, x).as_text()
-    np.testing.assert_allclose(components(params, x), whole(params, x), rtol=1e-5, atol=1e-6)
+    in_chunks = jax.jit(model.image_features)
+    assert "while" in in_chunks.lower(params, x).as_text()
+    np.testing.assert_allclose(in_chunks(params, x), at_once(params, x), rtol=1e-5, atol=1e-6)
 
 
-def test_the_front_and_the_rest_make_the_whole(model):
-    """Of a tower whose first layer is locked, on its own and together."""
+def test_frozen_prefix_and_suffix_equal_the_full_tower(model):
+    """For two towers whose first layer is frozen."""
     locked = model.freeze(lambda path: not re.search("head|blocks_1|final_norm|pool|logit", path))
     assert [locked.frozen_prefix(t) for t in MODALITIES] == [FrozenPrefix(1)] * 2
     params = model.init(jax.random.key(1))
     b = batch()
-    fronts = {t: locked.apply_frozen_prefix(params, tower=t, batch=b) for t in MODALITIES}
-    cached = b.replace(image=None, image_features=fronts["image"], text_features=fronts["text"])
-    needed = {
+    features = {t: locked.apply_frozen_prefix(params, tower=t, batch=b) for t in MODALITIES}
+    cached = b.replace(image=None, image_features=features["image"], text_features=features["text"])
+    suffix_params = {
         t: {k: v for k, v in params[t].items() if not locked.in_frozen_prefix(f"{t}/{k}")}
         for t in MODALITIES
     }
-    assert "blocks_0" not in needed["image"] and "blocks_1" in needed["image"]
-    found, wanted = locked.apply(params | needed, cached), locked.apply(params, b)
-    np.testing.assert_allclose(found.image_emb, wanted.image_emb, rtol=1e-6)
-    np.testing.assert_allclose(found.text_emb, wanted.text_emb, rtol=1e-6)
+    assert "blocks_0" not in suffix_params["image"] and "blocks_1" in suffix_params["image"]
+    got, want = locked.apply(params | suffix_params, cached), locked.apply(params, b)
+    np.testing.assert_allclose(got.image_emb, want.image_emb, rtol=1e-6)
+    np.testing.assert_allclose(got.text_emb, want.text_emb, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -246,22 +246,22 @@ def test_the_front_and_the_rest_make_the_whole(model):
     ],
     ids=lambda image: image["name"],
 )
-def test_locked_matrices_are_held_in_the_type_of_products_and_give_the_same_values(image):
+def test_cast_frozen_kernels_does_not_change_values(image):
     model = models.build_model({**CFG, "image": image, "image_size": 32, "dtype": "bfloat16"})
     params = model.init(jax.random.key(0))
-    held = model.cast_frozen_kernels(params)
+    cast = model.cast_frozen_kernels(params)
     types = {path.split("/")[-1]: set() for path in param_tree.param_paths(params)}
-    for path, x in zip(param_tree.param_paths(held), jax.tree.leaves(held), strict=True):
+    for path, x in zip(param_tree.param_paths(cast), jax.tree.leaves(cast), strict=True):
         types[path.split("/")[-1]].add(x.dtype.name)
     assert "bfloat16" in types.pop("kernel")
     assert set.union(*types.values()) == {"float32"}
     images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)), jnp.uint8)
-    out, want = (jax.jit(model.apply)(p, batch(image=images)) for p in (held, params))
+    out, want = (jax.jit(model.apply)(p, batch(image=images)) for p in (cast, params))
     np.testing.assert_array_equal(out.image_emb, want.image_emb)
     np.testing.assert_array_equal(out.text_emb, want.text_emb)
 
 
-def test_a_float32_model_holds_its_locked_matrices_as_they_are(model, params):
+def test_cast_frozen_kernels_of_a_float32_model_changes_nothing(model, params):
     jax.tree.map(np.testing.assert_array_equal, model.cast_frozen_kernels(params), params)
     assert {x.dtype for x in jax.tree.leaves(model.cast_frozen_kernels(params))} == {
         jnp.dtype("float32")

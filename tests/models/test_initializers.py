@@ -1,4 +1,4 @@
-"""How parameters are drawn."""
+"""Distributions of the parameters that a model samples."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ def test_weights_are_normal_with_the_documented_deviation(path, std, params):
     assert abs(x.mean()) < 5 * std / np.sqrt(x.size)
 
 
-def test_norms_start_as_identity_and_scalars_where_the_config_says(params):
+def test_norms_start_as_identity_and_scalars_at_the_configs_values(params):
     norm = params["image"]["blocks_0"]["norm1"]
     assert (norm["scale"] == 1).all() and (norm["bias"] == 0).all()
     assert (params["image"]["class_token"] == 0).all()
@@ -52,31 +52,31 @@ def test_norms_start_as_identity_and_scalars_where_the_config_says(params):
     assert params["logit_bias"] == -10
 
 
-def test_no_two_matrices_share_their_noise(params):
+def test_no_two_matrices_share_noise(params):
     leaves = [np.ravel(x)[:8] for x in jax.tree.leaves(params) if x.size > 8 and np.std(x) > 0]
-    firsts = {float(x[0] / np.std(x)) for x in leaves}
-    assert len(firsts) == len(leaves)
+    first_values = {float(x[0] / np.std(x)) for x in leaves}
+    assert len(first_values) == len(leaves)
 
 
-def test_draws_in_groups_still_follow_the_laws(monkeypatch):
-    """A component too large for one draw is drawn in several."""
-    laws = {f"w{i}": initializers.Normal(0.5).spec((40, 25)) for i in range(5)} | {
+def test_sampling_in_groups_follows_the_specs(monkeypatch):
+    """A component with more elements than MAX_SAMPLE_SIZE is sampled in several calls."""
+    specs = {f"w{i}": initializers.Normal(0.5).spec((40, 25)) for i in range(5)} | {
         "b": initializers.ONES.spec((3,))
     }
-    monkeypatch.setattr(initializers, "MAX_DRAW", 2100)
-    params = initializers.sample_params(laws, jax.random.key(1))
+    monkeypatch.setattr(initializers, "MAX_SAMPLE_SIZE", 2100)
+    params = initializers.sample_params(specs, jax.random.key(1))
     values = np.stack([params[f"w{i}"] for i in range(5)])
     assert abs(values.std() - 0.5) < 0.02 and len(np.unique(values)) > 4990
     np.testing.assert_array_equal(params["b"], jnp.ones(3))
 
 
-def test_abstract_parameters_match_the_drawn(params):
+def test_abstract_parameters_match_the_sampled(params):
     abstract = models.build_model(CFG).abstract_params()
     assert jax.tree.map(lambda x: x.shape, abstract) == jax.tree.map(lambda x: x.shape, params)
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
 
 
-def test_the_same_key_gives_the_same_parameters(params):
+def test_the_same_key_samples_the_same_parameters(params):
     again = models.build_model(CFG).init(jax.random.key(0))
     other = models.build_model(CFG).init(jax.random.key(1))
     jax.tree.map(np.testing.assert_array_equal, again, params)

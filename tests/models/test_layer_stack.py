@@ -1,4 +1,4 @@
-"""Laws of the layer stack: how it is run changes no value and no gradient."""
+"""The layer stack: scan and remat change no value and no gradient."""
 
 import functools
 
@@ -31,7 +31,7 @@ def random_params(tower, scale=0.3):
 
 def value_and_gradient(tower, params, *, train=True, key=5):
     def scalar(params):
-        # threefry takes most of a second to compile for the CPU, each time it is drawn from.
+        # threefry takes most of a second to compile for the CPU, each time it is sampled from.
         rngs = {"dropout": jax.random.key(key, impl="unsafe_rbg")}
         pooled = tower.apply({"params": params}, *inputs(), train=train, rngs=rngs).pooled
         return jnp.square(pooled).sum()
@@ -39,13 +39,13 @@ def value_and_gradient(tower, params, *, train=True, key=5):
     return jax.jit(jax.value_and_grad(scalar))(params)
 
 
-def assert_same(one, other):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), one, other)
+def assert_close(got, want):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), got, want)
 
 
 @pytest.fixture(scope="module")
 def loop():
-    """The plain loop over three layers with dropout, the first of them frozen."""
+    """A loop over three layers with dropout, the first of them frozen."""
     cfg = {**TEXT, "dropout": 0.4, "num_frozen_layers": 1}
     tower = models.build_tower(cfg)
     params = random_params(tower)
@@ -57,11 +57,11 @@ def loop():
 )
 def test_scan_and_remat_equal_the_loop(how, loop):
     cfg, params, want = loop
-    assert_same(value_and_gradient(models.build_tower({**cfg, **how}), params), want)
+    assert_close(value_and_gradient(models.build_tower({**cfg, **how}), params), want)
 
 
-def test_scan_compiles_one_layer_not_all():
-    """The point of scan: the program does not grow with depth."""
+def test_scan_compiles_one_layer():
+    """The program does not grow with depth."""
 
     def size(depth, scan):
         tower = models.build_tower({**TEXT, "depth": depth, "scan": scan})
@@ -97,8 +97,8 @@ def test_frozen_layers_run_without_dropout(scan):
         np.testing.assert_allclose(value(n), evaluated, **CLOSE)
 
 
-def test_no_gradient_is_computed_through_locked_first_layers():
-    """A locked run of layers appears in the forward loop only: two loops forward, one back."""
+def test_no_gradient_is_computed_through_the_frozen_prefix():
+    """Frozen layers are in a forward loop only: two loops forward, one backward."""
 
     def loops(num_frozen_layers):
         fields = {"depth": 4, "num_frozen_layers": num_frozen_layers, "scan": True}
@@ -112,7 +112,7 @@ def test_no_gradient_is_computed_through_locked_first_layers():
         return jax.jit(jax.grad(scalar)).lower(last).as_text().count("stablehlo.while")
 
     assert loops(2) == 3
-    assert loops(0) == 2  # one loop over all four layers, and its whole way back
+    assert loops(0) == 2  # one loop over all four layers forward, one backward
 
 
 def test_num_frozen_layers_out_of_range_is_an_error():
@@ -121,7 +121,7 @@ def test_num_frozen_layers_out_of_range_is_an_error():
         models.abstract_tower_params(tower)
 
 
-def test_remat_saves_memory_on_a_cpu_too():
+def test_remat_reduces_memory_on_a_cpu():
     def memory(remat):
         cfg = dict(name="vit", width=32, depth=6, mlp_dim=128, num_heads=2, image_size=64)
         tower = models.build_tower(cfg | dict(remat=remat, patch_size=8, dropout=0.0))

@@ -1,4 +1,4 @@
-"""Dense, attention, norm, activations against NumPy."""
+"""Dense, attention, norm and activations equal their formulas in NumPy and JAX."""
 
 import re
 
@@ -16,8 +16,8 @@ def normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def test_dense_in_bf16_keeps_bf16_dots_forward_and_backward():
-    """As `x @ w` in bf16, or under plain autodiff, matrix units get float32 operands."""
+def test_dense_in_bf16_has_bf16_products_forward_and_backward():
+    """With `x @ w` in bf16, or with autodiff, matrix units would get float32 operands."""
     x, w = jnp.asarray(normal(4, 6, 8)), jnp.asarray(normal(8, 16))
     gradient = jax.grad(lambda x, w: layers.dense(x, w, dtype=jnp.bfloat16).sum(), (0, 1))
     text = jax.jit(gradient).lower(x, w).as_text()
@@ -38,7 +38,7 @@ def test_dense_in_bf16_is_the_float32_product_of_rounded_operands():
 
 
 @pytest.mark.parametrize("kernel_type", [jnp.float32, jnp.bfloat16])
-def test_dense_gradients_have_their_operands_types_and_values(kernel_type):
+def test_dense_gradients_have_the_types_of_the_operands(kernel_type):
     x, w = jnp.asarray(normal(3, 5, 8)), jnp.asarray(normal(8, 4), kernel_type)
 
     def scalar(x, w, dtype):
@@ -63,7 +63,7 @@ def numpy_attention(q, k, v, visible):
 def attention_masks():
     keys = np.arange(5) < np.array([5, 3])[:, None]
     pairs = np.random.default_rng(9).random((2, 5, 5)) < 0.6
-    pairs[0, 1] = False  # a query that sees nothing
+    pairs[0, 1] = False  # a query without a visible key
     return {"none": None, "keys": jnp.asarray(keys), "pairs": jnp.asarray(pairs)}
 
 
@@ -80,7 +80,7 @@ def test_attention_equals_numpy(causal, masked):
 
 
 def jax_attention(q, k, v, *, mask, causal):
-    """JAX's own, differentiated by JAX."""
+    """Attention of JAX, differentiated by JAX."""
     if mask is not None:
         mask = mask[:, None, None] if mask.ndim == 2 else mask[:, None]
     by_length = (x.swapaxes(1, 2) for x in (q, k, v))
@@ -90,21 +90,22 @@ def jax_attention(q, k, v, *, mask, causal):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("mask", ["none", "keys", "pairs"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_attention_and_its_gradient_equal_jaxs(mask, causal, dtype):
-    given = tuple(jnp.asarray(normal(2, 3, 5, 4, seed=i), dtype) for i in range(3))
+def test_attention_and_its_gradient_equal_those_of_jax(mask, causal, dtype):
+    qkv = tuple(jnp.asarray(normal(2, 3, 5, 4, seed=i), dtype) for i in range(3))
     weights = jnp.asarray(normal(2, 3, 5, 4, seed=3))
 
-    def values(attend, dtype):
-        def of(*qkv):
+    def value_and_gradients(attend, dtype):
+        def weighted_sum(*qkv):
             y = attend(*qkv, mask=attention_masks()[mask], causal=causal)
             return (weights * y.astype(jnp.float32)).sum(), y
 
-        (_, y), gradients = jax.value_and_grad(of, (0, 1, 2), has_aux=True)(
-            *(x.astype(dtype) for x in given)
+        (_, y), gradients = jax.value_and_grad(weighted_sum, (0, 1, 2), has_aux=True)(
+            *(x.astype(dtype) for x in qkv)
         )
         return y, *gradients
 
-    got, want = values(layers.attention, dtype), values(jax_attention, jnp.float32)
+    got = value_and_gradients(layers.attention, dtype)
+    want = value_and_gradients(jax_attention, jnp.float32)
     assert all(x.dtype == dtype for x in got)
     # bf16 carries 8 bits: of values up to 4, and of sums of five of them.
     close = dict(rtol=1e-5, atol=2e-6) if dtype == jnp.float32 else dict(rtol=0.05, atol=0.05)
@@ -112,7 +113,7 @@ def test_attention_and_its_gradient_equal_jaxs(mask, causal, dtype):
         np.testing.assert_allclose(np.asarray(a, np.float32), b, **close)
 
 
-def test_a_row_with_no_visible_key_averages_all_and_has_no_gradient_of_scores():
+def test_a_query_without_visible_keys_averages_all_without_gradient_of_scores():
     q, k, v = (jnp.asarray(normal(1, 2, 3, 4, seed=i)) for i in range(3))
     mask = jnp.zeros((1, 3), bool)
     y = layers.attention(q, k, v, mask=mask)
@@ -122,52 +123,54 @@ def test_a_row_with_no_visible_key_averages_all_and_has_no_gradient_of_scores():
     assert not any(np.any(g) for g in gradients)
 
 
-def test_nothing_is_transposed_for_a_product():
-    """Compilers copy what they transpose, and compute in that order what fused into the copy."""
+def test_products_transpose_no_operand():
+    """Compilers copy an operand that they transpose, and fuse its computation into the copy."""
 
     def lowered(f, *shapes):
-        given = [jnp.ones(shape) for shape in shapes]
-        return jax.jit(jax.grad(f, tuple(range(len(given))))).lower(*given).as_text()
+        args = [jnp.ones(shape) for shape in shapes]
+        return jax.jit(jax.grad(f, tuple(range(len(args))))).lower(*args).as_text()
 
     dense = lowered(lambda x, w: layers.dense(x, w).sum(), (2, 3, 4), (4, 5))
     attention = lowered(lambda *qkv: layers.attention(*qkv).sum(), *[(2, 3, 5, 4)] * 3)
-    for text, products in ((dense, 2), (attention, 6)):
-        summed = re.findall(r"contracting_dims = \[([^]]*)\] x \[([^]]*)\]", text)
-        assert len(summed) == products and all(len(a) == len(b) == 1 for a, b in summed)
+    for text, num_products in ((dense, 2), (attention, 6)):
+        contracted = re.findall(r"contracting_dims = \[([^]]*)\] x \[([^]]*)\]", text)
+        assert len(contracted) == num_products
+        assert all(len(a) == len(b) == 1 for a, b in contracted)
         assert "transpose" not in text
 
 
 def lowered_gradient(f, dtype, platform, *shapes):
-    given = [jnp.ones(shape, dtype) for shape in shapes]
-    gradient = jax.jit(jax.grad(lambda *xs: f(*xs).astype(jnp.float32).sum(), range(len(given))))
-    return gradient.trace(*given).lower(lowering_platforms=(platform,)).as_text()
+    args = [jnp.ones(shape, dtype) for shape in shapes]
+    gradient = jax.jit(jax.grad(lambda *xs: f(*xs).astype(jnp.float32).sum(), range(len(args))))
+    return gradient.trace(*args).lower(lowering_platforms=(platform,)).as_text()
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
-def test_only_on_a_cpu_low_precision_has_another_form(dtype, platform):
-    """No first operand by column, at most one shared axis: else XLA takes float32 there."""
+def test_only_low_precision_on_a_cpu_has_another_form(dtype, platform):
+    """No product along the first operand's columns, at most one batch axis: XLA:CPU would
+    compute others in float32."""
     dense = lowered_gradient(
         lambda x, w: layers.dense(x, w, dtype=dtype), dtype, platform, (8, 4), (4, 6)
     )
     attention = lowered_gradient(layers.attention, dtype, platform, *[(2, 3, 6, 4)] * 3)
     other = platform == "cpu" and dtype == jnp.bfloat16
-    for text, shared in ((dense, 0), (attention, 1 if other else 2)):
+    for text, num_batch_axes in ((dense, 0), (attention, 1 if other else 2)):
         assert [int(n) for n in re.findall(r"batching_dims = \[[^]]*(\d)\] x", text)] == (
-            [shared - 1] * 6 if shared else []
+            [num_batch_axes - 1] * 6 if num_batch_axes else []
         )
-        summed = re.findall(r"contracting_dims = \[(\d)\]", text)
-        assert (str(shared) not in summed) == ("transpose" in text) == other
+        contracted = re.findall(r"contracting_dims = \[(\d)\]", text)
+        assert (str(num_batch_axes) not in contracted) == ("transpose" in text) == other
 
 
 @pytest.mark.parametrize("columns", [1, 6, 7, 48])
-def test_turned_is_the_transpose(columns):
+def test_swap_last_axes_is_the_transpose(columns):
     x = jnp.asarray(normal(2, 5, columns))
     np.testing.assert_array_equal(xla_cpu.swap_last_axes(x), np.swapaxes(x, 1, 2))
 
 
 def test_softmax_stays_float32_for_bf16_operands():
-    """1024 equal keys: a bf16 softmax would sum their weights to something else than one."""
+    """With 1024 equal keys, the weights of a bf16 softmax would not sum to one."""
     q = jnp.zeros((1, 1, 1, 4), jnp.bfloat16)
     text = jax.jit(lambda q, k: layers.attention(q, k, k)).lower(
         q, jnp.zeros((1, 1, 1024, 4), q.dtype)
@@ -187,18 +190,18 @@ def test_layer_norm_equals_numpy_far_from_zero():
     np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)  # x itself has 7 digits, 4 spent
 
 
-def test_layer_norm_has_the_gradient_of_its_formula():
+def test_layer_norm_gradient_equals_that_of_the_formula():
     x, g = normal(3, 5, 16), jnp.asarray(normal(3, 5, 16, seed=1))
     scale, bias = jnp.asarray(normal(16, seed=2)), jnp.asarray(normal(16, seed=3))
 
     def formula(x, scale, bias):
-        centred = x - x.mean(-1, keepdims=True)
-        y = centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+        centered = x - x.mean(-1, keepdims=True)
+        y = centered / jnp.sqrt((centered**2).mean(-1, keepdims=True) + 1e-5)
         return (g * (y * layers.expand_like(scale, y) + layers.expand_like(bias, y))).sum()
 
-    given = (jnp.asarray(2 * x + 3), scale, bias)
-    want = jax.grad(formula, (0, 1, 2))(*given)
-    got = jax.grad(lambda *a: (g * layers.layer_norm(*a, 1e-5)).sum(), (0, 1, 2))(*given)
+    args = (jnp.asarray(2 * x + 3), scale, bias)
+    want = jax.grad(formula, (0, 1, 2))(*args)
+    got = jax.grad(lambda *a: (g * layers.layer_norm(*a, 1e-5)).sum(), (0, 1, 2))(*args)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
@@ -220,17 +223,17 @@ def test_activations_equal_their_formulas(name, want):
     np.testing.assert_allclose(got, want(x), rtol=1e-5, atol=1e-6)
 
 
-def test_unknown_activation_lists_the_known():
+def test_unknown_activation_is_an_error_with_the_known_ones():
     with pytest.raises(ValueError, match=r"'swish' is not one of gelu, gelu_tanh"):
         layers.activation("swish")
 
 
-def test_heads_that_do_not_divide_the_width_are_an_error():
+def test_num_heads_that_does_not_divide_the_width_is_an_error():
     with pytest.raises(ValueError, match="width 10 does not divide over 4 heads"):
         attention.Attention(4).init(jax.random.key(0), jnp.zeros((1, 2, 10)))
 
 
-def test_an_id_outside_the_vocabulary_is_loud():
+def test_an_id_outside_the_vocabulary_is_embedded_as_nan():
     table = layers.Embed(3, 2)
     y = table.apply({"params": {"embedding": jnp.ones((3, 2))}}, jnp.array([[2, 3]]))
     assert np.isfinite(y[0, 0]).all() and np.isnan(y[0, 1]).all()

@@ -1,4 +1,4 @@
-"""Chunked = whole, in values and gradients; no array of logits is as long as the text."""
+"""Chunked scores equal unchunked ones; no array holds the logits of a full text."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def inputs(seed=0):
     return jnp.asarray(hidden, jnp.float32), jnp.asarray(kernel, jnp.float32), target
 
 
-def whole(hidden, kernel, target):
+def unchunked(hidden, kernel, target):
     logits = hidden @ kernel
     log_p = jax.nn.log_softmax(logits)
     taken = jnp.take_along_axis(log_p, target[..., None], axis=-1)[..., 0]
@@ -26,7 +26,7 @@ def whole(hidden, kernel, target):
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 5, 10, 64])
-def test_scores_and_gradients_equal_those_of_whole_logits(chunk):
+def test_scores_and_gradients_equal_those_of_unchunked_logits(chunk):
     args, weights = inputs(), jnp.asarray(np.random.default_rng(1).normal(size=(3, B, T)))
 
     def loss(f):
@@ -36,7 +36,7 @@ def test_scores_and_gradients_equal_those_of_whole_logits(chunk):
 
         return jax.jit(jax.value_and_grad(value, (0, 1), has_aux=True))(*args[:2])
 
-    (_, want), want_grads = loss(whole)
+    (_, want), want_grads = loss(unchunked)
     (_, got), got_grads = loss(lambda *a: token_scores(*a, chunk=chunk))
     for x, y in zip((*got, *got_grads), (*want, *want_grads), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
@@ -50,5 +50,5 @@ def test_no_array_of_the_compiled_program_holds_all_logits():
 
     text = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, kernel).compile().as_text()
     shapes = {f"[{B},{n},{V}]" for n in (T, T // 2)} | {f"[{B * T},{V}]", f"[{T // 2},{B},2,{V}]"}
-    assert f"[{B},2,{V}]" in text or f"[{2 * B},{V}]" in text  # those of a chunk are there
+    assert f"[{B},2,{V}]" in text or f"[{2 * B},{V}]" in text  # those of a chunk are present
     assert not any(shape in text for shape in shapes)

@@ -1,4 +1,4 @@
-"""Laws of each tower: poolings, masks, positions, and the two forms of a depthwise convolution."""
+"""Properties of each tower: pooling, masks, positions, norms."""
 
 import functools
 
@@ -49,13 +49,13 @@ def texts(*rows):
     return text, text > 0
 
 
-def test_eot_is_pooled_at_the_last_valid_position_not_at_the_largest_id():
+def test_eot_is_pooled_at_the_last_valid_position():
     run = text_tower()
     out = run(*texts([3, 19, 7, 5, 0, 0]))
     np.testing.assert_array_equal(out.pooled, out.tokens[:, 3])
 
 
-def test_causal_text_ignores_what_follows_eot():
+def test_causal_text_ignores_tokens_after_eot():
     for mask_padding in (True, False):
         run = text_tower(mask_padding=mask_padding)
         text, mask = texts([3, 9, 7, 0, 0, 0])
@@ -63,7 +63,7 @@ def test_causal_text_ignores_what_follows_eot():
         np.testing.assert_allclose(run(noisy, mask).pooled, run(text, mask).pooled, **CLOSE)
 
 
-def test_causal_tokens_ignore_the_future():
+def test_causal_text_tokens_ignore_future_tokens():
     tower = models.build_tower(TEXT)
     params = random_params(tower)
     text, mask = texts([3, 9, 7, 2, 4, 5])
@@ -83,7 +83,7 @@ def test_bidirectional_pooling_ignores_padding(pool):
     np.testing.assert_allclose(short, run(text, mask).pooled, **CLOSE)
 
 
-def test_last_pooling_sees_padding_and_so_demands_the_full_length():
+def test_last_pooling_depends_on_padding_and_requires_the_full_length():
     run = text_tower(pool="last", causal=False, mask_padding=False)
     text, mask = texts([3, 9, 7, 0, 0, 0])
     out = run(text, mask)
@@ -95,7 +95,7 @@ def test_last_pooling_sees_padding_and_so_demands_the_full_length():
 
 
 @pytest.mark.parametrize("name", ["text_transformer", "bert"])
-def test_too_long_a_text_is_an_error(name):
+def test_a_text_longer_than_max_length_is_an_error(name):
     tower = models.build_tower({**TEXT, "name": name})
     with pytest.raises(ValueError, match=r"text of 7 tokens, but .* has max_length=6"):
         jax.eval_shape(
@@ -106,7 +106,7 @@ def test_too_long_a_text_is_an_error(name):
         )
 
 
-def test_masked_mean_of_nothing_is_zero():
+def test_masked_mean_without_valid_positions_is_zero():
     x, mask = jnp.ones((2, 3, 4)), jnp.array([[True, True, False], [False] * 3])
     np.testing.assert_array_equal(pooling.masked_mean(x, mask), [[1] * 4, [0] * 4])
 
@@ -122,7 +122,7 @@ def numpy_norm(x, params, epsilon=1e-6):
 
 @pytest.mark.parametrize("num_registers", [0, 2])
 @pytest.mark.parametrize("pool", ["cls", "mean", "mean_all"])
-def test_the_poolers_called_gap_differ_as_documented(pool, num_registers):
+def test_the_pools_named_gap_differ_as_documented(pool, num_registers):
     _, params, plain = image_tower(pool=pool, num_registers=num_registers, final_norm="none")
     tokens = np.asarray(plain(params, image()).tokens)
     assert tokens.shape[1] == 1 + num_registers + 4
@@ -138,7 +138,7 @@ def test_the_poolers_called_gap_differ_as_documented(pool, num_registers):
         np.testing.assert_allclose(run(full, image()).pooled, want, rtol=1e-4, atol=1e-5)
 
 
-def test_patches_are_what_a_strided_convolution_gives():
+def test_patch_embedding_equals_a_strided_convolution():
     _, params, run = image_tower(depth=0, positions="sincos", class_token=False, pool="mean",
                                  final_norm="none")  # fmt: skip
     kernel, bias = (params["patch_embed"][k] for k in ("kernel", "bias"))
@@ -149,20 +149,19 @@ def test_patches_are_what_a_strided_convolution_gives():
     np.testing.assert_allclose(run(params, image()).tokens, want, rtol=1e-5, atol=1e-5)
 
 
-def test_map_head_is_permutation_invariant_and_not_a_mean():
-    """Attention pooling has no positions of its own."""
+def test_map_head_is_permutation_invariant_but_not_a_mean():
     pool = pooling.MAPHead(2, 16)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 8)), jnp.float32)
-    laws = jax.eval_shape(functools.partial(pool.init, train=False), jax.random.key(0), x)
+    abstract = jax.eval_shape(pool.init, jax.random.key(0), x)
     rng = np.random.default_rng(1)
-    params = jax.tree.map(lambda a: jnp.float32(rng.normal(0, 0.5, a.shape)), laws)
+    params = jax.tree.map(lambda a: jnp.float32(rng.normal(0, 0.5, a.shape)), abstract)
     run = jax.jit(lambda x: pool.apply(params, x, train=False))
     np.testing.assert_allclose(run(x[:, ::-1]), run(x), rtol=1e-4, atol=1e-5)
     doubled = x.at[:, 0].mul(2)
     assert np.abs(run(doubled) - run(x)).max() > 1e-3
 
 
-def test_patch_dropout_keeps_a_random_share_in_training_only():
+def test_patch_dropout_drops_a_fraction_in_training_only():
     tower, params, run = image_tower(patch_dropout=0.5, image_size=16, pool="mean")
     x = image(16)
     assert run(params, x).tokens.shape[1] == 17
@@ -170,8 +169,8 @@ def test_patch_dropout_keeps_a_random_share_in_training_only():
     trained = tower.apply({"params": params}, x, train=True, rngs={"dropout": key}).tokens
     assert trained.shape[1] == 9
     frozen = tower.clone(num_frozen_layers=-1)
-    still = frozen.apply({"params": params}, x, train=True, rngs={"dropout": key})
-    np.testing.assert_allclose(still.pooled, run(params, x).pooled, **CLOSE)
+    frozen_output = frozen.apply({"params": params}, x, train=True, rngs={"dropout": key})
+    np.testing.assert_allclose(frozen_output.pooled, run(params, x).pooled, **CLOSE)
 
 
 @pytest.mark.parametrize("fields", [dict(pool="cls", class_token=False), dict(patch_size=9)])
@@ -180,7 +179,7 @@ def test_contradictory_vit_fields_are_an_error(fields):
         models.abstract_tower_params(models.build_tower({**VIT, **fields}))
 
 
-def test_pixels_beyond_the_last_whole_patch_are_not_looked_at():
+def test_pixels_after_the_last_full_patch_are_ignored():
     fields = dict(patch_size=3, positions="sincos")  # 8 pixels: 2 × 2 patches, of 6 pixels
     _, params, run = image_tower(**fields)
     _, _, run_cropped = image_tower(**fields, image_size=6)
@@ -190,13 +189,13 @@ def test_pixels_beyond_the_last_whole_patch_are_not_looked_at():
     np.testing.assert_array_equal(got, run_cropped(params, x[:, :6, :6]).tokens)
 
 
-def test_another_image_size_is_an_error():
+def test_an_image_of_another_size_is_an_error():
     _, params, run = image_tower()
     with pytest.raises(ValueError, match="image of 12×12 pixels, but vit has image_size=8"):
         run(params, image(12))
 
 
-def test_positions_resize_keeps_a_constant_and_refuses_no_square():
+def test_resizing_positions_preserves_a_constant_and_needs_squares():
     constant = np.full((9, 4), 0.5, np.float32)
     np.testing.assert_allclose(positions.resize_pos_embed(constant, 25), 0.5, rtol=1e-6)
     with pytest.raises(ValueError, match="both must be squares"):
@@ -215,7 +214,7 @@ def test_group_norm_equals_numpy():
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_efficientnet_pools_stages_in_the_order_asked():
+def test_efficientnet_pools_stages_in_the_given_order():
     cfg = dict(name="efficientnet_lite", variant="lite0")
     towers = {s: models.build_tower({**cfg, "pool_stages": s}) for s in ((), (5, 1))}
     params = random_params(towers[()], scale=0.1)
@@ -231,7 +230,7 @@ def test_efficientnet_pools_stages_in_the_order_asked():
 
 
 @pytest.mark.parametrize("name", ["efficientnet_lite", "resnet"])
-def test_a_cnn_with_group_norm_has_norms_and_no_biases(name):
+def test_a_cnn_with_group_norm_has_norms_and_no_other_biases(name):
     tower = models.build_tower(dict(name=name, norm="group", remat=True))
     paths = param_tree.param_paths(models.abstract_tower_params(tower))
     assert any(p.endswith("norm/scale") for p in paths)
