@@ -15,7 +15,7 @@ from imgtune_jax import config as config_lib
 from imgtune_jax import data, interop, param_tree
 from imgtune_jax.evals import GeneratedCaption, zeroshot
 from imgtune_jax.evals.predictor import ModelPredictor
-from imgtune_jax.training import checkpoint, experiment, run
+from imgtune_jax.training import checkpoint, experiment
 
 Image = Any  # a path, a PIL image, or an array u8[h w] / u8[h w 3] / u8[h w 4]
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -180,12 +180,12 @@ def load(folder: str | Path, *, step: int | None = None, use_memo: bool = False)
     exp = experiment.build_experiment(config, tokenizer_dir=folder / "tokenizer")
     if (exported := folder / "params.safetensors").is_file():
         params = interop.load_params(exported)
-        return TunedModel(exp.predictor(params, keep=use_memo), exp, step=-1)
-    target, frozen_target = run.abstract_split(exp)
+        return TunedModel(exp.predictor(params, use_memo=use_memo), exp, step=-1)
+    target, frozen_target = exp.abstract_split_params
     trainable, digest, found = checkpoint.restore_params(folder, step, target)
     frozen = checkpoint.restore_frozen(folder, digest, frozen_target)
     return TunedModel(
-        exp.predictor(param_tree.merge(trainable, frozen), keep=use_memo), exp, step=found
+        exp.predictor(param_tree.merge(trainable, frozen), use_memo=use_memo), exp, step=found
     )
 
 

@@ -9,3 +9,7 @@ from __future__ import annotations
 
 class UserError(Exception):
     """A mistake in a config, a path, a data set or a call. Its message is the whole explanation."""
+
+
+class NonFiniteLossError(UserError, RuntimeError):
+    """The training loss became NaN or infinite."""

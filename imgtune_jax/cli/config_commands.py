@@ -113,25 +113,21 @@ def _train(given: Any) -> None:
     import jax
 
     from imgtune_jax import config, report
-    from imgtune_jax.training import feature_cache, loop
+    from imgtune_jax.training import loop
 
     workdir = Path(given.workdir)
-    encoders = loop.train(
-        config.parse_config(given.config), workdir, make_feed=feature_cache.build_batch_source
-    )
+    encoders = loop.train(config.parse_config(given.config), workdir)
     page = report.write_run_report(workdir, encoders)
     if jax.process_index() == 0:
         print(f"\n{report.summary(workdir)}\n\nReport: {page}")
 
 
 def _cache(given: Any) -> None:
-    from imgtune_jax import config, data, param_tree
-    from imgtune_jax.training import experiment, feature_cache, run
+    from imgtune_jax import config
+    from imgtune_jax.training import experiment, feature_cache
 
     exp = experiment.build_experiment(config.parse_config(given.config))
-    pipeline = run.training_pipeline(exp, data.build_source(exp.config.data.source))
-    locked = param_tree.split(exp.init_params(), exp.is_frozen)[1]
-    for tower, store in feature_cache.fill_cache(exp, locked, pipeline).items():
+    for tower, store in feature_cache.fill_cache(exp).items():
         print(f"{tower}: {store.computed} rows, {store.bytes / 1e6:.1f} MB in {store.folder}")
 
 

@@ -20,7 +20,7 @@ def evaluate(options: argparse.Namespace) -> None:
         raise ValueError(f"no evaluator {unknown}; the run has: {', '.join(config.evals)}")
     # A limit is for judging while training: here all of a data set counts.
     whole = {n: {k: v for k, v in config.evals[n].items() if k != "limit"} for n in chosen}
-    for name, evaluator in model.experiment.evaluators(whole).items():
+    for name, evaluator in model.experiment.build_evaluators(whole).items():
         values = evaluator(model.predictor)
         record = evals.evaluator_result(name, evaluator, values, model=config.name, step=model.step)
         evals.append_result(workdir / "results.jsonl", record)

@@ -31,7 +31,7 @@ class report_user_errors:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         from imgtune_jax.data import TooManyBadRecordsError
-        from imgtune_jax.training.loop import NonFiniteLossError
+        from imgtune_jax.errors import NonFiniteLossError
 
         if isinstance(error, BrokenPipeError):  # the reader, `head` say, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

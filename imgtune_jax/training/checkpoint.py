@@ -7,7 +7,6 @@ needed to resume. Frozen parameters are saved once a run, beside the checkpoints
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping
@@ -44,10 +43,6 @@ class Checkpointer:
         )
         self._manager = ocp.CheckpointManager(workdir / "checkpoints", options=options)
         self._best_metric = cfg.best_metric
-
-    def latest_step(self) -> int | None:
-        """Step of the newest complete checkpoint, None when there is none."""
-        return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, record: Mapping[str, Any]) -> None:
         """Start saving; the arrays are copied before this returns. A step already saved stays."""
@@ -107,6 +102,11 @@ def saved_steps(workdir: Path) -> list[int]:
     return sorted(int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdigit())
 
 
+def latest_step(workdir: Path) -> int | None:
+    """Return the step of the newest complete checkpoint, None if there is none."""
+    return max(saved_steps(workdir), default=None)
+
+
 def save_frozen(workdir: Path, frozen: Params) -> str:
     """Save the locked parameters once under `frozen/<digest>`; returns the digest."""
     name = params_digest(frozen)[:16]
@@ -129,21 +129,3 @@ def restore_frozen(workdir: Path, name: str, target: PyTree) -> Params:
             f"training; restore the folder from a copy"
         )
     return frozen
-
-
-def truncate_jsonl(path: Path, last_step: int) -> None:
-    """Drop lines after `last_step` and a torn last line, so that a resumed run writes them anew."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            log.warning("%s: dropped a torn line: %.60s", path.name, line)
-            break
-        if record.get("step", 0) <= last_step:
-            kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
-    temporary.replace(path)

@@ -16,7 +16,7 @@ from typing import Any
 import tensorboardX
 from tqdm import tqdm
 
-from imgtune_jax.training.checkpoint import truncate_jsonl
+from imgtune_jax.training import workdir_files
 
 try:
     import wandb  # pyright: ignore[reportMissingImports]
@@ -46,11 +46,11 @@ class MetricLogger:
         self._since, self._since_step = time.perf_counter(), start
         if not active:
             return
-        for name in ("metrics.jsonl", "timing.jsonl"):
-            truncate_jsonl(workdir / name, start)
-        self._metrics = (workdir / "metrics.jsonl").open("a", encoding="utf8")
-        self._timing = (workdir / "timing.jsonl").open("a", encoding="utf8")
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start)
+        self._metrics = (workdir / workdir_files.METRICS).open("a", encoding="utf8")
+        self._timing = (workdir / workdir_files.TIMING).open("a", encoding="utf8")
+        self._board = tensorboardX.SummaryWriter(
+            str(workdir / workdir_files.TENSORBOARD), purge_step=start
+        )
         self._bar = tqdm(
             total=total, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05
         )

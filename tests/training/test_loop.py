@@ -13,6 +13,7 @@ from PIL import Image
 
 from imgtune_jax import models
 from imgtune_jax.data import TooManyBadRecordsError
+from imgtune_jax.errors import NonFiniteLossError
 from imgtune_jax.training import batch_source, checkpoint, loop
 from tests.debug_run import ROOT, losses, metrics, settings, signal_after, start
 
@@ -82,18 +83,19 @@ def test_another_config_in_the_same_folder_is_refused(tmp_path):
     loop.train(settings(**{"total.steps": 1, "log_every": 2}), tmp_path)  # this may change
 
 
-def test_a_loss_that_is_not_finite_names_step_and_last_good_checkpoint(tmp_path):
-    """The features of the third batch are poisoned."""
+def test_non_finite_loss_names_step_and_last_good_checkpoint(tmp_path, monkeypatch):
+    """The features of the third batch are NaN."""
+    batches = batch_source.BatchSource.batches
 
-    class Poisoned(batch_source.PlainFeed):
-        def batches(self, start):
-            for t, batch in enumerate(super().batches(start), start):
-                poison = jnp.full((64, 32), jnp.nan)
-                yield batch if t < 2 else batch.replace(image=None, image_features=poison)
+    def batches_with_nan(self, start):
+        for t, batch in enumerate(batches(self, start), start):
+            nan = jnp.full((64, 32), jnp.nan)
+            yield batch if t < 2 else batch.replace(image=None, image_features=nan)
 
+    monkeypatch.setattr(batch_source.BatchSource, "batches", batches_with_nan)
     changes = {"lock.image": True, "checkpoint.every.steps": 1}
-    with pytest.raises(loop.NonFiniteLossError, match=r"loss is nan at step 3; .*checkpoints/1\."):
-        loop.train(settings(**changes), tmp_path, make_feed=Poisoned.make)
+    with pytest.raises(NonFiniteLossError, match=r"loss is nan at step 3; .*checkpoints/1\."):
+        loop.train(settings(**changes), tmp_path)
 
 
 def test_locking_everything_is_refused(tmp_path):
@@ -173,7 +175,7 @@ def test_shorter_padding_trains_alike(tmp_path):
     loop.train(settings(**changes, **buckets), tmp_path / "cut")
     np.testing.assert_allclose(losses(tmp_path / "cut"), losses(tmp_path / "whole"), rtol=1e-5)
     text = dict(settings().model["text"], mask_padding=False, causal=False)
-    with pytest.raises(ValueError, match="a text tower that sees its padding"):
+    with pytest.raises(ValueError, match="a text tower that reads its padding"):
         loop.train(settings(**changes, **buckets, **{"model.text": text}), tmp_path / "refused")
 
 
@@ -181,7 +183,7 @@ def test_locked_matrices_in_bfloat16_train_alike(tmp_path, monkeypatch):
     """… to the last byte, as every product rounds them to that."""
     changes = {"model.dtype": "bfloat16", "lock.image": True, "total.steps": 4}
     loop.train(settings(**changes), tmp_path / "held")
-    monkeypatch.setattr(models.Model, "as_operands", lambda self, frozen: frozen)
+    monkeypatch.setattr(models.Model, "cast_frozen_kernels", lambda self, frozen: frozen)
     loop.train(settings(**changes), tmp_path / "cast")
     assert (tmp_path / "held/metrics.jsonl").read_bytes() == (
         tmp_path / "cast/metrics.jsonl"
