@@ -21,7 +21,7 @@ MAX_EXAMPLES = 4096
 
 
 def calibrate(
-    model: models.Model, params: Params, batches: Iterator[Batch], partitioner: Partitioner
+    model: models.ImageTextModel, params: Params, batches: Iterator[Batch], partitioner: Partitioner
 ) -> Params:
     """Return `params` with measured `input_mean` and `input_std` of each standardizing head.
 

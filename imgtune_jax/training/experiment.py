@@ -60,7 +60,7 @@ class Experiment:
 
     config: Config
     partitioner: Partitioner
-    model: models.Model  # frozen layers run in eval mode
+    model: models.ImageTextModel  # frozen layers run in eval mode
     is_frozen: dict[str, bool]  # by parameter path
     preprocess: data.Compose  # PIL image or array -> u8[h w 3], deterministic
     tokenizer: data.Tokenizer

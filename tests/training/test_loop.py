@@ -183,7 +183,7 @@ def test_locked_matrices_in_bfloat16_train_alike(tmp_path, monkeypatch):
     """… to the last byte, as every product rounds them to that."""
     changes = {"model.dtype": "bfloat16", "lock.image": True, "total.steps": 4}
     loop.train(settings(**changes), tmp_path / "held")
-    monkeypatch.setattr(models.Model, "cast_frozen_kernels", lambda self, frozen: frozen)
+    monkeypatch.setattr(models.ImageTextModel, "cast_frozen_kernels", lambda self, frozen: frozen)
     loop.train(settings(**changes), tmp_path / "cast")
     assert (tmp_path / "held/metrics.jsonl").read_bytes() == (
         tmp_path / "cast/metrics.jsonl"
