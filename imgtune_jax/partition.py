@@ -98,17 +98,17 @@ class Partitioner:
         several_cpus = self.mesh.size > 1 and self.mesh.devices.flat[0].platform == "cpu"
         return {"xla_cpu_enable_concurrency_optimized_scheduler": False} if several_cpus else {}
 
-    def check_batch_size(self, batch_size: int, what: str = "batch") -> None:
+    def check_batch_size(self, batch_size: int, name: str = "batch") -> None:
         """Raise ValueError unless `batch_size` is a multiple of the number of batch shards.
 
-        `what` is the name of the batch, for the error, which suggests sizes that fit.
+        `name` is what the error, which suggests sizes that fit, calls the batch.
         """
         n = self.num_batch_shards
         if batch_size % n:
             low, high = batch_size // n * n, -(-batch_size // n) * n
             fitting = f"{low} or {high}" if low else f"{high}"
             raise ValueError(
-                f"{what} size {batch_size} does not divide over {n} devices; set it to {fitting}"
+                f"{name} size {batch_size} does not divide over {n} devices; set it to {fitting}"
             )
 
     def constrain(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:

@@ -27,7 +27,7 @@ log = logging.getLogger("imgtune_jax.training")
 class Run:
     """An experiment in a workdir, with parameters and a step.
 
-    The training loop replaces `state`, `last_metrics` and `preempted`; the rest stays.
+    The training loop changes `state`, `last_metrics` and `preempted`, and no other field.
     """
 
     experiment: Experiment

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from imgtune_jax import data, info, param_tree
-from imgtune_jax.training import experiment, feature_cache, loop
+from imgtune_jax.training import feature_cache, loop
+from imgtune_jax.training.experiment import build_experiment
 from tests.debug_run import ROOT, losses, settings, signal_after, start
 
 # One view of an image, one caption per record; three epochs.
@@ -38,8 +39,8 @@ def cached(folder, dtype="float32", image_views=1, text_views=1):
 
 def build(**changes):
     """(experiment, frozen parameters) of the debug config with changes."""
-    exp = experiment.build_experiment(settings(**changes))
-    return exp, exp.split_params(exp.init_params())[1]
+    experiment = build_experiment(settings(**changes))
+    return experiment, experiment.split_params(experiment.init_params())[1]
 
 
 def stored_features(folder):
@@ -150,14 +151,14 @@ def test_run_killed_while_filling_equals_uninterrupted_run(tmp_path):
 def test_fill_cache_continues_where_it_stopped(tmp_path):
     changes = {**DETERMINISTIC, "lock.image": True, "batch_size": 512}
     feature_cache.fill_cache(build(**changes, **cached(tmp_path / "full"))[0])
-    exp, frozen = build(**changes, **cached(tmp_path / "stopped"))
-    batch_source = feature_cache.build_batch_source(exp, frozen)
+    experiment, frozen = build(**changes, **cached(tmp_path / "stopped"))
+    batch_source = feature_cache.build_batch_source(experiment, frozen)
     ordered = dataclasses.replace(
         batch_source, pipeline=dataclasses.replace(batch_source.pipeline, shuffle=False)
     )
     for _ in itertools.islice(ordered.batches(0), 3):
         ordered.flush()
-    feature_cache.fill_cache(exp)
+    feature_cache.fill_cache(experiment)
     one, other = stored_features(tmp_path / "full"), stored_features(tmp_path / "stopped")
     np.testing.assert_array_equal(one["image"], other["image"])
 
@@ -194,8 +195,8 @@ def test_second_run_decodes_no_image_and_runs_no_frozen_prefix(tmp_path, monkeyp
 
 def test_step_needs_no_parameter_of_a_cached_prefix(tmp_path):
     lock = LOCKS["all but the last layers: tokens"]
-    exp, frozen = build(**DETERMINISTIC, **lock, **cached(tmp_path))
-    batch_source = feature_cache.build_batch_source(exp, frozen)
+    experiment, frozen = build(**DETERMINISTIC, **lock, **cached(tmp_path))
+    batch_source = feature_cache.build_batch_source(experiment, frozen)
     assert frozen["image"] and frozen["text"]
     assert not jax.tree.leaves(param_tree.select(frozen, batch_source.needs_param))
 
@@ -256,20 +257,22 @@ def test_key_does_not_depend_on_what_changes_no_feature(base_names):
     both, base = base_names
     other = {"optim.lr": 0.5, "batch_size": 256, "model.embed_dim": 16}
     assert store_names(**(both | other | {"objectives": ONE_MORE_OBJECTIVE})) == base
-    exp, frozen = build(**both)
-    seeded = dataclasses.replace(exp, config=dataclasses.replace(exp.config, seed=1))
-    keys = [feature_cache.cache_key(e, frozen, "image") for e in (exp, seeded)]
+    experiment, frozen = build(**both)
+    seeded = dataclasses.replace(experiment, config=dataclasses.replace(experiment.config, seed=1))
+    keys = [feature_cache.cache_key(e, frozen, "image") for e in (experiment, seeded)]
     assert keys[0] == keys[1], "deterministic preprocessing does not depend on the seed"
 
 
 def test_store_of_another_key_is_an_error(base_names):
     both, base = base_names
-    exp, frozen = build(**both)
-    manifest = feature_cache.cache_root(exp.config.cache.path) / base["image"] / "manifest.json"
+    experiment, frozen = build(**both)
+    manifest = (
+        feature_cache.cache_root(experiment.config.cache.path) / base["image"] / "manifest.json"
+    )
     original = manifest.read_text()
     manifest.write_text(json.dumps(json.loads(original) | {"weights": "others"}))
     with pytest.raises(ValueError, match="they differ in weights"):
-        feature_cache.open_stores(exp, frozen)
+        feature_cache.open_stores(experiment, frozen)
     manifest.write_text(original)
 
 
