@@ -77,10 +77,10 @@ def restore_params(workdir: Path, step: int | None, target: Params) -> tuple[Par
     folder = workdir / workdir_files.CHECKPOINTS
     steps = saved_steps(workdir)
     if not steps or (step is not None and step not in steps):
-        expected = "a checkpoint" if step is None else f"step {step}"
+        expected = "checkpoint" if step is None else f"checkpoint of step {step}"
+        advice = "choose one of them" if steps else "train until the first one"
         raise FileNotFoundError(
-            f"{folder} has the saved steps {steps or 'none'}; expected {expected}; "
-            + ("choose a saved step" if steps else "train until the first checkpoint")
+            f"{folder} has no {expected}; saved steps: {steps or 'none'}; {advice}"
         )
     chosen = steps[-1] if step is None else step
     options = ocp.CheckpointManagerOptions(read_only=True)

@@ -90,10 +90,12 @@ def test_saved_steps_are_those_of_complete_checkpoints(tmp_path):
 
 
 def test_missing_checkpoint_error_lists_the_saved_steps(tmp_path):
-    with pytest.raises(FileNotFoundError, match="saved steps none; expected a checkpoint"):
+    with pytest.raises(FileNotFoundError, match="has no checkpoint; saved steps: none; train"):
         checkpoint.restore_params(tmp_path, None, {})
     (tmp_path / "checkpoints" / "5").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match=r"saved steps \[5\]; expected step 7"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no checkpoint of step 7; saved steps: \[5\]; choose"
+    ):
         checkpoint.restore_params(tmp_path, 7, {})
 
 
