@@ -17,10 +17,9 @@ from ml_collections import ConfigDict
 
 from imgtune_jax import config as config_lib
 from imgtune_jax import data, interop, param_tree
-from imgtune_jax.data.folder import IMAGE_SUFFIXES
 from imgtune_jax.evals import GeneratedCaption, zeroshot
 from imgtune_jax.evals.predictor import ModelPredictor
-from imgtune_jax.training import checkpoint, feature_cache, loop, run
+from imgtune_jax.training import checkpoint, loop
 from imgtune_jax.training.experiment import Experiment, build_experiment
 
 Image = Any  # a path, a PIL image, or an array u8[h w] / u8[h w 3] / u8[h w 4]
@@ -196,11 +195,11 @@ def load(folder: str | Path, *, step: int | None = None, use_memo: bool = False)
     if (folder / PARAMS_FILE).is_file():
         params, saved_step = interop.load_params(folder / PARAMS_FILE), -1
     else:
-        target, frozen_target = run.abstract_split(experiment)
+        target, frozen_target = experiment.abstract_split_params
         trainable, digest, saved_step = checkpoint.restore_params(folder, step, target)
         frozen = checkpoint.restore_frozen(folder, digest, frozen_target)
         params = param_tree.merge(trainable, frozen)
-    return TunedModel(experiment.predictor(params, keep=use_memo), experiment, saved_step)
+    return TunedModel(experiment.predictor(params, use_memo=use_memo), experiment, saved_step)
 
 
 def train(config: config_lib.Config | ConfigDict, workdir: str | Path) -> TunedModel:
@@ -212,10 +211,10 @@ def train(config: config_lib.Config | ConfigDict, workdir: str | Path) -> TunedM
     if not isinstance(config, config_lib.Config):
         config = config_lib.parse_config(config)
     workdir = Path(workdir).absolute()
-    trained = loop.train(config, workdir, make_feed=feature_cache.build_batch_source)
+    trained = loop.train(config, workdir)
     experiment = build_experiment(config, tokenizer_dir=workdir / "tokenizer")
     # Not `trained` itself: it would memoize the features of every image that it encodes.
-    predictor = experiment.predictor(trained.params, keep=False)
+    predictor = experiment.predictor(trained.params, use_memo=False)
     return TunedModel(predictor, experiment, checkpoint.saved_steps(workdir)[-1])
 
 
@@ -286,7 +285,7 @@ def _read_error(record: data.Record) -> str:
 
 
 def _is_image_path(text: str) -> bool:
-    return text.lower().endswith(IMAGE_SUFFIXES) and Path(text).is_file()
+    return text.lower().endswith(data.IMAGE_SUFFIXES) and Path(text).is_file()
 
 
 def _is_embeddings(gallery: Any) -> bool:

@@ -1,8 +1,8 @@
-"""A ConfigDict in, validated frozen dataclasses out. The only file that reads a ConfigDict.
+"""Parse a ConfigDict into validated frozen dataclasses. No other file reads a ConfigDict.
 
-The dataclasses say what a key means and which type it has; `configs/base.py` holds every default.
-What a component takes (a tower, a source, a loss) is checked by the component itself, so those
-parts stay plain dicts here.
+The dataclasses define the meaning and the type of each key; `configs/base.py` has every default.
+Settings of a component (a tower, a source, a loss) are plain dicts here, since the component
+checks them.
 """
 
 from __future__ import annotations
@@ -15,26 +15,25 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from imgtune_jax import config_history
 
-T = TypeVar("T")
-ComponentConfig = dict[str, Any]  # {"name": which, **fields}
+ComponentConfig = dict[str, Any]  # {"name": key in a table of components, **fields}
 
 
 @dataclass(frozen=True)
 class Duration:
-    """A length of training. At most one of the three is set; none set means never."""
+    """A length of training in one of three units. At most one is set; all None means never."""
 
     steps: int | None
     epochs: float | None
     examples: int | None
 
     def in_steps(self, *, batch_size: int, num_examples: int) -> int | None:
-        """Steps, rounded to nearest and at least 1; None when the duration is unset."""
+        """Convert to steps, rounded to nearest and at least 1; None if no unit is set."""
         if self.steps is not None:
             return self.steps
         if self.epochs is not None:
@@ -46,7 +45,7 @@ class Duration:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; one of them may be -1, which takes what is left."""
+    """Devices along each axis; one of them may be -1, which takes the remaining devices."""
 
     data: int
     fsdp: int
@@ -55,7 +54,7 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class WeightsConfig:
-    """A tower's pretrained weights: {} = random, else {"format", and "package" or "path"}."""
+    """Pretrained weights by tower: {} is random, else {"format", and "package" or "path"}."""
 
     image: dict[str, Any]
     text: dict[str, Any]
@@ -63,9 +62,12 @@ class WeightsConfig:
 
 @dataclass(frozen=True)
 class LockConfig:
-    """What does not train. `*_unlocked_layers = n` frees the last n layers of a locked tower and
-    all that follows them. `patterns` are further regular expressions on parameter paths, matched
-    in full (`image/blocks_0/.*`), that lock whatever they match."""
+    """Parameters that do not train.
+
+    With `*_unlocked_layers = n`, the last n layers of a locked tower and every module after them
+    train. `patterns` are regular expressions that match full parameter paths, such as
+    `image/blocks_0/.*`; a path that one of them matches is locked too.
+    """
 
     image: bool
     image_head: bool
@@ -79,11 +81,19 @@ class LockConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Training data. `captions` weighs the caption sets of a record, `prefixes` says what stands
-    before a set's captions and carries no loss ("<de>"); `transforms` augment.
+    """Training data.
 
-    `length_buckets`: a batch's texts are padded to the least of these lengths that holds all of
-    them, or else to the tokenizer's. A step is compiled for each, and padding changes no value."""
+    `caption_weights` are the sampling weights of a record's caption sets. `prefixes` maps a caption
+    set to the string before its captions, such as "<de>", which has no loss. `transforms` augment
+    images.
+
+    `length_buckets`: texts of a batch are padded to the smallest of these lengths that fits all of
+    them, or to the tokenizer's length if none does. A step is compiled for each length; padding
+    changes no value.
+
+    More than the fraction `max_bad_fraction` of unreadable records ends the run; it is checked
+    after `max_bad_fraction_after` records.
+    """
 
     source: ComponentConfig
     caption_weights: dict[str, float]
@@ -99,12 +109,13 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """What locked towers give, computed once: `*_views` seeded augmentations of an image, or
-    captions drawn of a record. 0 views: that tower is run at every step.
+    """Feature cache: the outputs of frozen prefixes, computed once per input.
+
+    `image_views` augmentations of each image, or `text_views` captions sampled from each record,
+    are cached. With 0 views, or without a frozen prefix, the full tower runs at every step.
 
     `path` is a folder that runs may share, "auto" for the user's cache folder, None for no cache.
-    A tower is cached from its input to its first layer that trains; one that trains from its input
-    on is run at every step. `dtype` is float32, bfloat16 or int8 (one scale a vector).
+    `dtype` is float32, bfloat16 or int8 (with one scale per vector).
     """
 
     path: str | None
@@ -115,8 +126,11 @@ class CacheConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Optimizer and schedule. Multipliers are (regex on the parameter path, factor): the first
-    match wins and every parameter must match one."""
+    """Optimizer and schedule.
+
+    A multiplier is (regex that matches a full parameter path, factor). The first match wins, and
+    every parameter must match one.
+    """
 
     name: str
     args: dict[str, Any]
@@ -134,7 +148,11 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """How often to save and what to keep. `best_metric` is a name as evaluators report it."""
+    """How often to save, and how many checkpoints to retain.
+
+    `best_metric` is the name of a logged metric, such as "val/coco/image_to_text_R@1"; higher is
+    better.
+    """
 
     every: Duration
     keep_last: int
@@ -146,8 +164,9 @@ class CheckpointConfig:
 class Config:
     """One experiment.
 
-    `preprocess` is what every image goes through when the model is judged or used. `evals` are run
-    every `eval_every` and at the end; `baselines` once, on the model before its first step.
+    `preprocess` transforms every image in evaluation and inference, and in training if
+    `data.transforms` is empty. `evals` run every `eval_every` and at the end; `baselines` run once,
+    on the model before its first step.
     """
 
     name: str
@@ -172,15 +191,15 @@ class Config:
     log_every: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dicts, ready for JSON; `parse` reads them back to an equal Config."""
+        """Return nested dicts, ready for JSON, that `parse_config` parses to an equal Config."""
         return dataclasses.asdict(self)
 
 
 def parse_config(config: Any) -> Config:
-    """Validate a ConfigDict, or the dict that `Config.to_dict` gave.
+    """Parse and validate a ConfigDict, or the result of `Config.to_dict`.
 
-    Raises ValueError naming every wrong key at once: unknown (with the nearest known one),
-    missing, or of another type than wanted.
+    Raises ValueError naming every invalid key at once: unknown (with the nearest known one),
+    renamed (with the new name), missing, or of another type than expected.
     """
     tree = _to_builtins(config)
     errors = list(config_history.rename_errors(tree)) if isinstance(tree, Mapping) else []
@@ -193,7 +212,8 @@ def parse_config(config: Any) -> Config:
 
 
 def _parse(kind: Any, value: Any, path: str, errors: list[str]) -> Any:
-    if isinstance(value, ConfigDict):  # one inside a tuple stays one in ConfigDict.to_dict
+    """Return `value` as the type `kind`; append to `errors` if it has another type."""
+    if isinstance(value, ConfigDict):  # ConfigDict.to_dict does not convert those inside a tuple
         value = value.to_dict()
     if dataclasses.is_dataclass(kind):
         return _parse_fields(kind, value, path, errors)
@@ -205,25 +225,26 @@ def _parse(kind: Any, value: Any, path: str, errors: list[str]) -> Any:
     if origin is dict and isinstance(value, Mapping):
         return {k: _parse(args[1], v, f"{path}.{k}", errors) for k, v in value.items()}
     if origin is tuple and isinstance(value, list | tuple):
-        each = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
-        if len(each) == len(value):
-            pairs = enumerate(zip(each, value, strict=True))
-            return tuple(_parse(a, v, f"{path}[{i}]", errors) for i, (a, v) in pairs)
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        if len(kinds) == len(value):
+            items = enumerate(zip(kinds, value, strict=True))
+            return tuple(_parse(k, v, f"{path}[{i}]", errors) for i, (k, v) in items)
     if kind is Any:
         return _to_builtins(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    plain = kind in (bool, int, float, str) and isinstance(value, kind)
-    if plain and not (isinstance(value, bool) and kind is not bool):
+    is_scalar = kind in (bool, int, float, str) and isinstance(value, kind)
+    if is_scalar and not (isinstance(value, bool) and kind is not bool):
         return value
-    wanted = str(kind) if origin else getattr(kind, "__name__", str(kind))
-    errors.append(f"{path} = {value!r} ({type(value).__name__}); wanted {wanted}")
+    expected = str(kind) if origin else getattr(kind, "__name__", str(kind))
+    errors.append(f"{path} = {value!r} ({type(value).__name__}); expected {expected}")
     return None
 
 
 def _parse_fields(kind: Any, value: Any, path: str, errors: list[str]) -> Any:
+    """Return a mapping as the dataclass `kind`; append to `errors` if a key does not fit."""
     if not isinstance(value, Mapping):
-        errors.append(f"{path} = {value!r}; wanted a group with keys {_names(kind)}")
+        errors.append(f"{path} = {value!r}; expected a group with the keys {_names(kind)}")
         return None
     hints = typing.get_type_hints(kind)
     for key in value:
@@ -239,11 +260,12 @@ def _parse_fields(kind: Any, value: Any, path: str, errors: list[str]) -> Any:
 
 
 def _names(kind: Any) -> str:
+    """Return the field names of a dataclass, for an error."""
     return ", ".join(f.name for f in dataclasses.fields(kind))
 
 
 def _to_builtins(value: Any) -> Any:
-    """Nested mappings to dicts and lists to tuples, so that equal configs compare equal."""
+    """Convert nested mappings to dicts and lists to tuples, so that equal configs are equal."""
     if isinstance(value, ConfigDict):
         value = value.to_dict()
     if isinstance(value, Mapping):
@@ -254,6 +276,7 @@ def _to_builtins(value: Any) -> Any:
 
 
 def _value_errors(c: Config) -> Iterable[str]:
+    """Yield an error for each value that is out of range or contradicts another."""
     durations = {
         "total": c.total,
         "eval_every": c.eval_every,
@@ -261,27 +284,31 @@ def _value_errors(c: Config) -> Iterable[str]:
         "optim.warmup": c.optim.warmup,
         "optim.cooldown": c.optim.cooldown,
     }
-    for name, d in durations.items():
-        chosen = {k: v for k, v in dataclasses.asdict(d).items() if v is not None}
-        if len(chosen) > 1:
-            yield f"config.{name} has {chosen}; set one of steps, epochs, examples, the others None"
-        if any(v < 0 for v in chosen.values()):
-            yield f"config.{name} has {chosen}; a duration is not negative"
+    for name, duration in durations.items():
+        lengths = {k: v for k, v in dataclasses.asdict(duration).items() if v is not None}
+        if len(lengths) > 1:
+            yield (
+                f"config.{name} = {lengths}; expected one unit; set one of steps, epochs, "
+                f"examples, the others None"
+            )
+        if any(v < 0 for v in lengths.values()):
+            yield f"config.{name} = {lengths}; expected 0 or more, a duration is not negative"
     if all(v is None for v in dataclasses.asdict(c.total).values()):
         yield "config.total has no length; set one of steps, epochs, examples"
     if c.batch_size < 1 or c.accumulation < 1 or c.batch_size % c.accumulation:
         yield (
             f"config.batch_size = {c.batch_size} does not divide into config.accumulation = "
-            f"{c.accumulation} microbatches"
+            f"{c.accumulation} microbatches; set it to a multiple"
         )
     if not c.objectives:
         yield "config.objectives is empty; name at least one, e.g. dict(softmax=dict(weight=1.0))"
-    if min(c.cache.image_views, c.cache.text_views) < 0:
-        yield f"config.cache has {dataclasses.asdict(c.cache)}; views are not negative"
+    for key in ("image_views", "text_views"):
+        if (views := getattr(c.cache, key)) < 0:
+            yield f"config.cache.{key} = {views}; expected 0 or more, views are not negative"
 
 
 def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
-    """{dotted key: (value in a, value in b)} of all leaves that differ."""
+    """Return {dotted key: (value in a, value in b)} of all values that differ."""
     flat_a, flat_b = flatten_config(a.to_dict()), flatten_config(b.to_dict())
     keys = sorted(flat_a.keys() | flat_b.keys())
     return {
@@ -292,27 +319,28 @@ def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def flatten_config(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; empty groups stay, as {}."""
+    """Flatten {"a": {"b": 1}} to {"a.b": 1}; an empty group becomes the value {}."""
     if not isinstance(tree, Mapping) or not tree:
         return {prefix: tree}
-    out: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
-        out |= flatten_config(value, f"{prefix}.{key}" if prefix else str(key))
-    return out
+        flat |= flatten_config(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Write the resolved config as JSON."""
+    """Save the resolved config as JSON."""
     Path(path).write_text(json.dumps(config.to_dict(), indent=1) + "\n")
 
 
 def load_config(path: str | Path) -> Config:
-    """Read what `save` wrote, today or before. Raises FileNotFoundError with what is wanted."""
+    """Load a config that `save_config` saved, also one with the keys of an older version.
+
+    Raises FileNotFoundError if there is no such file.
+    """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no config at {path}; wanted a run's folder, as train.py writes it"
-        )
+        raise FileNotFoundError(f"no config at {path}; expected the folder of a run of train.py")
     saved = json.loads(path.read_text())
     config_history.upgrade(saved)
     return parse_config(saved)

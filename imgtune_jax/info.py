@@ -45,9 +45,9 @@ def _cache_lines(workdir: Path) -> Iterable[str]:
             continue
         store = data.FeatureStore.load(Path(folder))
         shape = "×".join(map(str, store.shape))
-        seconds_saved = store.seconds / max(store.computed, 1) * store.num_records
+        seconds_saved = store.compute_seconds / max(store.num_rows, 1) * store.num_records
         yield (
-            f"cache        {tower}: {store.computed} of {store.views * store.num_records} rows "
+            f"cache        {tower}: {store.num_rows} of {store.views * store.num_records} rows "
             f"({store.views} × {store.num_records} records), {shape} {store.dtype}, "
             f"{store.bytes / 1e6:.1f} MB; an epoch read from it saves {seconds_saved:.1f} s"
         )

@@ -1,8 +1,8 @@
-"""Locking: which parameters a config freezes, and each tower's frozen prefix.
+"""Locking: which parameters a config freezes, and the frozen prefix of each tower.
 
-`config.lock` determines the frozen parameters by path. If a tower is frozen from its input on,
-without an interruption, that part is its *frozen prefix*: a function of the input alone, so its
-output can be cached. What follows is the *suffix*. No other module parses layer names.
+`config.lock` determines the frozen parameters by path. The contiguous run of frozen modules that
+starts at a tower's input is its *frozen prefix*: a function of the input alone, so its output can
+be cached. The other modules are the *suffix*. This is the only module that parses `blocks_<n>`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from imgtune_jax.config import LockConfig
 from imgtune_jax.types import MODALITIES
 
-# Modules that come after the layers, in every tower. All others outside the layers come before.
+# Modules after the layers, in every tower. All others outside the layers come before them.
 AFTER_LAYERS = ("final_norm", "pool", "head", "classifier", "vocabulary")
 
-# Statistics of a standardizing head are measured (`train/calibrate.py`), never trained.
+# Statistics of a standardizing head, which are measured (`training/calibrate.py`) and not trained.
 STATISTICS = ("input_mean", "input_std")
 
 
@@ -25,17 +25,17 @@ STATISTICS = ("input_mean", "input_std")
 class FrozenPrefix:
     """The part of a tower that is frozen from its input on.
 
-    `num_layers` n is the embeddings and the first n layers; -1 is the full tower.
+    `num_layers` = n: the embeddings and the first n layers; -1: the full tower.
     """
 
     num_layers: int
 
     @classmethod
     def from_paths(cls, is_frozen: Mapping[str, bool]) -> FrozenPrefix | None:
-        """The prefix of a tower, or None if the tower trains from its input on.
+        """Return the frozen prefix of a tower, None if layer 0 or a module before it trains.
 
-        `is_frozen` maps each path in the tower, such as 'blocks_0/attn/q/kernel', to whether it is
-        frozen.
+        `is_frozen` maps each path in the tower, such as 'blocks_0/attn/q/kernel', to whether the
+        parameter is frozen.
         """
         if all(is_frozen.values()):
             return cls(-1)
@@ -52,25 +52,25 @@ class FrozenPrefix:
 
     @property
     def is_full_tower(self) -> bool:
-        """Whether nothing of the tower trains."""
+        """Whether the full tower is frozen."""
         return self.num_layers == -1
 
     def contains(self, path: str) -> bool:
         """Whether a path in the tower belongs to the prefix."""
-        layer = layer_index(path)
         if self.is_full_tower:
             return True
+        layer = layer_index(path)
         return is_embedding(path) if layer is None else layer < self.num_layers
 
 
 def layer_index(path: str) -> int | None:
-    """The number in 'blocks_3/…', a path in a tower; None for a parameter outside the layers."""
+    """Return n of 'blocks_<n>/…', a path in a tower; None for a parameter outside the layers."""
     match = re.match(r"blocks_(\d+)(?:/|$)", path)
     return int(match.group(1)) if match else None
 
 
 def num_layers(paths: Iterable[str]) -> int:
-    """Number of layers of a tower with these paths."""
+    """Return the number of layers of a tower with these paths in it."""
     layers = [layer for layer in map(layer_index, paths) if layer is not None]
     return max(layers) + 1 if layers else 0
 
@@ -80,8 +80,14 @@ def is_embedding(path: str) -> bool:
     return layer_index(path) is None and path.partition("/")[0] not in AFTER_LAYERS
 
 
+def tower_paths(paths: Iterable[str], modality: str) -> list[str]:
+    """Return the paths in a tower, 'blocks_0/…', of the model's paths, 'image/blocks_0/…'."""
+    prefix = f"{modality}/"
+    return [path.removeprefix(prefix) for path in paths if path.startswith(prefix)]
+
+
 def frozen_paths(cfg: LockConfig, paths: Sequence[str]) -> dict[str, bool]:
-    """{path: whether it is frozen} of all parameters.
+    """Return {path: whether it is frozen} for all parameters.
 
     Raises ValueError for a setting that does not fit the parameters.
     """
@@ -95,34 +101,36 @@ def frozen_paths(cfg: LockConfig, paths: Sequence[str]) -> dict[str, bool]:
         elif num_unlocked:
             raise ValueError(
                 f"config.lock.{modality}_unlocked_layers = {num_unlocked} needs "
-                f"config.lock.{modality} = True"
+                f"config.lock.{modality} = True; set it, or set the number to 0"
             )
     if cfg.logit_scale:
         frozen |= {p for p in paths if p in ("logit_scale", "logit_bias")}
     for pattern in cfg.patterns:
-        hits = {p for p in paths if re.fullmatch(pattern, p)}
-        if not hits:
+        matching = {p for p in paths if re.fullmatch(pattern, p)}
+        if not matching:
             raise ValueError(
-                f"config.lock.patterns: {pattern!r} matches no parameter; "
-                f"a path looks like {paths[0]!r}"
+                f"config.lock.patterns has {pattern!r}, which matches no parameter; correct or "
+                f"remove it; a path looks like {paths[0]!r}"
             )
-        frozen |= hits
+        frozen |= matching
     return {p: p in frozen for p in paths}
 
 
 def _frozen_tower_paths(paths: Sequence[str], modality: str, num_unlocked: int) -> set[str]:
-    """The paths of a locked tower, without its last layers and the modules after them."""
-    tower = [p.removeprefix(f"{modality}/") for p in paths if p.startswith(f"{modality}/")]
-    count = num_layers(tower)
+    """Return the paths of a locked tower, without its last layers and the modules after them."""
+    in_tower = tower_paths(paths, modality)
+    count = num_layers(in_tower)
     if num_unlocked and not 0 < num_unlocked <= count:
         raise ValueError(
-            f"config.lock.{modality}_unlocked_layers = {num_unlocked}; the tower has {count} "
-            f"layers, so 0 to {count} can be unlocked"
+            f"config.lock.{modality}_unlocked_layers = {num_unlocked}; expected 0 to "
+            f"{count}, since the tower has {count} layers"
         )
     prefix = FrozenPrefix(count - num_unlocked if num_unlocked else -1)
-    return {f"{modality}/{p}" for p in tower if prefix.contains(p)}
+    return {f"{modality}/{p}" for p in in_tower if prefix.contains(p)}
 
 
 def _is_statistic(path: str) -> bool:
-    component, _, rest = path.partition("/")
-    return component in ("image_head", "text_head") and rest.rpartition("/")[2] in STATISTICS
+    """Whether a path is an input statistic of a head, such as 'image_head/input_mean'."""
+    component, _, path_in_head = path.partition("/")
+    is_head = component in {f"{modality}_head" for modality in MODALITIES}
+    return is_head and path_in_head.rpartition("/")[2] in STATISTICS

@@ -1,7 +1,6 @@
-"""Parameter trees by path.
+"""Parameter trees by path: flatten, split, merge, select, map, match with regexes, digest.
 
-A path joins the keys of nested dicts, as in 'image/blocks_3/attn/q/kernel'. Every function here
-takes and returns plain nested dicts.
+A tree is a nested dict of arrays. A path joins its keys, as in 'image/blocks_3/attn/q/kernel'.
 """
 
 from __future__ import annotations
@@ -21,32 +20,31 @@ V = TypeVar("V")
 
 
 def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
-    """{path: leaf} of a tree."""
+    """Return {path: leaf} of a tree."""
     return traverse_util.flatten_dict(dict(params), sep="/")
 
 
 def unflatten(flat: Mapping[str, Any]) -> Params:
-    """The inverse of `flatten`."""
+    """Return the tree of {path: leaf}: the inverse of `flatten`."""
     return traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
 def param_paths(params: Params) -> list[str]:
-    """All paths of a tree, concrete or abstract, sorted."""
+    """Return all paths of a tree of arrays or abstract arrays, sorted."""
     return sorted(flatten(params))
 
 
 def path_str(path: tuple[Any, ...]) -> str:
-    """A JAX key path as 'image/blocks_0/attn/q/kernel'."""
+    """Return a key path of any pytree (`jax.tree_util`) as 'image/blocks_0/attn/q/kernel'."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
 def split(params: Params, is_frozen: Mapping[str, bool]) -> tuple[Params, Params]:
-    """Split a tree into (trainable, frozen) trees, each with its own paths only."""
-    parts: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
-    for path, value in flatten(params).items():
-        parts[is_frozen[path]][path] = value
-    trainable, frozen = map(unflatten, parts)
-    return trainable, frozen
+    """Split a tree into (trainable, frozen) trees. `is_frozen` has every path of the tree."""
+    trainable, frozen = {}, {}
+    for path, leaf in flatten(params).items():
+        (frozen if is_frozen[path] else trainable)[path] = leaf
+    return unflatten(trainable), unflatten(frozen)
 
 
 def merge(trainable: Params, frozen: Params) -> Params:
@@ -55,51 +53,54 @@ def merge(trainable: Params, frozen: Params) -> Params:
 
 
 def select(params: Params, keep: Callable[[str], bool]) -> Params:
-    """The tree of the paths for which `keep` is true."""
-    return unflatten({path: value for path, value in flatten(params).items() if keep(path)})
+    """Return the tree of the paths for which `keep` is true."""
+    return unflatten({path: leaf for path, leaf in flatten(params).items() if keep(path)})
 
 
-def map_with_path(f: Callable[[str], Any], params: Params) -> Params:
-    """A tree of f(path), with the structure of `params`."""
-    return unflatten({path: f(path) for path in flatten(params)})
+def map_with_path(f: Callable[[str, Any], Any], params: Params) -> Params:
+    """Return the tree of f(path, leaf), with the structure of `params`."""
+    return unflatten({path: f(path, leaf) for path, leaf in flatten(params).items()})
 
 
-def match_rules(rules: Sequence[tuple[str, V]], paths: Iterable[str], what: str) -> dict[str, V]:
-    """The value of the first rule that matches each path.
+def match_rules(rules: Sequence[tuple[str, V]], paths: Iterable[str], key: str) -> dict[str, V]:
+    """Return {path: value of the first rule that matches it}.
 
     A rule is (regular expression, value); the expression must match the full path. Raises
-    ValueError listing the paths that no rule matches and the rules that match no path. `what` is
-    the config key that the error names.
+    ValueError listing the paths that no rule matches and the rules, other than '.*', that match no
+    path. `key` is the config key of the rules, for the error.
     """
     compiled = [(re.compile(pattern), value) for pattern, value in rules]
-    out: dict[str, V] = {}
+    values: dict[str, V] = {}
     unmatched, used = [], set()
     for path in paths:
-        hits = [i for i, (pattern, _) in enumerate(compiled) if pattern.fullmatch(path)]
-        used.update(hits)
-        if hits:
-            out[path] = compiled[hits[0]][1]
+        matching = [i for i, (pattern, _) in enumerate(compiled) if pattern.fullmatch(path)]
+        used.update(matching)
+        if matching:
+            values[path] = compiled[matching[0]][1]
         else:
             unmatched.append(path)
     unused = [rules[i][0] for i in range(len(rules)) if i not in used and rules[i][0] != ".*"]
     if unmatched or unused:
-        lines = [f"{what}: the rules do not fit the parameters"]
+        lines = [f"{key}: the rules do not fit the parameters"]
         if unmatched:
             lines.append(
                 f"no rule matches {unmatched[:5]} ({len(unmatched)} in total); add ('.*', …)"
             )
         if unused:
-            example = next(iter(out), "")
-            lines.append(f"these rules match no parameter: {unused}; a path looks like {example!r}")
+            example = next(iter(values), "")
+            lines.append(
+                f"these rules match no parameter: {unused}; correct or remove them; "
+                f"a path looks like {example!r}"
+            )
         raise ValueError("\n  ".join(lines))
-    return out
+    return values
 
 
 def params_digest(params: Params) -> str:
-    """sha256 over paths, shapes, dtypes and bytes: equal trees have equal digests on any mesh."""
-    h = hashlib.sha256()
-    for path, x in sorted(flatten(params).items()):
-        host = np.asarray(jax.device_get(x))
-        h.update(f"{path} {host.shape} {host.dtype}\n".encode())
-        h.update(np.ascontiguousarray(host).tobytes())
-    return h.hexdigest()
+    """Return the SHA-256 of paths, shapes, dtypes and values, which no sharding changes."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(flatten(params).items()):
+        array = np.asarray(jax.device_get(leaf))
+        digest.update(f"{path} {array.shape} {array.dtype}\n".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

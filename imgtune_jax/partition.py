@@ -1,7 +1,7 @@
-"""The mesh, the one table of sharding rules, and the Partitioner that applies them.
+"""The mesh, the table of sharding rules, and the Partitioner that applies them.
 
-The mesh is an argument everywhere: no ambient mesh, no context manager. Mesh axes are `data`
-(batch only), `fsdp` (batch, and parameters at rest) and `tensor` (wide dimensions).
+The mesh is always an argument: there is no ambient mesh and no context manager. Mesh axes are
+`data` (batch only), `fsdp` (batch, and stored parameters) and `tensor` (wide dimensions).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from imgtune_jax import config as config_lib
 from imgtune_jax.param_tree import path_str
 from imgtune_jax.types import Batch, PyTree
 
-# Logical axes of activations -> mesh axes. The batch spans both data-like axes; the residual
-# stream is otherwise replicated, so GSPMD gathers parameters rather than activations.
+# Logical axes of activations -> mesh axes. The batch is sharded over `data` and `fsdp`. Otherwise
+# the residual stream is replicated, so GSPMD gathers parameters rather than activations.
 ACTIVATION_AXES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "length": None,
@@ -30,23 +30,25 @@ ACTIVATION_AXES: dict[str, str | tuple[str, ...] | None] = {
     "vocab": "tensor",
 }
 
-# (regex found in a parameter's path, mesh axis of each dimension). The first match whose rank
-# fits wins; what no rule fits has its largest divisible dimension laid over `fsdp`.
+# (regex searched in a parameter's path, mesh axis of each dimension). The first match with the
+# parameter's rank wins; without one, the largest divisible dimension is sharded over `fsdp`.
 PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"/(q|k|v|fc1|vocabulary)/kernel$", ("fsdp", "tensor")),
     (r"/(out|fc2)/kernel$", ("tensor", "fsdp")),
     (r"/(q|k|v|fc1)/bias$", ("tensor",)),
     (r"/(token_embed|word_embeddings)/embedding$", ("tensor", "fsdp")),
 )
-MIN_FSDP_SIZE = 2**10  # smaller arrays are replicated: a gather would cost more than it saves
+MIN_FSDP_SIZE = (
+    2**10
+)  # elements; smaller arrays are replicated, since a gather costs more than it saves
 
 
 def make_mesh(
     cfg: config_lib.MeshConfig, devices: Sequence[Any] | None = None
 ) -> jax.sharding.Mesh:
-    """A (data, fsdp, tensor) mesh over all devices.
+    """Make a (data, fsdp, tensor) mesh over all devices.
 
-    Raises ValueError when the axes' product is not the number of devices.
+    Raises ValueError if the product of the axes is not the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = [cfg.data, cfg.fsdp, cfg.tensor]
@@ -55,8 +57,8 @@ def make_mesh(
         sizes[sizes.index(-1)] = len(devices) // known
     if any(s < 1 for s in sizes) or int(np.prod(sizes)) != len(devices):
         raise ValueError(
-            f"mesh data={cfg.data}, fsdp={cfg.fsdp}, tensor={cfg.tensor} does not lay out "
-            f"{len(devices)} devices; wanted a product of {len(devices)} (one axis may be -1)"
+            f"config.mesh = (data={cfg.data}, fsdp={cfg.fsdp}, tensor={cfg.tensor}) on "
+            f"{len(devices)} devices; expected a product of {len(devices)}; one axis may be -1"
         )
     return jax.make_mesh(
         tuple(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices
@@ -65,46 +67,54 @@ def make_mesh(
 
 @dataclass(frozen=True)
 class Partitioner:
-    """Says where every array of a program lives on the mesh."""
+    """Shardings of all arrays of a program on a mesh."""
 
     mesh: jax.sharding.Mesh
 
     @property
     def replicated(self) -> NamedSharding:
-        """On every device, whole."""
+        """Sharding of an array that every device holds in full."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
     def batch_sharding(self) -> NamedSharding:
-        """First dimension over `data` and `fsdp`, the rest whole."""
+        """Sharding of the first dimension over `data` and `fsdp`; the others are replicated."""
         return NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
 
     @property
     def num_batch_shards(self) -> int:
-        """Number of parts a batch is cut into."""
+        """Number of shards of a batch."""
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
-    def check_batch_size(self, batch_size: int, what: str = "batch") -> None:
-        """Raise ValueError unless `batch_size` divides over the devices, naming sizes that do."""
+    def check_batch_size(self, batch_size: int, name: str = "batch") -> None:
+        """Raise ValueError unless `batch_size` is a multiple of the number of batch shards.
+
+        `name` is what the error, which suggests sizes that fit, calls the batch.
+        """
         n = self.num_batch_shards
         if batch_size % n:
             low, high = batch_size // n * n, -(-batch_size // n) * n
-            would = f"{low} or {high}" if low else f"{high}"
-            raise ValueError(f"{what} {batch_size} does not divide over {n} devices; {would} would")
+            fitting = f"{low} or {high}" if low else f"{high}"
+            raise ValueError(
+                f"{name} size {batch_size} does not divide over {n} devices; set it to {fitting}"
+            )
 
     def constrain(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-        """Pin an activation's layout by logical axes; dimensions that do not divide stay whole."""
-        wanted = [ACTIVATION_AXES[a] if a is not None else None for a in axes]
-        return jax.lax.with_sharding_constraint(x, self._sharding(wanted, x.shape))
+        """Constrain an activation's sharding by logical axes.
+
+        A dimension that its mesh axes do not divide is replicated.
+        """
+        mesh_axes = [ACTIVATION_AXES[a] if a is not None else None for a in axes]
+        return jax.lax.with_sharding_constraint(x, self._sharding(mesh_axes, x.shape))
 
     def param_shardings(self, abstract: PyTree) -> PyTree:
-        """NamedSharding of every leaf of a tree of arrays or abstract arrays, by path and shape."""
+        """Return the NamedSharding of every leaf of a pytree of arrays, by path and shape."""
         return jax.tree_util.tree_map_with_path(
             lambda path, x: self._param_sharding(path_str(path), x.shape), abstract
         )
 
     def put_batch(self, local: Mapping[str, np.ndarray]) -> Batch:
-        """This host's part of a batch -> the global, sharded Batch."""
+        """Make the global, sharded Batch of this host's rows; other keys than its are dropped."""
         arrays = {
             name: jax.make_array_from_process_local_data(self.batch_sharding, np.asarray(value))
             for name, value in local.items()
@@ -113,31 +123,33 @@ class Partitioner:
         return Batch(**arrays)
 
     def local_rows(self, x: jax.Array) -> np.ndarray:
-        """This host's rows of an array that is laid out by batch: the inverse of `put`."""
+        """Return this host's rows of an array with `batch_sharding`: the inverse of `put_batch`."""
         shards = {s.index[0].start or 0: s.data for s in x.addressable_shards}
         return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
-    def shard_rows(self, whole: np.ndarray) -> jax.Array:
-        """An array that every host holds whole -> sharded by its first dimension."""
+    def shard_rows(self, array: np.ndarray) -> jax.Array:
+        """Shard an array that every host holds in full by its first dimension."""
         return jax.make_array_from_callback(
-            whole.shape, self.batch_sharding, lambda index: whole[index]
+            array.shape, self.batch_sharding, lambda index: array[index]
         )
 
-    def _param_sharding(self, name: str, shape: tuple[int, ...]) -> NamedSharding:
+    def _param_sharding(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
+        """Return the sharding of a parameter by PARAM_RULES, else over `fsdp` if it is large."""
         for pattern, axes in PARAM_RULES:
-            if re.search(pattern, name) and len(axes) == len(shape):
+            if re.search(pattern, path) and len(axes) == len(shape):
                 return self._sharding(axes, shape)
-        largest: list[str | None] = [None] * len(shape)
+        default_axes: list[str | None] = [None] * len(shape)
         n = self.mesh.shape["fsdp"]
-        fits = [i for i, size in enumerate(shape) if size % n == 0]
-        if fits and int(np.prod(shape)) >= MIN_FSDP_SIZE:
-            largest[max(fits, key=lambda i: shape[i])] = "fsdp"
-        return self._sharding(largest, shape)
+        divisible = [i for i, size in enumerate(shape) if size % n == 0]
+        if divisible and int(np.prod(shape)) >= MIN_FSDP_SIZE:
+            default_axes[max(divisible, key=lambda i: shape[i])] = "fsdp"
+        return self._sharding(default_axes, shape)
 
     def _sharding(self, axes: Sequence[Any], shape: tuple[int, ...]) -> NamedSharding:
+        """Return the sharding by mesh axes, without those that do not divide their dimension."""
         spec = []
         for axis, size in zip(axes, shape, strict=True):
             names = axis if isinstance(axis, tuple) else (axis,) if axis else ()
-            parts = int(np.prod([self.mesh.shape[n] for n in names]))
-            spec.append(axis if names and size % parts == 0 else None)
+            num_shards = int(np.prod([self.mesh.shape[n] for n in names]))
+            spec.append(axis if names and size % num_shards == 0 else None)
         return NamedSharding(self.mesh, PartitionSpec(*spec))

@@ -1,7 +1,7 @@
-"""The values that travel between rooms.
+"""Types that several packages share.
 
-Axis letters, everywhere in the house: b batch, l length, h height, w width, c channels,
-d width of features, k heads, v vocabulary, n examples of a whole data set.
+Axis letters, in all of the code: b batch, l length, h height, w width, c channels, d width of
+features, k heads, v vocabulary, n examples of a data set, t = l - 1 predicted tokens.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ def no_constraint(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 class Batch:
     """One global batch, on device. A field that a run does not use is None.
 
-    `image` is uint8 RGB: normalisation happens on the device, inside the model, because mean and
-    std belong to the weights. Where a locked tower is cached, `image_features` or `text_features`
-    come in: its pooled output before the head or, if its last layers train, the tokens that the
-    locked ones gave. Rows with `example_mask == False` are padding or
-    broken records: no loss, metric or gradient may depend on them.
+    `image` is uint8 RGB; the model normalizes it on the device, since mean and std belong to the
+    weights. If a tower's frozen prefix is cached, `image_features` or `text_features` is the output
+    of the prefix: [b d], pooled but before the head, for a full tower, or else tokens [b l d]. Rows
+    with `example_mask == False` are padding or unreadable records: no loss, metric or gradient may
+    depend on them.
     """
 
     example_mask: Bool[Array, " b"]
@@ -46,15 +46,16 @@ class Batch:
     text_features: Float[Array, "b ..."] | None = None
     text: Int[Array, "b l"] | None = None
     text_mask: Bool[Array, "b l"] | None = None
-    target_mask: Bool[Array, "b l"] | None = None  # the text's tokens but begin and prompt
-    group: Int[Array, " b"] | None = None  # same value: any of the group's captions is right
+    target_mask: Bool[Array, "b l"] | None = None  # the text, without begin token and prefix
+    group: Int[Array, " b"] | None = None  # rows with one value are positives of each other
 
 
 class TokenScores(NamedTuple):
-    """What a captioner says of each token but the first, given those before it; t = l - 1.
+    """Scores of each token of a caption under the decoder, from the second token on; t = l - 1.
 
-    Float32, in nats, over the vocabulary v: the token's log probability, the logsumexp of the
-    logits, the mean log probability of all v tokens, and 1 where none has a higher logit, else 0.
+    All are float32. In nats: the token's log probability given the tokens before it, the logsumexp
+    of the logits, and the mean log probability of all v tokens of the vocabulary. `correct` is 1 if
+    no token has a higher logit, else 0.
     """
 
     log_prob: Float[Array, "b t"]
@@ -65,23 +66,23 @@ class TokenScores(NamedTuple):
 
 @struct.dataclass
 class Outputs:
-    """What a model says of one batch. Embeddings have unit L2 norm, in float32.
+    """The outputs of a model on one batch. Embeddings are float32 with unit L2 norm.
 
-    Each is None where the model lacks the part, or the batch its input.
+    A field is None if the model lacks its component or the batch lacks its input.
     """
 
     image_emb: Float[Array, "b d"] | None = None
     text_emb: Float[Array, "b d"] | None = None
-    logit_scale: Float[Array, ""] | None = None  # the multiplier itself, after exp
+    logit_scale: Float[Array, ""] | None = None  # multiplies cosine similarities; after exp
     logit_bias: Float[Array, ""] | None = None
     token_scores: TokenScores | None = None
 
 
 @struct.dataclass
 class TrainState:
-    """All that a step changes, arrays only: it shards, donates and saves as one tree.
+    """The arrays that a step replaces, sharded, donated and saved as one tree.
 
-    `params` holds the trainable parameters alone; the frozen ones are an argument of the step.
+    `params` are the trainable parameters; the frozen ones are an argument of the step.
     """
 
     step: Int[Array, ""]
@@ -91,19 +92,19 @@ class TrainState:
 
 
 class ExpMean(NamedTuple):
-    """A metric that is the exponential of a mean, such as perplexity."""
+    """A metric that is the exponential of a mean (total / count), such as perplexity."""
 
     total: jax.Array
     count: jax.Array
 
 
-# A metric is (sum, count): summed over microbatches, hosts and log intervals, divided last.
+# A metric is (total, count), so that it can be summed over microbatches before the division.
 Metric = tuple[jax.Array, jax.Array] | ExpMean
 Metrics = dict[str, Metric]
 
 
 def metric_value(metric: Metric) -> jax.Array:
-    """A metric's value: its sum over its count, and the exponential of that for an Exp."""
+    """Return total / count of a metric, and for an `ExpMean` the exponential of it."""
     total, count = metric
     mean = total / jnp.maximum(count, 1)
     return jnp.exp(mean) if isinstance(metric, ExpMean) else mean

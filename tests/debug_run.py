@@ -1,4 +1,4 @@
-"""Runs of configs/debug.py, with changes: what several tests train."""
+"""Runs of configs/debug.py with changes, for several tests."""
 
 import importlib.util
 import json
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def config_dict(kind=""):
-    """The debug config."""
+    """Return the debug config as a ConfigDict."""
     spec = importlib.util.spec_from_file_location("debug", ROOT / "configs" / "debug.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -24,39 +24,42 @@ def config_dict(kind=""):
 
 
 def settings(kind="", **changes):
-    """The debug config with dotted keys changed."""
+    """Return the parsed debug config with changes of dotted keys."""
     c = config_dict(kind)
     for key, value in changes.items():
         *parents, leaf = key.split(".")
         node = c
-        for part in parents:
-            node = node[part]
+        for parent in parents:
+            node = node[parent]
         with node.ignore_type():
             node[leaf] = value
     return config.parse_config(c)
 
 
 def metrics(workdir):
+    """Return the records of metrics.jsonl."""
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(workdir):
+    """Return the logged training losses."""
     return np.array([m["train/loss"] for m in metrics(workdir) if "train/loss" in m])
 
 
 def start(workdir, *changes, devices=1, kind=""):
+    """Start train.py on the debug config in another process; return the process."""
     env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     command = [sys.executable, "train.py", f"--config=configs/debug.py{kind and ':' + kind}"]
     return subprocess.Popen([*command, f"--workdir={workdir}", *changes], env=env, cwd=ROOT)
 
 
-def signal_after(process, workdir, lines, which, limit=240):
-    """Send a signal as soon as metrics.jsonl has so many lines; the exit code."""
+def signal_after(process, workdir, num_lines, signum, limit=240):
+    """Send a signal as soon as metrics.jsonl has `num_lines` lines; return the exit code."""
     path = workdir / "metrics.jsonl"
-    began = time.monotonic()
-    while not path.exists() or path.read_bytes().count(b"\n") < lines:
+    start_time = time.monotonic()
+    while not path.exists() or path.read_bytes().count(b"\n") < num_lines:
         assert process.poll() is None, "the run ended before it could be stopped"
-        assert time.monotonic() - began < limit, "the run makes no progress"
+        assert time.monotonic() - start_time < limit, "the run makes no progress"
         time.sleep(0.02)
-    process.send_signal(which)
+    process.send_signal(signum)
     return process.wait(timeout=limit)

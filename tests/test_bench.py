@@ -1,55 +1,54 @@
-"""`imgtune bench data`: what it says of a config's input, and of its step."""
+"""`imgtune bench data`: the speed of a config's input, and of its step."""
 
 import subprocess
 import sys
 
 import pytest
 
-from imgtune_jax import bench, data
-from imgtune_jax.training import experiment, run
+from imgtune_jax import bench
+from imgtune_jax.training import experiment
 from tests.debug_run import ROOT, settings
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
+def in_root_and_quick(monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(bench, "RECORDS", 24)
-    monkeypatch.setattr(bench, "SECONDS", 0.2)
+    monkeypatch.setattr(bench, "NUM_RECORDS", 24)
+    monkeypatch.setattr(bench, "PIPELINE_SECONDS", 0.2)
 
 
 STAGES = ["read", "decode", "decode and transform", "all of a row", "tokenize"]
 
 
-def test_every_stage_is_timed_and_the_slower_side_named():
+def test_table_has_every_stage_and_names_the_bottleneck():
     config = settings(batch_size=16)
-    found = bench.measure(config)
-    assert list(found.stages) == [*STAGES, "tokenize and batch", "put on the device"]
-    assert all(speed > 0 for speed in found.stages.values())
-    assert found.stages["all of a row"] < found.stages["decode"]
-    text = bench.format_table(found, config)
-    for speed in (*found.stages.values(), found.pipeline, found.step):
+    speeds = bench.measure(config)
+    assert list(speeds.stages) == [*STAGES, "tokenize and batch", "put on the device"]
+    assert all(speed > 0 for speed in speeds.stages.values())
+    assert speeds.stages["all of a row"] < speeds.stages["decode"]
+    text = bench.format_table(speeds, config)
+    for speed in (*speeds.stages.values(), speeds.pipeline, speeds.step):
         assert f" {speed:.0f}" in text
-    assert f"{found.bottleneck} limits this run" in text
+    assert f"{speeds.bottleneck} limits this run" in text
 
 
 @pytest.mark.parametrize("pipeline, step, limit", [(10.0, 20.0, "input"), (20.0, 10.0, "compute")])
-def test_the_slower_side_limits(pipeline, step, limit):
+def test_slower_side_is_the_bottleneck(pipeline, step, limit):
     assert bench.Throughput({}, pipeline, step).bottleneck == limit
 
 
-def test_a_slow_stage_is_seen(monkeypatch):
-    exp = experiment.build_experiment(settings(batch_size=16))
-    pipeline = run.training_pipeline(exp, data.build_source(exp.config.data.source))
+def test_slow_stage_is_measured_as_slow(monkeypatch):
+    pipeline = experiment.build_experiment(settings(batch_size=16)).pipeline
     decode = bench.image.decode_image
     before = bench.time_stages(pipeline)
-    monkeypatch.setattr(bench.image, "decode", lambda x: [decode(x) for _ in range(20)])
+    monkeypatch.setattr(bench.image, "decode_image", lambda x: [decode(x) for _ in range(20)])
     after = bench.time_stages(pipeline)
     assert after["decode"] < before["decode"] / 5
     assert after["decode and transform"] > before["decode and transform"] / 5
 
 
 @pytest.mark.parametrize(
-    "arguments, says",
+    "arguments, message",
     [
         (["steps"], "invalid choice: 'steps'"),
         (["data"], "config"),
@@ -61,22 +60,18 @@ def test_a_slow_stage_is_seen(monkeypatch):
         ),
     ],
 )
-@pytest.mark.parametrize("inside", [True, False])
-def test_a_mistake_ends_in_one_message(arguments, says, inside, tmp_path):
-    if not inside:
+@pytest.mark.parametrize("in_root", [True, False])
+def test_user_error_is_one_message(arguments, message, in_root, tmp_path):
+    if not in_root:
         arguments = [a.replace("=configs/", f"={ROOT}/configs/") for a in arguments]
-        says = says.replace("configs/", f"{ROOT}/configs/")
+        message = message.replace("configs/", f"{ROOT}/configs/")
     code = f"from imgtune_jax.cli import main; main(['bench', *{arguments}])"
     done = subprocess.run(
-        [
-            sys.executable,
-            "-P",
-            "-c",
-            code,
-        ],  # -P: a console script has no working folder in its path
+        # -P: as for a console script, the working folder is not in the import path
+        [sys.executable, "-P", "-c", code],
         capture_output=True,
         text=True,
-        cwd=ROOT if inside else tmp_path,
+        cwd=ROOT if in_root else tmp_path,
     )
     assert done.returncode != 0
-    assert says in done.stderr and "Traceback" not in done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr

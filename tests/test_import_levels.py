@@ -1,6 +1,7 @@
-"""The import rules of the house, read from the source."""
+"""The rules for imports, file names and function names, checked in the source."""
 
 import ast
+import collections
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "imgtune_jax"
 
-# Rooms, lowest first; a room may import from lower floors and from itself only.
+# Levels, lowest first. A package or module imports from lower levels and from itself only.
 LEVELS = (
     {"types", "errors", "config_history"},
     {"config", "param_tree", "package_files", "xla_cpu"},
@@ -23,7 +24,7 @@ LEVELS = (
     {"api"},
     {"cli"},
 )
-LEVEL_OF = {room: height for height, floor in enumerate(LEVELS) for room in floor}
+LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 
 
 def modules():
@@ -31,11 +32,12 @@ def modules():
 
 
 def package_of(path):
+    """The name in LEVELS of a file: its sub-package, or the module itself."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imported(path):
-    """Dotted names of all imports of a file, also those inside functions."""
+    """Yield the dotted names of all imports in a file, also of those inside functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -47,28 +49,26 @@ def imported(path):
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_point_down(path):
+def test_imports_are_from_lower_levels(path):
     here = package_of(path)
-    assert here in LEVEL_OF, (
-        f"{here} is a new room: give it a floor here and in docs/architecture.md"
-    )
+    assert here in LEVEL_OF, f"{here} is new; add it to LEVELS and to docs/architecture.md"
     for name in imported(path):
         parts = name.split(".")
         if parts[0] != "imgtune_jax" or len(parts) == 1 or parts[1] == here:
             continue
-        below = LEVEL_OF.get(parts[1], -1) < LEVEL_OF[here]
-        assert below, f"{path.relative_to(ROOT)} ({here}) imports {name}: not on a lower floor"
+        is_lower = LEVEL_OF.get(parts[1], -1) < LEVEL_OF[here]
+        assert is_lower, f"{path.relative_to(ROOT)} ({here}) imports {name}: not on a lower level"
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_linen_stays_in_models_and_torch_and_tensorflow_outside(path):
-    tops = set(imported(path))
-    assert not any(t.split(".")[0] in ("torch", "tensorflow") for t in tops)
+def test_only_models_imports_linen_and_no_file_imports_torch_or_tensorflow(path):
+    names = set(imported(path))
+    assert not any(name.split(".")[0] in ("torch", "tensorflow") for name in names)
     if package_of(path) != "models":
-        assert "flax.linen" not in tops
+        assert "flax.linen" not in names
 
 
-def test_data_room_imports_neither_jax_nor_flax():
+def test_data_imports_neither_jax_nor_flax():
     for path in (PACKAGE / "data").rglob("*.py"):
         assert not {t.split(".")[0] for t in imported(path)} & {"jax", "flax"}, path
 
@@ -79,9 +79,25 @@ def test_importing_the_package_imports_no_jax():
     assert done.stdout == "False\n", done.stderr
 
 
-@pytest.mark.parametrize("room", ["objectives", "evals", "data", "models", "decoding"])
-def test_every_component_is_in_its_rooms_table(room):
-    """A dataclass or module with `__call__` that a config could name must be reachable by name."""
+def test_file_names_are_unique():
+    counts = collections.Counter(path.name for path in modules() if path.name != "__init__.py")
+    assert not [name for name, count in counts.items() if count > 1]
+
+
+# Names that do not state what they build, load, … except `imgtune_jax.load`, a user's entry point.
+VAGUE_NAMES = {"build", "load", "save", "run", "describe", "draw"}
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_public_functions_are_named_after_their_object(path):
+    functions = {n.name for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef)}
+    allowed = {"load"} if path == PACKAGE / "api.py" else set()
+    assert not functions & VAGUE_NAMES - allowed
+
+
+@pytest.mark.parametrize("package", ["objectives", "evals", "data", "models", "decoding"])
+def test_every_component_is_in_the_table_of_its_package(package):
+    """Each file is listed in HELPERS, or a table has a component of it, so configs can name it."""
     import imgtune_jax.data
     import imgtune_jax.decoding
     import imgtune_jax.evals
@@ -96,15 +112,17 @@ def test_every_component_is_in_its_rooms_table(room):
         "decoding": [imgtune_jax.decoding.METHODS],
     }
     files = {
-        Path(sys.modules[v.__module__].__file__).name for t in tables[room] for v in t.values()
+        Path(sys.modules[v.__module__].__file__).name for t in tables[package] for v in t.values()
     }
-    named = {p.name for p in (PACKAGE / room).glob("*.py")} - files
-    helpers = HELPERS[room]
-    assert named <= helpers, f"{sorted(named - helpers)}: in no table of {room}, nor a known helper"
-    assert helpers <= named, f"{sorted(helpers - named)}: listed as helpers, and are not"
+    others = {p.name for p in (PACKAGE / package).glob("*.py")} - files
+    helpers = HELPERS[package]
+    assert others <= helpers, (
+        f"{sorted(others - helpers)}: in no table of {package}, nor in HELPERS"
+    )
+    assert helpers <= others, f"{sorted(helpers - others)}: in HELPERS, but absent or in a table"
 
 
-# Files that are no component: what components share.
+# Files without a component, which components share.
 HELPERS: dict[str, set[str]] = {
     "objectives": {"__init__.py", "contrastive.py", "pairs.py"},
     "evals": {

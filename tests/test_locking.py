@@ -1,9 +1,9 @@
-"""Locking by regex: exactly what the config says, said explicitly."""
+"""Locking: the frozen parameters of a config, and the frozen prefix of a tower."""
 
-import numpy as np
 import pytest
 
-from imgtune_jax import config, locking, param_tree
+from imgtune_jax import config, locking
+from imgtune_jax.locking import FrozenPrefix
 
 PATHS = [
     "image/patch_embed/kernel",
@@ -17,9 +17,10 @@ PATHS = [
     "text/embed/embedding",
     "text_head/kernel",
 ]
+TEXT_PATHS = ["embed/embedding", "blocks_0/fc1/kernel", "blocks_1/fc1/kernel", "final_norm/scale"]
 
 
-def rules(**changes):
+def lock_config(**changes):
     fields = dict(
         image=False, image_head=False, image_unlocked_layers=0, text=False, text_head=False,
         text_unlocked_layers=0, logit_scale=False, patterns=(),
@@ -27,61 +28,80 @@ def rules(**changes):
     return config.LockConfig(**{**fields, **changes})
 
 
-def locked(**changes):
-    return {p for p, frozen in locking.frozen_paths(rules(**changes), PATHS).items() if frozen}
+def frozen(paths=PATHS, **changes):
+    """The set of frozen paths."""
+    return {p for p, is_frozen in locking.frozen_paths(lock_config(**changes), paths).items()
+            if is_frozen}  # fmt: skip
 
 
-def test_nothing_is_locked_by_default():
-    assert not locked()
+def prefix(*frozen_paths):
+    """The frozen prefix of a text tower with two layers."""
+    return FrozenPrefix.from_paths({path: path in frozen_paths for path in TEXT_PATHS})
 
 
-def test_locking_a_tower_leaves_its_head_free():
-    assert locked(image=True) == {p for p in PATHS if p.startswith("image/")}
-    assert locked(image_head=True) == {"image_head/kernel"}
-    assert locked(text=True) == {p for p in PATHS if p.startswith("text/")}
+def test_no_parameter_is_frozen_by_default():
+    assert not frozen()
 
 
-def test_the_last_layers_and_what_follows_them_can_be_free():
-    free = {p for p in PATHS if p.startswith("image/")} - locked(
-        image=True, image_unlocked_layers=2
-    )
-    assert free == {
-        "image/blocks_10/fc1/kernel",  # by number, not by spelling: 10 and 11 are the last two
+def test_locking_a_tower_does_not_freeze_its_head():
+    assert frozen(image=True) == {p for p in PATHS if p.startswith("image/")}
+    assert frozen(image_head=True) == {"image_head/kernel"}
+    assert frozen(text=True) == {p for p in PATHS if p.startswith("text/")}
+
+
+def test_unlocked_layers_and_the_modules_after_them_train():
+    image_paths = {p for p in PATHS if p.startswith("image/")}
+    assert image_paths - frozen(image=True, image_unlocked_layers=2) == {
+        "image/blocks_10/fc1/kernel",  # layers are sorted by number, not as strings
         "image/blocks_11/fc1/kernel",
         "image/final_norm/scale",
     }
 
 
-def test_patterns_lock_what_they_match_in_full():
-    assert locked(patterns=(r"text/embed/.*",)) == {"text/embed/embedding"}
+def test_patterns_match_the_full_path():
+    assert frozen(patterns=(r"text/embed/.*",)) == {"text/embed/embedding"}
+
+
+def test_head_statistics_are_always_frozen():
+    statistics = ["image_head/input_mean", "image_head/input_std"]
+    assert frozen(paths=[*PATHS, *statistics, "image/input_mean"]) == set(statistics)
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         (dict(patterns=("nothing/.*",)), "matches no parameter"),
         (dict(image_unlocked_layers=1), "needs config.lock.image = True"),
-        (dict(image=True, image_unlocked_layers=13), "has 12 layers"),
+        (dict(image=True, image_unlocked_layers=13), "expected 0 to 12"),
     ],
 )
-def test_a_rule_that_does_not_fit_is_an_error(changes, says):
-    with pytest.raises(ValueError, match=says):
-        locked(**changes)
+def test_setting_that_does_not_fit_the_parameters_is_an_error(changes, message):
+    with pytest.raises(ValueError, match=message):
+        frozen(**changes)
 
 
-def test_first_match_wins_and_every_parameter_must_match():
-    found = param_tree.match_rules([("image/.*", 0.1), (".*", 1.0)], PATHS, "multipliers")
-    assert found["image/pos_embed"] == 0.1 and found["logit_scale"] == 1.0
-    with pytest.raises(ValueError, match="no rule matches"):
-        param_tree.match_rules([("image/.*", 0.1)], PATHS, "multipliers")
-    with pytest.raises(ValueError, match=r"match no parameter: \['imgae/\.\*'\]"):
-        param_tree.match_rules([("imgae/.*", 0.1), (".*", 1.0)], PATHS, "multipliers")
+def test_prefix_is_the_contiguous_run_of_frozen_layers_from_the_input():
+    embed, first, second, norm = TEXT_PATHS
+    assert prefix() is None
+    assert prefix(first, second) is None  # the embeddings train
+    assert prefix(embed) is None  # no frozen layer
+    assert prefix(embed, second, norm) is None
+    assert prefix(embed, first, norm) == FrozenPrefix(1)
+    assert prefix(embed, first, second) == FrozenPrefix(2)
+    assert prefix(*TEXT_PATHS) == FrozenPrefix(-1)
+    assert prefix(*TEXT_PATHS).is_full_tower
 
 
-def test_merge_undoes_split():
-    tree = {"image": {"a": np.ones(2), "b": np.zeros(3)}, "logit_scale": np.ones(())}
-    is_frozen = {"image/a": True, "image/b": False, "logit_scale": False}
-    trainable, frozen = param_tree.split(tree, is_frozen)
-    assert frozen == {"image": {"a": tree["image"]["a"]}}
-    merged = param_tree.merge(trainable, frozen)
-    assert merged["image"].keys() == {"a", "b"} and merged["image"]["b"] is tree["image"]["b"]
+@pytest.mark.parametrize(
+    ("num_layers", "contained"), [(1, TEXT_PATHS[:2]), (2, TEXT_PATHS[:3]), (-1, TEXT_PATHS)]
+)
+def test_prefix_contains_embeddings_and_its_first_layers(num_layers, contained):
+    assert [p for p in TEXT_PATHS if FrozenPrefix(num_layers).contains(p)] == contained
+
+
+def test_layers_are_parsed_from_paths():
+    assert locking.layer_index("blocks_12/attn/q/kernel") == 12
+    assert locking.layer_index("final_norm/scale") is None
+    assert locking.num_layers(locking.tower_paths(PATHS, "image")) == 12
+    assert locking.num_layers(["embed/embedding"]) == 0
+    assert locking.is_embedding("pos_embed") and not locking.is_embedding("final_norm/scale")

@@ -1,4 +1,4 @@
-"""The mesh and where arrays live on it."""
+"""The mesh, and the shardings of batches and parameters."""
 
 import jax
 import numpy as np
@@ -18,18 +18,19 @@ def test_minus_one_takes_the_remaining_devices():
 
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, -1, 1), (-1, 3, 1), (16, 1, 1)])
-def test_a_mesh_that_does_not_fit_says_how_many_devices_there_are(sizes):
-    with pytest.raises(ValueError, match="8 devices"):
+def test_mesh_error_names_the_number_of_devices(sizes):
+    with pytest.raises(ValueError, match="on 8 devices; expected a product of 8"):
         make_mesh(config.MeshConfig(*sizes))
 
 
 def test_batch_size_error_names_sizes_that_fit():
-    with pytest.raises(ValueError, match="batch 100 does not divide over 8 devices; 96 or 104"):
+    message = "batch size 100 does not divide over 8 devices; set it to 96 or 104"
+    with pytest.raises(ValueError, match=message):
         partitioner(8, 1, 1).check_batch_size(100)
 
 
 @pytest.mark.parametrize(
-    ("path", "shape", "wanted"),
+    ("path", "shape", "expected"),
     [
         ("image/blocks_0/attn/q/kernel", (64, 64), P("fsdp", "tensor")),
         ("image/blocks_0/mlp/fc2/kernel", (256, 64), P("tensor", "fsdp")),
@@ -40,18 +41,18 @@ def test_batch_size_error_names_sizes_that_fit():
         ("logit_scale", (), P()),
     ],
 )
-def test_parameters_are_laid_out_by_path_and_shape(path, shape, wanted):
+def test_parameters_are_sharded_by_path_and_shape(path, shape, expected):
     tree = {}
     node = tree
     *parents, leaf = path.split("/")
-    for part in parents:
-        node = node.setdefault(part, {})
+    for parent in parents:
+        node = node.setdefault(parent, {})
     node[leaf] = jax.ShapeDtypeStruct(shape, np.float32)
     (sharding,) = jax.tree.leaves(partitioner(2, 2, 2).param_shardings(tree))
-    assert sharding.spec == wanted
+    assert sharding.spec == expected
 
 
-def test_put_shards_the_batch_and_keeps_its_order():
+def test_put_batch_shards_rows_in_order_and_local_rows_undoes_it():
     part = partitioner(4, 2, 1)
     image = np.arange(16 * 2 * 2 * 3, dtype=np.uint8).reshape(16, 2, 2, 3)
     batch = part.put_batch(
@@ -60,3 +61,4 @@ def test_put_shards_the_batch_and_keeps_its_order():
     np.testing.assert_array_equal(batch.image, image)
     assert len(batch.image.sharding.device_set) == 8
     assert batch.image.addressable_shards[0].data.shape == (2, 2, 2, 3)
+    np.testing.assert_array_equal(part.local_rows(batch.image), image)

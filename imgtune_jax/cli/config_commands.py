@@ -119,27 +119,23 @@ def _train(flags: Any) -> None:
     import jax
 
     from imgtune_jax import config, report
-    from imgtune_jax.training import feature_cache, loop
+    from imgtune_jax.training import loop
 
     workdir = Path(flags.workdir)
-    predictor = loop.train(
-        config.parse_config(flags.config), workdir, make_feed=feature_cache.build_batch_source
-    )
+    predictor = loop.train(config.parse_config(flags.config), workdir)
     page = report.write_run_report(workdir, predictor)
     if jax.process_index() == 0:
         print(f"\n{report.summary(workdir)}\n\nReport: {page}")
 
 
 def _cache(flags: Any) -> None:
-    from imgtune_jax import config, data, param_tree
-    from imgtune_jax.training import feature_cache, run
+    from imgtune_jax import config
+    from imgtune_jax.training import feature_cache
     from imgtune_jax.training.experiment import build_experiment
 
     experiment = build_experiment(config.parse_config(flags.config))
-    pipeline = run.training_pipeline(experiment, data.build_source(experiment.config.data.source))
-    _, frozen = param_tree.split(experiment.init_params(), experiment.is_frozen)
-    for tower, store in feature_cache.fill_cache(experiment, frozen, pipeline).items():
-        print(f"{tower}: {store.computed} rows, {store.bytes / 1e6:.1f} MB in {store.folder}")
+    for tower, store in feature_cache.fill_cache(experiment).items():
+        print(f"{tower}: {store.num_rows} rows, {store.bytes / 1e6:.1f} MB in {store.folder}")
 
 
 def _bench(flags: Any) -> None:

@@ -20,7 +20,7 @@ def evaluate(options: argparse.Namespace) -> None:
         raise ValueError(f"--only: no evaluator {unknown}; expected {', '.join(config.evals)}")
     # `limit` makes evaluation during training cheap; here the full data set is evaluated.
     unlimited = {n: {k: v for k, v in config.evals[n].items() if k != "limit"} for n in names}
-    for name, evaluator in model.experiment.evaluators(unlimited).items():
+    for name, evaluator in model.experiment.build_evaluators(unlimited).items():
         metrics = evaluator(model.predictor)
         record = evals.evaluator_result(
             name, evaluator, metrics, model=config.name, step=model.step
@@ -106,7 +106,7 @@ def info(options: argparse.Namespace) -> None:
 
 def _image_paths(arguments: Sequence[str]) -> list[Path]:
     """Return the image files among the arguments and, recursively, in their folders."""
-    from imgtune_jax.api import IMAGE_SUFFIXES
+    from imgtune_jax.data import IMAGE_SUFFIXES
 
     paths: list[Path] = []
     for path in map(Path, arguments):

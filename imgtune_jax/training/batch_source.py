@@ -1,72 +1,89 @@
-"""What brings batches to the step. The plain one is here; `imgtune_jax.cache` has another."""
+"""Batches on the device mesh, with cached features if the run has a feature cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from imgtune_jax import data
-from imgtune_jax.partition import Partitioner
 from imgtune_jax.training.experiment import Experiment
-from imgtune_jax.types import Batch, Params
-
-
-class Feed(Protocol):
-    """Batches on the mesh. Batch t is a pure function of the config and t."""
-
-    @property
-    def pipeline(self) -> data.Pipeline:
-        """Where the batches come from."""
-        ...
-
-    @property
-    def store_paths(self) -> dict[str, str]:
-        """Where features are kept, by tower."""
-        ...
-
-    def batches(self, start: int) -> Iterator[Batch]:
-        """Batches start, start + 1, … without end."""
-        ...
-
-    def flush(self) -> None:
-        """Make what was computed on the way durable: a checkpoint is about to be saved."""
-        ...
-
-    def needs_param(self, path: str) -> bool:
-        """Does the step need this parameter, given what the batches bring?"""
-        ...
-
-
-MakeFeed = Callable[[Experiment, Params, data.Pipeline], Feed]  # Params: all that are locked
+from imgtune_jax.types import Batch
 
 
 @dataclass(frozen=True)
-class PlainFeed:
-    """Batches as the pipeline gives them."""
+class BatchSource:
+    """The training batches of an experiment. Batch t is a pure function of the config and t.
 
+    For each tower in `pipeline.stores`, batches hold the output of the tower's frozen prefix as
+    `image_features` or `text_features`: read from the store, or computed by `prefix_fns[tower]` and
+    added to the store. Without stores, batches are those of the pipeline.
+    """
+
+    experiment: Experiment
     pipeline: data.Pipeline
-    partitioner: Partitioner
+    prefix_fns: Mapping[str, Callable[[Batch], jax.Array]]  # batch -> f32[b …], of all hosts
 
-    @classmethod
-    def make(cls, exp: Experiment, locked: Params, pipeline: data.Pipeline) -> PlainFeed:
-        """A MakeFeed."""
-        del locked
-        return cls(pipeline, exp.partitioner)
-
-    def batches(self, start: int) -> Iterator[Batch]:
-        """Batches start, start + 1, … without end."""
-        return map(self.partitioner.put_batch, self.pipeline.batches(start))
+    @property
+    def stores(self) -> Mapping[str, data.FeatureStore]:
+        """The stores, by tower; empty without a feature cache."""
+        return self.pipeline.stores
 
     @property
     def store_paths(self) -> dict[str, str]:
-        """Nowhere."""
-        return {}
+        """The folders of the stores, by tower."""
+        return {tower: str(store.folder.absolute()) for tower, store in self.stores.items()}
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """Yield batches start, start + 1, … without end, and fill the stores if rows are missing.
+
+        Whether batches are read or computed is decided once per epoch, alike on all hosts.
+        """
+        while True:
+            stop = self.pipeline.epoch_end(start)
+            if all(store.complete_views().all() for store in self.stores.values()):
+                stop = data.NO_END
+            for local in self.pipeline.batches(start, stop):
+                yield self._add_features(local)
+            self.flush()
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("features are on disk")
+            for store in self.stores.values():
+                store.refresh()
+            start = stop
 
     def flush(self) -> None:
-        """Nothing was computed."""
+        """Write the computed rows to disk. Call it before a checkpoint is saved."""
+        for store in self.stores.values():
+            store.flush()
 
     def needs_param(self, path: str) -> bool:
-        """All of them."""
-        del path
-        return True
+        """Whether the step needs this parameter; it needs none of a cached frozen prefix."""
+        is_cached = path.partition("/")[0] in self.stores
+        return not (is_cached and self.experiment.model.in_frozen_prefix(path))
+
+    def _add_features(self, local: data.NumpyBatch) -> Batch:
+        """Put this host's rows on the mesh, with the features of every tower that has a store."""
+        put_batch = self.experiment.partitioner.put_batch
+        missing = [t for t in self.stores if f"{t}_features" not in local]
+        if missing:
+            batch = put_batch(local)
+            local |= {f"{t}_features": self._compute_features(t, local, batch) for t in missing}
+        if "image" in self.stores:
+            local.pop("image", None)
+        return put_batch(local)
+
+    def _compute_features(self, tower: str, local: data.NumpyBatch, batch: Batch) -> np.ndarray:
+        """Return this host's rows, rounded to the store's type, and add them to the store."""
+        store, views, valid = self.stores[tower], local[f"{tower}_view"], local[f"{tower}_good"]
+        if jax.process_count() == 1 and store.contains(views, local["index"]):
+            # Calibration, or the run before a restart, has computed them already.
+            return store.read(views, local["index"])[0]
+        start_time = time.perf_counter()
+        values = self.experiment.partitioner.local_rows(self.prefix_fns[tower](batch))
+        seconds = time.perf_counter() - start_time
+        return store.write(views, local["index"], values, valid, seconds=seconds)

@@ -1,8 +1,8 @@
-"""Set the input statistics of heads that standardise their features.
+"""Measure the input statistics of heads that standardize their features.
 
 A head with `standardize=True` subtracts each dimension's mean and divides by its standard
-deviation. Both are measured here, once, on the first training examples, with the towers as they
-start and as training sees the data. They are then locked and travel with the weights.
+deviation. Both are measured once, before the first step, on the first training examples with the
+initial towers and the training augmentation. They are frozen and saved with the weights.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from imgtune_jax import models
 from imgtune_jax.locking import STATISTICS
 from imgtune_jax.partition import Partitioner
-from imgtune_jax.types import Batch, Params
+from imgtune_jax.types import MODALITIES, Batch, Params
 
 MAX_EXAMPLES = 4096
 
@@ -23,37 +23,42 @@ MAX_EXAMPLES = 4096
 def calibrate(
     model: models.ImageTextModel, params: Params, batches: Iterator[Batch], partitioner: Partitioner
 ) -> Params:
-    """`params` with `input_mean` and `input_std` of each standardising head measured.
+    """Return `params` with measured `input_mean` and `input_std` of each standardizing head.
 
-    A dimension that never varies keeps a standard deviation of 1. `batches` is not read when no
-    head standardises. Raises ValueError when no example is valid.
+    A dimension that never varies gets a standard deviation of 1. No batch is read if no head
+    standardizes. Raises ValueError if no example is valid.
     """
-    towers = [t for t in ("image", "text") if STATISTICS[0] in params.get(f"{t}_head", {})]
+    towers = [t for t in MODALITIES if STATISTICS[0] in params.get(f"{t}_head", {})]
     if not towers:
         return params
-    whole = partitioner.replicated  # every host measures on all rows
-    features = jax.jit(model.tower_features, out_shardings=whole)
-    rows: dict[str, list[np.ndarray]] = {t: [] for t in towers}
-    seen = 0
+    replicated = partitioner.replicated  # every host measures on the rows of all hosts
+    tower_features = jax.jit(model.tower_features, out_shardings=replicated)
+    features: dict[str, list[np.ndarray]] = {t: [] for t in towers}
+    num_examples = 0
     for batch in batches:
-        valid = np.asarray(jax.device_put(batch.example_mask, whole))
-        found = features(params, batch)
+        valid = np.asarray(jax.device_put(batch.example_mask, replicated))
+        batch_features = tower_features(params, batch)
         for tower in towers:
-            rows[tower].append(np.asarray(found[tower])[valid])
-        seen += len(valid)
-        if seen >= MAX_EXAMPLES:
+            features[tower].append(np.asarray(batch_features[tower])[valid])
+        num_examples += len(valid)
+        if num_examples >= MAX_EXAMPLES:
             break
-    return params | {f"{t}_head": _with_statistics(params[f"{t}_head"], rows[t]) for t in towers}
+    heads = {f"{t}_head": _with_statistics(params[f"{t}_head"], features[t]) for t in towers}
+    return params | heads
 
 
-def _with_statistics(head: Params, rows: list[np.ndarray]) -> Params:
-    x = np.concatenate(rows).astype(np.float64)
+def _with_statistics(head: Params, features: list[np.ndarray]) -> Params:
+    """Return a head's parameters with the mean and standard deviation of features [n d]."""
+    x = np.concatenate(features).astype(np.float64)
     if not len(x):
-        raise ValueError(f"none of the first {MAX_EXAMPLES} training examples could be read")
+        raise ValueError(
+            f"none of the first {MAX_EXAMPLES} training examples could be read, so the heads' "
+            f"input statistics cannot be measured; check config.data.source"
+        )
     std = x.std(0)
     values = {"input_mean": x.mean(0), "input_std": np.where(std > 1e-6, std, 1.0)}
-    placed = {
+    statistics = {
         name: jax.device_put(value.astype(np.float32), head[name].sharding)
         for name, value in values.items()
     }
-    return {**head, **placed}
+    return {**head, **statistics}

@@ -1,14 +1,12 @@
-"""Checkpoints: one Orbax item set a step, atomic, asynchronous, keep-best and keep-last-n.
+"""Checkpoints with Orbax: atomic and asynchronous; the newest n and the best n are retained.
 
-A checkpoint holds the TrainState (trainable parameters, optimizer, step) and a small JSON record.
-The data position is the step itself (a batch is a function of seed and step), so nothing else is
-needed to resume. Frozen parameters are saved once a run, beside the checkpoints, under a digest.
+A checkpoint holds the TrainState (step, trainable parameters, optimizer state, moving average) and
+a small JSON record. The data position is the step itself, since a batch is a function of seed and
+step. Frozen parameters are saved once per run, outside the checkpoints, under their digest.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,41 +14,36 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from imgtune_jax import config as config_lib
 from imgtune_jax.param_tree import params_digest
+from imgtune_jax.training import workdir_files
 from imgtune_jax.types import Params, PyTree, TrainState
-
-log = logging.getLogger("imgtune_jax.training")
 
 
 class Checkpointer:
-    """The folder `checkpoints/` of a run."""
+    """Saves and restores the checkpoints of a run."""
 
     def __init__(self, workdir: Path, cfg: config_lib.CheckpointConfig) -> None:
-        policies: list[Any] = [keep.LatestN(max(cfg.keep_last, 1))]
+        policies: list[Any] = [preservation_policy.LatestN(max(cfg.keep_last, 1))]
         if cfg.best_metric is not None and cfg.keep_best:
-            best = cfg.best_metric
+            best_metric = cfg.best_metric
             policies.append(
-                keep.BestN(
-                    get_metric_fn=lambda m: m.get(best, -math.inf),
+                preservation_policy.BestN(
+                    get_metric_fn=lambda metrics: metrics.get(best_metric, -math.inf),
                     n=cfg.keep_best,
                     keep_checkpoints_without_metrics=False,
                 )
             )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=keep.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,
         )
-        self._manager = ocp.CheckpointManager(workdir / "checkpoints", options=options)
-        self._best_metric = cfg.best_metric
-
-    def latest_step(self) -> int | None:
-        """Step of the newest complete checkpoint, None when there is none."""
-        return self._manager.latest_step()
+        self._manager = ocp.CheckpointManager(workdir / workdir_files.CHECKPOINTS, options=options)
 
     def save(self, step: int, state: TrainState, record: Mapping[str, Any]) -> None:
-        """Start saving; the arrays are copied before this returns. A step already saved stays."""
+        """Start saving; the arrays are copied before this returns. A saved step is not replaced."""
         if step in self._manager.all_steps():
             return
         metrics = record.get("metrics") or None
@@ -60,38 +53,43 @@ class Checkpointer:
         self._manager.save(step, args=args, metrics=metrics)
 
     def restore(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The state, laid out as `target` says, and the record of a step."""
+        """Return the state of a step, with the shardings of `target`, and its record."""
         args = ocp.args.Composite(state=_restore_args(target), record=ocp.args.JsonRestore())
-        found = self._manager.restore(step, args=args)
-        return found["state"], found["record"]
+        restored = self._manager.restore(step, args=args)
+        return restored["state"], restored["record"]
 
     def wait(self) -> None:
-        """Return when all saves that were started are on disk."""
+        """Block until all saves that have started are on disk."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait, and let go of the folder."""
+        """Wait for saves, and close the folder."""
         self.wait()
         self._manager.close()
 
 
 def restore_params(workdir: Path, step: int | None, target: Params) -> tuple[Params, str, int]:
-    """For use rather than training: (trainable parameters, digest of the frozen ones, step).
+    """Restore for inference: return (trainable parameters, digest of the frozen ones, step).
 
-    The moving average is read where the run kept one; the optimizer's state is not read. `step`
-    None means the newest. Raises FileNotFoundError naming the steps that there are.
+    If the run has a moving average, it is returned instead of the parameters. The optimizer state
+    is not read. `step` None is the newest. Raises FileNotFoundError listing the saved steps.
     """
-    folder = workdir / "checkpoints"
+    folder = workdir / workdir_files.CHECKPOINTS
     steps = saved_steps(workdir)
     if not steps or (step is not None and step not in steps):
-        wanted = "any checkpoint" if step is None else f"step {step}"
-        raise FileNotFoundError(f"{folder} holds no {wanted}; saved steps: {steps or 'none'}")
+        expected = "checkpoint" if step is None else f"checkpoint of step {step}"
+        advice = "choose one of them" if steps else "train until the first one"
+        raise FileNotFoundError(
+            f"{folder} has no {expected}; saved steps: {steps or 'none'}; {advice}"
+        )
     chosen = steps[-1] if step is None else step
-    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as m:
-        record = m.restore(chosen, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with ocp.CheckpointManager(folder, options=options) as manager:
+        args = ocp.args.Composite(record=ocp.args.JsonRestore())
+        record = manager.restore(chosen, args=args)["record"]
         name = "ema_params" if record["has_ema"] else "params"
         args = ocp.args.Composite(state=_restore_args({name: target}, partial_restore=True))
-        return m.restore(chosen, args=args)["state"][name], record["frozen"], chosen
+        return manager.restore(chosen, args=args)["state"][name], record["frozen"], chosen
 
 
 def _restore_args(target: PyTree, **options: Any) -> Any:
@@ -100,50 +98,45 @@ def _restore_args(target: PyTree, **options: Any) -> Any:
 
 
 def saved_steps(workdir: Path) -> list[int]:
-    """Steps of the complete checkpoints, ascending."""
-    folder = workdir / "checkpoints"
+    """Return the steps of the complete checkpoints, ascending."""
+    folder = workdir / workdir_files.CHECKPOINTS
     if not folder.is_dir():
         return []
     return sorted(int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdigit())
 
 
+def latest_step(workdir: Path) -> int | None:
+    """Return the step of the newest complete checkpoint, None if there is none."""
+    return max(saved_steps(workdir), default=None)
+
+
 def save_frozen(workdir: Path, frozen: Params) -> str:
-    """Save the locked parameters once under `frozen/<digest>`; returns the digest."""
-    name = params_digest(frozen)[:16]
-    folder = workdir / "frozen" / name
+    """Save the frozen parameters once, under `frozen/<digest>`; return the digest."""
+    digest = _short_digest(frozen)
+    folder = workdir / workdir_files.FROZEN / digest
     if frozen and not folder.exists():
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(folder, frozen)
-    return name
+    return digest
 
 
-def restore_frozen(workdir: Path, name: str, target: PyTree) -> Params:
-    """The locked parameters of a run, laid out as `target` says. Raises ValueError if altered."""
+def restore_frozen(workdir: Path, digest: str, target: PyTree) -> Params:
+    """Restore the frozen parameters of a run, with the shardings of `target`.
+
+    Raises ValueError if they do not have this digest.
+    """
     if not jax.tree.leaves(target):
         return {}
+    folder = workdir / workdir_files.FROZEN / digest
     with ocp.StandardCheckpointer() as checkpointer:
-        frozen = checkpointer.restore(workdir / "frozen" / name, target)
-    if (found := params_digest(frozen)[:16]) != name:
+        frozen = checkpointer.restore(folder, target)
+    if (actual := _short_digest(frozen)) != digest:
         raise ValueError(
-            f"{workdir}/frozen/{name} has digest {found}: the locked weights were altered since "
-            f"training; restore the folder from a copy"
+            f"{folder} has the digest {actual}; expected {digest}, since frozen parameters do not "
+            f"change after the start of training; restore the folder from a copy"
         )
     return frozen
 
 
-def truncate_jsonl(path: Path, last_step: int) -> None:
-    """Drop lines after `last_step` and a torn last line, so that a resumed run writes them anew."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            log.warning("%s: dropped a torn line: %.60s", path.name, line)
-            break
-        if record.get("step", 0) <= last_step:
-            kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
-    temporary.replace(path)
+def _short_digest(params: Params) -> str:
+    return params_digest(params)[:16]

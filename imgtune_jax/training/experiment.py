@@ -1,66 +1,222 @@
-"""What a config determines before the first batch: model, locking, tokenizer, preprocessing.
+"""Everything that a config determines: mesh, model, locking, data, optimizer, evaluators, step.
 
-Training, evaluation and use all start here, so a run is judged and used by exactly what trained it.
+Training, evaluation, inference and benchmarks build the same `Experiment`, so they cannot disagree.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from imgtune_jax import data, evals, interop, locking, models, param_tree
-from imgtune_jax.config import ComponentConfig, Config
+from imgtune_jax import data, evals, interop, locking, models, objectives, param_tree, xla_cpu
+from imgtune_jax.config import ComponentConfig, Config, Duration
 from imgtune_jax.evals.predictor import ModelPredictor
 from imgtune_jax.partition import Partitioner, make_mesh
-from imgtune_jax.training import state
-from imgtune_jax.types import MODALITIES, Params
+from imgtune_jax.training import optim, state
+from imgtune_jax.training.step import TrainStep, make_train_step
+from imgtune_jax.types import MODALITIES, Batch, Outputs, Params, TrainState
+
+INIT_KEY = 0x1417  # folded into the key for the parameters; steps fold in 0, 1, 2, …
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """The config's durations in steps; None means never."""
+
+    total: int
+    warmup: int
+    cooldown: int
+    eval_every: int | None
+    checkpoint_every: int | None
+
+    @classmethod
+    def from_config(cls, config: Config, num_examples: int) -> StepCounts:
+        """Convert the config's durations to steps, for a data set of `num_examples`."""
+
+        def steps(duration: Duration) -> int | None:
+            return duration.in_steps(batch_size=config.batch_size, num_examples=num_examples)
+
+        return cls(
+            total=steps(config.total) or 0,
+            warmup=steps(config.optim.warmup) or 0,
+            cooldown=steps(config.optim.cooldown) or 0,
+            eval_every=steps(config.eval_every),
+            checkpoint_every=steps(config.checkpoint.every),
+        )
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """The static side of a run; parameters come beside it."""
+    """The static side of a run; parameters are arguments.
+
+    The fields suffice for inference. Everything that only training or evaluation needs, such as the
+    data source, is a property that is built on first use.
+    """
 
     config: Config
     partitioner: Partitioner
-    model: models.ImageTextModel  # locked layers run in eval mode
+    model: models.ImageTextModel  # frozen layers run in eval mode
     is_frozen: dict[str, bool]  # by parameter path
     preprocess: data.Compose  # PIL image or array -> u8[h w 3], deterministic
     tokenizer: data.Tokenizer
 
-    @functools.cached_property
+    @cached_property
     def key(self) -> jax.Array:
-        """The run's PRNG key; parameters and steps fold their own constants into it."""
+        """The PRNG key of the run; parameters and steps fold their constants into it."""
         return jax.random.key(self.config.seed)
 
-    @functools.cached_property
+    @cached_property
     def abstract_params(self) -> Params:
         """ShapeDtypeStructs of all parameters."""
         return jax.eval_shape(self.model.init, self.key)
 
+    @cached_property
+    def abstract_split_params(self) -> tuple[Params, Params]:
+        """(trainable, frozen) trees of ShapeDtypeStructs with shardings."""
+        with_shardings = state.with_shardings(self.abstract_params, self.partitioner)
+        return self.split_params(with_shardings)
+
+    @cached_property
+    def abstract_state(self) -> TrainState:
+        """ShapeDtypeStructs with shardings of the TrainState: the target of a restore."""
+        return state.abstract_train_state(
+            self.abstract_split_params[0],
+            self.optimizer,
+            self.partitioner,
+            with_ema=self.config.optim.ema_decay is not None,
+        )
+
+    @cached_property
+    def source(self) -> data.Source:
+        """The training records."""
+        return data.build_source(self.config.data.source)
+
+    @cached_property
+    def step_counts(self) -> StepCounts:
+        """The config's durations in steps of this source."""
+        return StepCounts.from_config(self.config, len(self.source))
+
+    @cached_property
+    def pipeline(self) -> data.Pipeline:
+        """The training batches of this host, without cached features."""
+        c = self.config
+        return data.Pipeline(
+            source=self.source,
+            transform=data.build_transform(c.data.transforms or c.preprocess),
+            tokenizer=self.tokenizer,
+            caption_weights=c.data.caption_weights,
+            prefixes=c.data.prefixes,
+            length_buckets=c.data.length_buckets,
+            batch_size=c.batch_size,
+            seed=c.seed,
+            shuffle=True,
+            host_index=jax.process_index(),
+            host_count=jax.process_count(),
+            num_threads=c.data.num_threads,
+            num_workers=c.data.num_workers,
+            prefetch=c.data.prefetch,
+            max_bad_fraction=c.data.max_bad_fraction,
+            max_bad_fraction_after=c.data.max_bad_fraction_after,
+        )
+
+    @cached_property
+    def optimizer(self) -> optim.Optimizer:
+        """The gradient transformation with its schedule."""
+        steps = self.step_counts
+        return optim.build_optimizer(
+            self.config.optim,
+            list(self.is_frozen),
+            total=steps.total,
+            warmup=steps.warmup,
+            cooldown=steps.cooldown,
+        )
+
+    @cached_property
+    def objective(self) -> objectives.Objective:
+        """The weighted sum of the config's objectives."""
+        return objectives.build_objective(self.config.objectives, mesh=self.partitioner.mesh)
+
+    @cached_property
+    def evaluators(self) -> dict[str, evals.Evaluator]:
+        """The evaluators that run during and after training, by name."""
+        return self.build_evaluators(self.config.evals)
+
+    @cached_property
+    def baselines(self) -> dict[str, evals.Evaluator]:
+        """The evaluators that run once, before the first step, by name."""
+        return self.build_evaluators(self.config.baselines)
+
+    @cached_property
+    def train_step(self) -> TrainStep:
+        """The jitted training step. It donates its state, which is laid out as `abstract_state`."""
+
+        def forward(params: Params, batch: Batch, rng: jax.Array) -> Outputs:
+            return self.model.apply(params, batch, rng=rng, train=True)
+
+        step = make_train_step(
+            forward,
+            self.objective,
+            self.optimizer,
+            key=self.key,
+            accumulation=self.config.accumulation,
+            ema_decay=self.config.optim.ema_decay,
+        )
+        layout = jax.tree.map(lambda x: x.sharding, self.abstract_state)
+        return jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=(layout, self.partitioner.replicated),
+            compiler_options=xla_cpu.compiler_options(self.partitioner.mesh),
+        )
+
+    def build_all(self, *, with_baselines: bool) -> None:
+        """Build everything that training needs, so that nothing is written for an invalid config.
+
+        Raises ValueError if parts of the config do not fit each other or the data.
+        """
+        c = self.config
+        if all(self.is_frozen.values()):
+            raise ValueError(
+                "config.lock freezes every parameter, so there is nothing to train; unlock at "
+                "least one"
+            )
+        self.partitioner.check_batch_size(c.batch_size // c.accumulation, "microbatch")
+        _ = self.pipeline, self.evaluators, self.train_step
+        if with_baselines:
+            _ = self.baselines
+
     def image_side_is_frozen(self) -> bool:
-        """Is what gives an image's features locked, so that they depend on the image alone?"""
-        sides = ("image/", "image_pooler/")
-        return all(frozen for path, frozen in self.is_frozen.items() if path.startswith(sides))
+        """Whether image features depend on the image alone: tower and pooler are frozen."""
+        prefixes = ("image/", "image_pooler/")
+        return all(frozen for path, frozen in self.is_frozen.items() if path.startswith(prefixes))
 
     def init_params(self) -> Params:
-        """All parameters, pretrained where the config says so, laid out on the mesh."""
+        """Initialize all parameters on the mesh, pretrained towers from their files."""
         pretrained = {}
-        for tower in MODALITIES:
-            init: Mapping[str, Any] = getattr(self.config.weights, tower)
-            if init:
-                pretrained[tower] = interop.load_tower(
-                    init, self.config.model[tower], image_size=self.config.model["image_size"]
+        for modality in MODALITIES:
+            weights: Mapping[str, Any] = getattr(self.config.weights, modality)
+            if weights:
+                pretrained[modality] = interop.load_tower(
+                    weights, self.config.model[modality], image_size=self.config.model["image_size"]
                 )
-        key = jax.random.fold_in(self.key, 0x1417)  # apart from every step's key
+        key = jax.random.fold_in(self.key, INIT_KEY)
         return state.init_params(self.model.init, key, self.partitioner, pretrained)
 
-    def evaluators(self, cfg: Mapping[str, ComponentConfig]) -> dict[str, evals.Evaluator]:
-        """Evaluators by name. A validation loss that names no objective is the training one."""
+    def split_params(self, params: Params) -> tuple[Params, Params]:
+        """Split parameters into (trainable, frozen) trees."""
+        return param_tree.split(params, self.is_frozen)
+
+    def create_state(self, trainable: Params) -> TrainState:
+        """Create the TrainState of step 0."""
+        return state.create_train_state(trainable, self.optimizer, self.abstract_state)
+
+    def build_evaluators(self, cfg: Mapping[str, ComponentConfig]) -> dict[str, evals.Evaluator]:
+        """Build evaluators by name; a validation loss without an objective has the training one."""
         objective = self.config.objectives
         filled = {
             name: {"objective": objective, **fields} if fields.get("name") == "loss" else fields
@@ -68,8 +224,11 @@ class Experiment:
         }
         return evals.build_evaluators(filled, mesh=self.partitioner.mesh)
 
-    def predictor(self, params: Params, *, keep: bool = True) -> ModelPredictor:
-        """The model as evaluators and users see it; `keep` features of data sets between calls."""
+    def predictor(self, params: Params, *, use_memo: bool = True) -> ModelPredictor:
+        """The model with parameters, as evaluators and users call it.
+
+        With `use_memo`, it holds the image features of data sets in memory between calls.
+        """
         return ModelPredictor.build(
             self.model,
             params,
@@ -77,14 +236,14 @@ class Experiment:
             tokenizer=self.tokenizer,
             partitioner=self.partitioner,
             image_side_is_frozen=self.image_side_is_frozen(),
-            use_memo=keep,
+            use_memo=use_memo,
         )
 
 
 def build_experiment(config: Config, *, tokenizer_dir: Path | None = None) -> Experiment:
-    """Build everything static. `tokenizer_dir` (a run's own copy) replaces the config's path.
+    """Build the experiment of a config; `tokenizer_dir` (a run's copy) replaces the config's path.
 
-    Raises ValueError where the config's parts do not fit each other.
+    Raises ValueError if parts of the config do not fit each other.
     """
     partitioner = Partitioner(make_mesh(config.mesh))
     tokenizer_cfg = dict(config.tokenizer)
@@ -97,14 +256,14 @@ def build_experiment(config: Config, *, tokenizer_dir: Path | None = None) -> Ex
     tokenizer = data.build_tokenizer(tokenizer_cfg)
     if model.decoder is not None and not tokenizer.bos_ids:
         raise ValueError(
-            "a decoder needs a tokenizer with a begin token, or the first token of a caption is "
-            "never predicted; data.train_tokenizer makes one that has it"
+            "config.tokenizer has no begin token, which config.model.decoder needs to predict the "
+            "first token of a caption; train one that has it with data.train_tokenizer"
         )
     if config.data.length_buckets and depends_on_padding(model.text):
         raise ValueError(
-            "config.data.length_buckets with a text tower that sees its padding "
-            "(mask_padding=False or shifted_class_mask=True), so that its length changes values; "
-            "set length_buckets=()"
+            f"config.data.length_buckets = {config.data.length_buckets} with a text tower that "
+            "reads its padding (mask_padding=False or shifted_class_mask=True), whose outputs "
+            "change with the length; set length_buckets=()"
         )
     return Experiment(
         config=config,
@@ -116,7 +275,9 @@ def build_experiment(config: Config, *, tokenizer_dir: Path | None = None) -> Ex
     )
 
 
-def depends_on_padding(text: Any) -> bool:
-    """Does what a text tower gives depend on how far texts are padded?"""
-    blind = getattr(text, "mask_padding", True) or getattr(text, "causal", False)
-    return not blind or getattr(text, "shifted_class_mask", False)
+def depends_on_padding(text_tower: Any) -> bool:
+    """Whether the outputs of a text tower change with the length that texts are padded to."""
+    ignores_padding = getattr(text_tower, "mask_padding", True) or getattr(
+        text_tower, "causal", False
+    )
+    return not ignores_padding or getattr(text_tower, "shifted_class_mask", False)

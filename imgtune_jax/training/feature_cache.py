@@ -1,10 +1,9 @@
-"""The locked part of a tower is a function of its input, so compute it once.
+"""Feature cache: the output of each tower's frozen prefix, computed once and read from disk later.
 
-What it gives is stored under a digest of all that it depends on: the locked weights, the
-architecture, preprocessing and augmentation, the views and their seed, and the data. A wrong store
-cannot be served, and every run with the same key shares one. Training fills it on its way: in the
-first epoch of each view the locked part is run batch by batch, later its rows are read. `build`
-does the same ahead of time.
+A store's folder is named by a digest of everything that its values depend on: frozen weights,
+architecture, preprocessing, augmentation, views, seed and data. So a store of other values is never
+read, and all runs with one key share one store. Training fills it: in the first epoch of each view
+the frozen prefix runs batch by batch, and later epochs read its rows. `fill_cache` fills it ahead.
 """
 
 from __future__ import annotations
@@ -15,219 +14,155 @@ import hashlib
 import json
 import logging
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from imgtune_jax import data, param_tree
 from imgtune_jax.data.feature_store import differing_keys
-from imgtune_jax.training.batch_source import PlainFeed
+from imgtune_jax.training.batch_source import BatchSource
 from imgtune_jax.training.experiment import Experiment
 from imgtune_jax.types import Batch, Params
 
 log = logging.getLogger("imgtune_jax.training.feature_cache")
 
 
-@dataclass(frozen=True)
-class CachedFeed:
-    """A Feed whose batches bring what the locked part of each tower in `pipeline.stores` gave."""
+def build_batch_source(experiment: Experiment, frozen: Params) -> BatchSource:
+    """Build the training batches, with a store for each tower that config.cache names.
 
-    pipeline: data.Pipeline
-    prefix_fns: Mapping[str, Callable[[Batch], jax.Array]]
-    exp: Experiment
-
-    @property
-    def stores(self) -> Mapping[str, data.FeatureStore]:
-        """The stores, by tower."""
-        return self.pipeline.stores
-
-    @property
-    def store_paths(self) -> dict[str, str]:
-        """Where the stores are, by tower."""
-        return {tower: str(store.folder.absolute()) for tower, store in self.stores.items()}
-
-    def batches(self, start: int) -> Iterator[Batch]:
-        """Batches start, start + 1, … without end, filling the stores where rows are missing.
-
-        Whether a batch is read or computed is decided epoch by epoch, alike on all hosts.
-        """
-        while True:
-            stop = self.pipeline.epoch_end(start)
-            if all(store.complete_views().all() for store in self.stores.values()):
-                stop = data.NO_END
-            for local in self.pipeline.batches(start, stop):
-                yield self._add_features(local)
-            self.flush()
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices("features are on disk")
-            for store in self.stores.values():
-                store.refresh()
-            start = stop
-
-    def flush(self) -> None:
-        """Put the rows that were computed on disk."""
-        for store in self.stores.values():
-            store.flush()
-
-    def needs_param(self, path: str) -> bool:
-        """Not the parameters of a cached part."""
-        return path.partition("/")[0] not in self.stores or not self.exp.model.in_frozen_prefix(
-            path
-        )
-
-    def _add_features(self, local: data.NumpyBatch) -> Batch:
-        put = self.exp.partitioner.put_batch
-        missing = [t for t in self.stores if f"{t}_features" not in local]
-        if missing:
-            placed = put(local)
-            local |= {f"{t}_features": self._compute_features(t, local, placed) for t in missing}
-        if "image" in self.stores:
-            local.pop("image", None)
-        return put(local)
-
-    def _compute_features(self, tower: str, local: data.NumpyBatch, placed: Batch) -> np.ndarray:
-        """This host's rows, as they will be read from the store they go into."""
-        store, views, good = self.stores[tower], local[f"{tower}_view"], local[f"{tower}_good"]
-        if jax.process_count() == 1 and store.contains(views, local["index"]):
-            return store.read(views, local["index"])[0]  # by calibration, or before a restart
-        began = time.perf_counter()
-        values = self.exp.partitioner.local_rows(self.prefix_fns[tower](placed))
-        seconds = time.perf_counter() - began
-        return store.write(views, local["index"], values, good, seconds=seconds)
-
-
-def build_batch_source(
-    exp: Experiment, locked: Params, pipeline: data.Pipeline
-) -> CachedFeed | PlainFeed:
-    """A `train.feed.MakeFeed`: with stores for what config.cache names and is locked."""
-    found = open_stores(exp, locked, pipeline)
-    if not found:
-        return PlainFeed(pipeline, exp.partitioner)
-    programs = {t: _compile_prefix(exp, locked, t) for t in found}
-    return CachedFeed(dataclasses.replace(pipeline, stores=found), programs, exp)
-
-
-def fill_cache(
-    exp: Experiment, locked: Params, pipeline: data.Pipeline
-) -> dict[str, data.FeatureStore]:
-    """Fill the stores ahead of training, in source order; a second call goes on where one stopped.
-
-    Raises ValueError when nothing can be cached.
+    `frozen` are all frozen parameters.
     """
-    ordered = build_batch_source(exp, locked, dataclasses.replace(pipeline, shuffle=False))
-    if not isinstance(ordered, CachedFeed):
+    stores = open_stores(experiment, frozen)
+    prefix_fns = {tower: _compile_prefix(experiment, frozen, tower) for tower in stores}
+    pipeline = experiment.pipeline
+    if stores:
+        pipeline = dataclasses.replace(pipeline, stores=stores)
+    return BatchSource(experiment, pipeline, prefix_fns)
+
+
+def fill_cache(experiment: Experiment) -> dict[str, data.FeatureStore]:
+    """Fill the stores ahead of training, in source order; a second call continues where it stopped.
+
+    Returns the stores by tower. Raises ValueError if nothing can be cached.
+    """
+    _, frozen = experiment.split_params(experiment.init_params())
+    batch_source = build_batch_source(experiment, frozen)
+    stores = dict(batch_source.stores)
+    if not stores:
         raise ValueError(
             "nothing to cache: set config.cache.path, and lock a tower whose config.cache views "
             "are not 0"
         )
-    for tower, store in ordered.stores.items():
+    for tower, store in stores.items():
         unused = {"tokenizer": None} if tower == "image" else {"transform": None}
-        alone = dataclasses.replace(ordered.pipeline, stores={tower: store}, **unused)
-        one = dataclasses.replace(ordered, pipeline=alone)
-        total, size = store.views * store.num_records, one.pipeline.batch_size
+        pipeline = dataclasses.replace(
+            batch_source.pipeline, shuffle=False, stores={tower: store}, **unused
+        )
+        ordered = dataclasses.replace(batch_source, pipeline=pipeline)
+        total, size = store.views * store.num_records, pipeline.batch_size
         first = store.first_missing // size
-        with tqdm(total=total, initial=first * size, unit="row", desc=f"locked {tower} tower") as b:
-            for step, _ in zip(range(first, -(-total // size)), one.batches(first), strict=False):
-                b.update(min(size, total - step * size))
-        one.flush()
-    return dict(ordered.stores)
+        description = f"frozen prefix of the {tower} tower"
+        with tqdm(total=total, initial=first * size, unit="row", desc=description) as bar:
+            steps = range(first, -(-total // size))
+            for step, _ in zip(steps, ordered.batches(first), strict=False):
+                bar.update(min(size, total - step * size))
+        ordered.flush()
+    return stores
 
 
-def open_stores(
-    exp: Experiment, locked: Params, pipeline: data.Pipeline
-) -> dict[str, data.FeatureStore]:
-    """The opened store of each tower that is to be cached and has a locked part."""
-    c, out = exp.config.cache, {}
-    if c.path is None:
-        return out
-    for tower, views in {"image": c.image_views, "text": c.text_views}.items():
-        if views and exp.model.frozen_prefix(tower) is not None:
-            parts = cache_key(exp, locked, tower, pipeline.source)
-            shape = _feature_shape(exp, tower)
-            name = _digest([parts, views, shape, c.dtype])
-            path = cache_root(c.path) / f"{tower}-{name}"
-            if not path.exists():
-                _log_key_changes(path, parts)
-            out[tower] = data.FeatureStore.open(
-                path,
-                views=views,
-                num_records=len(pipeline.source),
-                shape=shape,
-                dtype=c.dtype,
-                key=parts,
+def open_stores(experiment: Experiment, frozen: Params) -> dict[str, data.FeatureStore]:
+    """Open the store of each tower that config.cache names and that has a frozen prefix."""
+    cfg, stores = experiment.config.cache, {}
+    if cfg.path is None:
+        return stores
+    num_records = len(experiment.source)
+    for tower, views in {"image": cfg.image_views, "text": cfg.text_views}.items():
+        if views and experiment.model.frozen_prefix(tower) is not None:
+            key = cache_key(experiment, frozen, tower)
+            shape = _feature_shape(experiment, tower)
+            name = _digest([key, views, shape, cfg.dtype])
+            folder = cache_root(cfg.path) / f"{tower}-{name}"
+            if not folder.exists():
+                _log_key_changes(folder, key)
+            stores[tower] = data.FeatureStore.open(
+                folder, views=views, num_records=num_records, shape=shape, dtype=cfg.dtype, key=key
             )
-    return out
+    return stores
 
 
 def cache_root(path: str) -> Path:
-    """The folder that `config.cache.path` means."""
+    """Return the folder that `config.cache.path` names; "auto" is in the user's cache folder."""
     if path != "auto":
         return Path(path)
-    base = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
-    return Path(base) / "imgtune_jax" / "features"
+    user_cache = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
+    return Path(user_cache) / "imgtune_jax" / "features"
 
 
-def cache_key(exp: Experiment, locked: Params, tower: str, source: data.Source) -> dict[str, Any]:
-    """Everything that a cached value depends on, by name, ready for JSON."""
-    c = exp.config
-    prefix = exp.model.frozen_prefix(tower)
+def cache_key(experiment: Experiment, frozen: Params, tower: str) -> dict[str, Any]:
+    """Return everything that a cached value depends on, by name, ready for JSON.
+
+    The names are part of the manifest of a store, so they must not change.
+    """
+    c = experiment.config
+    prefix = experiment.model.frozen_prefix(tower)
     assert prefix is not None, "only a frozen prefix is cached"
-    parts: dict[str, Any] = {
-        "weights": param_tree.params_digest(_front(exp, locked, tower)),
+    key: dict[str, Any] = {
+        "weights": param_tree.params_digest(_frozen_prefix_params(experiment, frozen, tower)),
         "architecture": c.model[tower],
         "layers": prefix.num_layers,
         "compute_dtype": c.model.get("dtype"),
-        "source": source.fingerprint,
+        "source": experiment.source.fingerprint,
     }
     if tower == "image":
-        keys = ("image_size", "image_mean", "image_std")
-        parts["normalisation"] = {k: v for k, v in c.model.items() if k in keys}
-        parts["preprocess"] = c.data.transforms or c.preprocess
-        parts["pixels"] = data.TRANSFORMS_VERSION
-        parts["seed"] = c.seed if c.data.transforms else None  # preprocessing draws nothing
+        normalization = ("image_size", "image_mean", "image_std")
+        key["normalisation"] = {k: v for k, v in c.model.items() if k in normalization}
+        key["preprocess"] = c.data.transforms or c.preprocess
+        key["pixels"] = data.TRANSFORMS_VERSION
+        key["seed"] = c.seed if c.data.transforms else None  # preprocessing is deterministic
     else:
-        parts["tokenizer"] = exp.tokenizer.fingerprint
-        parts["captions"], parts["seed"] = c.data.caption_weights, c.seed
+        key["tokenizer"] = experiment.tokenizer.fingerprint
+        key["captions"], key["seed"] = c.data.caption_weights, c.seed
         if c.data.prefixes:
-            parts["prefixes"] = c.data.prefixes
-    return json.loads(json.dumps(parts))
+            key["prefixes"] = c.data.prefixes
+    return json.loads(json.dumps(key))
 
 
-def _log_key_changes(path: Path, parts: Mapping[str, Any]) -> None:
-    """Name what is new about a key, against the store that resembles it most."""
-    tower = path.name.partition("-")[0]
-    old = [json.loads(p.read_text()) for p in path.parent.glob(f"{tower}-*/manifest.json")]
-    changes = [differing_keys({k: m[k] for k in parts if k in m}, parts) for m in old]
+def _log_key_changes(folder: Path, key: Mapping[str, Any]) -> None:
+    """Log which parts of a new key differ from the most similar store of the same tower."""
+    tower = folder.name.partition("-")[0]
+    manifests = [json.loads(p.read_text()) for p in folder.parent.glob(f"{tower}-*/manifest.json")]
+    changes = [differing_keys({k: m[k] for k in key if k in m}, key) for m in manifests]
     if changes:
         log.info("no cache of these features: new are %s", ", ".join(min(changes, key=len)))
 
 
-def _compile_prefix(exp: Experiment, locked: Params, tower: str) -> Callable[[Batch], jax.Array]:
-    run = jax.jit(
-        functools.partial(exp.model.apply_frozen_prefix, tower=tower),
-        out_shardings=exp.partitioner.batch_sharding,
+def _compile_prefix(
+    experiment: Experiment, frozen: Params, tower: str
+) -> Callable[[Batch], jax.Array]:
+    """Return the jitted function batch -> f32[b …], the output of the tower's frozen prefix."""
+    apply = jax.jit(
+        functools.partial(experiment.model.apply_frozen_prefix, tower=tower),
+        out_shardings=experiment.partitioner.batch_sharding,
     )
-    params = _front(exp, locked, tower)
-    return lambda batch: run(params, batch=batch)
+    params = _frozen_prefix_params(experiment, frozen, tower)
+    return lambda batch: apply(params, batch=batch)
 
 
-def _front(exp: Experiment, locked: Params, tower: str) -> Params:
+def _frozen_prefix_params(experiment: Experiment, frozen: Params, tower: str) -> Params:
+    """Return the parameters of a tower's frozen prefix."""
     return param_tree.select(
-        locked, lambda p: p.startswith(f"{tower}/") and exp.model.in_frozen_prefix(p)
+        frozen, lambda p: p.startswith(f"{tower}/") and experiment.model.in_frozen_prefix(p)
     )
 
 
-def _feature_shape(exp: Experiment, tower: str) -> tuple[int, ...]:
-    size, length = exp.config.model["image_size"], exp.tokenizer.length
-    channels = len(exp.model.image_mean)
+def _feature_shape(experiment: Experiment, tower: str) -> tuple[int, ...]:
+    """Return the shape of one row of a tower's features: (d,) pooled, or (l, d) tokens."""
+    size, length = experiment.config.model["image_size"], experiment.tokenizer.length
+    channels = len(experiment.model.image_mean)
 
     def one_row(params: Params) -> jax.Array:
         batch = Batch(
@@ -236,9 +171,9 @@ def _feature_shape(exp: Experiment, tower: str) -> tuple[int, ...]:
             text=jnp.zeros((1, length), jnp.int32),
             text_mask=jnp.ones((1, length), bool),
         )
-        return exp.model.apply_frozen_prefix(params, tower=tower, batch=batch)
+        return experiment.model.apply_frozen_prefix(params, tower=tower, batch=batch)
 
-    return jax.eval_shape(one_row, exp.abstract_params).shape[1:]
+    return jax.eval_shape(one_row, experiment.abstract_params).shape[1:]
 
 
 def _digest(value: Any) -> str:

@@ -1,7 +1,7 @@
-"""What a person sees while a run goes on: progress bar, metrics.jsonl, TensorBoard, W&B.
+"""Logs of a run: progress bar, metrics.jsonl, timing.jsonl, TensorBoard and W&B.
 
-`metrics.jsonl` holds only what is a function of config and data, so two runs can be compared byte
-for byte; wall-clock figures go to `timing.jsonl`.
+`metrics.jsonl` holds only values that are a function of config and data, so the files of two runs
+can be compared byte for byte; wall-clock times are in `timing.jsonl`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import tensorboardX
 from tqdm import tqdm
 
-from imgtune_jax.training.checkpoint import truncate_jsonl
+from imgtune_jax.training import workdir_files
 
 try:
     import wandb  # pyright: ignore[reportMissingImports]
@@ -25,9 +25,9 @@ except ImportError:
 
 
 class MetricLogger:
-    """Writes the metrics of one run; on all hosts but the first it does nothing.
+    """Logs the metrics of one run; without `active`, on all hosts but the first, it logs nothing.
 
-    W&B is used where it is installed; WANDB_MODE=disabled turns it off.
+    W&B is used if it is installed; WANDB_MODE=disabled turns it off.
     """
 
     def __init__(
@@ -42,16 +42,16 @@ class MetricLogger:
     ) -> None:
         self._active = active
         self._batch_size = batch_size
-        self._waited = 0.0
-        self._since, self._since_step = time.perf_counter(), start
+        self._wait_seconds = 0.0
+        self._last_time, self._last_step = time.perf_counter(), start  # of the last `log_train`
         if not active:
             return
-        for name in ("metrics.jsonl", "timing.jsonl"):
-            truncate_jsonl(workdir / name, start)
-        self._metrics = (workdir / "metrics.jsonl").open("a", encoding="utf8")
-        self._timing = (workdir / "timing.jsonl").open("a", encoding="utf8")
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start)
-        self._bar = tqdm(
+        self._metrics = (workdir / workdir_files.METRICS).open("a", encoding="utf8")
+        self._timing = (workdir / workdir_files.TIMING).open("a", encoding="utf8")
+        self._tensorboard = tensorboardX.SummaryWriter(
+            str(workdir / workdir_files.TENSORBOARD), purge_step=start
+        )
+        self._progress_bar = tqdm(
             total=total, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05
         )
         self._wandb = None
@@ -62,52 +62,53 @@ class MetricLogger:
 
     def add_wait_time(self, seconds: float) -> None:
         """Add time that the loop spent waiting for data."""
-        self._waited += seconds
+        self._wait_seconds += seconds
 
     def update_progress(self, step: int) -> None:
-        """Move the bar."""
+        """Advance the progress bar to `step`."""
         if self._active:
-            self._bar.update(step - self._bar.n)
+            self._progress_bar.update(step - self._progress_bar.n)
 
     def log_train(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log one step's metrics under `train/`, and the rate since the last call."""
+        """Log the metrics of one step under `train/`, and the speed since the last call."""
         if not self._active:
             return
         now = time.perf_counter()
-        span, steps = now - self._since, step - self._since_step
-        share = min(self._waited / span, 1.0) if span else 0.0
-        rate = steps * self._batch_size / span if span else 0.0
+        seconds, num_steps = now - self._last_time, step - self._last_step
+        wait_share = min(self._wait_seconds / seconds, 1.0) if seconds else 0.0
+        speed = num_steps * self._batch_size / seconds if seconds else 0.0
         self._write(self._metrics, step, {f"train/{k}": v for k, v in metrics.items()})
         timing = {
-            "train/samples_per_second": rate,
-            "train/data_time": self._waited / max(steps, 1),
-            "train/data_wait_share": share,
+            "train/samples_per_second": speed,
+            "train/data_time": self._wait_seconds / max(num_steps, 1),
+            "train/data_wait_share": wait_share,
         }
         self._write(self._timing, step, timing)
-        self._bar.set_postfix_str(
-            f"loss {metrics['loss']:.3f}, {rate:.0f} img/s, data wait {share:.0%}"
+        self._progress_bar.set_postfix_str(
+            f"loss {metrics['loss']:.3f}, {speed:.0f} img/s, data wait {wait_share:.0%}"
         )
-        self._since, self._since_step, self._waited = now, step, 0.0
+        self._last_time, self._last_step, self._wait_seconds = now, step, 0.0
 
     def log_eval(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
-        """Log an evaluation's metrics; its time does not count as training time."""
-        self._since += seconds
+        """Log the metrics of an evaluation; its seconds do not count as training time."""
+        self._last_time += seconds
         if self._active:
             self._write(self._metrics, step, metrics)
 
     def close(self) -> None:
-        """Flush and close everything."""
+        """Flush and close all logs."""
         if self._active:
-            for sink in (self._metrics, self._timing, self._board, self._bar):
-                sink.close()
+            for log in (self._metrics, self._timing, self._tensorboard, self._progress_bar):
+                log.close()
             if self._wandb is not None:
                 self._wandb.finish()
 
     def _write(self, file: Any, step: int, values: Mapping[str, float]) -> None:
+        """Append the finite values to a JSONL file; send all of them to TensorBoard and W&B."""
         record = {"step": step} | {k: v for k, v in values.items() if math.isfinite(v)}
         file.write(json.dumps(record) + "\n")
         file.flush()
         for name, value in values.items():
-            self._board.add_scalar(name.replace("@", "_at_"), value, step)
+            self._tensorboard.add_scalar(name.replace("@", "_at_"), value, step)
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)

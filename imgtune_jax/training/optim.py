@@ -1,4 +1,4 @@
-"""Optimizer and schedule from Optax, with per-path multipliers."""
+"""Optimizers and schedules on Optax, with multipliers by parameter path."""
 
 from __future__ import annotations
 
@@ -26,30 +26,28 @@ def adafactor(
     clipping_threshold: float | None = 1.0,
     min_dim_size_to_factor: int = 32,
 ) -> optax.GradientTransformation:
-    """Adafactor without relative steps, as used for ViT-G (2106.04560, section 3.4)."""
-    parts = [
+    """Return Adafactor without relative steps, as for ViT-G (2106.04560, section 3.4)."""
+    transforms = [
         optax.scale_by_factored_rms(
             decay_rate=decay_rate, min_dim_size_to_factor=min_dim_size_to_factor
         )
     ]
     if clipping_threshold is not None:
-        parts.append(optax.clip_by_block_rms(clipping_threshold))
+        transforms.append(optax.clip_by_block_rms(clipping_threshold))
     if b1 is not None:
-        parts.append(optax.ema(b1, debias=False, accumulator_dtype=jnp.bfloat16))
-    return optax.chain(*parts)
+        transforms.append(optax.ema(b1, debias=False, accumulator_dtype=jnp.bfloat16))
+    return optax.chain(*transforms)
 
 
 def muon(
     beta: float = 0.95, ns_steps: int = 5, nesterov: bool = True, b1: float = 0.9, b2: float = 0.999
 ) -> optax.GradientTransformation:
-    """Muon (2502.16982) for kernels, scaled to Adam's update size; Adam for all else."""
+    """Return Muon (2502.16982), scaled to Adam's RMS, for kernels [m n], and Adam for others."""
 
     def labels(params: Params) -> Params:
-        flat = param_tree.flatten(params)
-        kinds = {
-            p: "muon" if p.endswith("/kernel") and x.ndim == 2 else "adam" for p, x in flat.items()
-        }
-        return param_tree.unflatten(kinds)
+        return param_tree.map_with_path(
+            lambda p, x: "muon" if p.endswith("/kernel") and x.ndim == 2 else "adam", params
+        )
 
     return optax.partition(
         {
@@ -71,7 +69,7 @@ def muon(
 
 
 def _scale_to_adam_rms(updates: PyTree, params: PyTree | None) -> PyTree:
-    """Orthogonal [m n] updates · 0.2 √max(m, n): the RMS of Adam's (2502.16982, equation 4)."""
+    """Multiply orthogonal updates [m n] by 0.2 √max(m, n), for Adam's RMS (2502.16982, eq. 4)."""
     return jax.tree.map(lambda u: u * 0.2 * math.sqrt(max(u.shape)), updates)
 
 
@@ -84,23 +82,23 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 
 
 def cosine(t: jax.Array, length: jax.Array, warmup: int, cooldown: int) -> jax.Array:
-    """Half a cosine from 1 to 0."""
+    """Return half a period of a cosine, from 1 to 0."""
     return 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(t / length, 0, 1)))
 
 
 def rsqrt(t: jax.Array, length: jax.Array, warmup: int, cooldown: int) -> jax.Array:
-    """1/sqrt, flat over one warm-up's length (2106.04560), with a linear cool-down to 0."""
+    """Return √(w / (w + t)), w the warm-up steps (2106.04560), with a linear cool-down to 0."""
     timescale = max(warmup, 1)
     return jnp.sqrt(timescale / (timescale + t)) * constant_rate(t, length, warmup, cooldown)
 
 
 def constant_rate(t: jax.Array, length: jax.Array, warmup: int, cooldown: int) -> jax.Array:
-    """1, with a linear cool-down to 0."""
+    """Return 1, with a linear cool-down to 0."""
     return jnp.clip((length - t) / max(cooldown, 1), 0, 1) if cooldown else jnp.ones_like(t)
 
 
 def linear_decay(t: jax.Array, length: jax.Array, warmup: int, cooldown: int) -> jax.Array:
-    """A line from 1 to 0."""
+    """Return a line from 1 to 0."""
     return jnp.clip(1 - t / length, 0, 1)
 
 
@@ -113,15 +111,19 @@ SCHEDULES: dict[str, Callable[..., jax.Array]] = {
 
 
 def make_schedule(name: str, *, lr: float, total: int, warmup: int, cooldown: int) -> Schedule:
-    """step -> learning rate: linear warm-up from 0, then the named shape over what is left.
+    """Return step -> learning rate: linear warm-up, then the named schedule over the other steps.
 
-    Raises ValueError for an unknown name, or when warm-up and cool-down exceed the total.
+    All lengths are in steps. Raises ValueError for an unknown name, or if warm-up and cool-down
+    exceed the total.
     """
     if name not in SCHEDULES:
-        raise ValueError(f"config.optim.schedule = {name!r}; known: {', '.join(SCHEDULES)}")
+        raise ValueError(
+            f"config.optim.schedule = {name!r}; expected one of {', '.join(SCHEDULES)}"
+        )
     if warmup + cooldown > total:
         raise ValueError(
-            f"warm-up {warmup} + cool-down {cooldown} steps exceed the total of {total}"
+            f"config.optim.warmup = {warmup} and cooldown = {cooldown} steps exceed the total of "
+            f"{total}; shorten them or lengthen config.total"
         )
 
     def schedule(step: Any) -> jax.Array:
@@ -129,7 +131,7 @@ def make_schedule(name: str, *, lr: float, total: int, warmup: int, cooldown: in
         shape = SCHEDULES[name](
             jnp.maximum(step - warmup, 0), max(total - warmup, 1), warmup, cooldown
         )
-        # step + 1: the first update is not a no-op, and the last warm-up step has the full rate.
+        # step + 1, so that the first update is not zero; step `warmup` has the full rate.
         return lr * jnp.minimum(1.0, (step + 1) / (warmup + 1)) * shape
 
     return schedule
@@ -137,7 +139,7 @@ def make_schedule(name: str, *, lr: float, total: int, warmup: int, cooldown: in
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """A gradient transformation and the schedule it follows (for reporting)."""
+    """A gradient transformation, and its schedule for reporting."""
 
     tx: optax.GradientTransformation
     schedule: Schedule
@@ -146,18 +148,22 @@ class Optimizer:
 def build_optimizer(
     cfg: config_lib.OptimConfig, paths: Sequence[str], *, total: int, warmup: int, cooldown: int
 ) -> Optimizer:
-    """clip → precondition → + weight decay · param → · multiplier · (-lr).
+    """Chain clip → precondition → + weight decay · param → · multiplier → · (-lr).
 
-    Weight decay is decoupled and scaled by the learning rate (AdamW, 1711.05101). `paths` are all
-    parameters' paths, locked ones included, so that one set of rules serves every locking.
-    Raises ValueError for unknown names or arguments and for rules that do not fit the paths.
+    Weight decay is decoupled and scaled by the learning rate (AdamW, 1711.05101). `paths` are the
+    paths of all parameters, frozen ones included, so that one set of rules fits every locking.
+    Raises ValueError for an unknown name or argument and for rules that do not fit the paths.
     """
     if cfg.name not in OPTIMIZERS:
-        raise ValueError(f"config.optim.name = {cfg.name!r}; known: {', '.join(OPTIMIZERS)}")
-    make = OPTIMIZERS[cfg.name]
-    known = list(inspect.signature(make).parameters)
+        raise ValueError(
+            f"config.optim.name = {cfg.name!r}; expected one of {', '.join(OPTIMIZERS)}"
+        )
+    precondition = OPTIMIZERS[cfg.name]
+    known = list(inspect.signature(precondition).parameters)
     if unknown := sorted(set(cfg.args) - set(known)):
-        raise ValueError(f"config.optim.args has {unknown}; {cfg.name} takes {', '.join(known)}")
+        raise ValueError(
+            f"config.optim.args has the unknown {unknown}; {cfg.name} takes {', '.join(known)}"
+        )
     schedule = make_schedule(cfg.schedule, lr=cfg.lr, total=total, warmup=warmup, cooldown=cooldown)
     lr_of = param_tree.match_rules(cfg.lr_multipliers, paths, "config.optim.lr_multipliers")
     decay_of = param_tree.match_rules(
@@ -166,7 +172,7 @@ def build_optimizer(
     scale_of = {p: lr_of[p] * f for p, f in layer_decay(cfg.layer_decay, paths).items()}
     tx = optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
-        make(**cfg.args),
+        precondition(**cfg.args),
         _add_weight_decay({p: cfg.weight_decay * m for p, m in decay_of.items()}),
         _scale_by_path(scale_of),
         optax.scale_by_learning_rate(schedule),
@@ -175,32 +181,39 @@ def build_optimizer(
 
 
 def layer_decay(factor: float, paths: Sequence[str]) -> dict[str, float]:
-    """Layer-wise rate decay (BEiT, 2106.08254): factor^(depth - layer) for layer `blocks_<layer>`,
-    factor^(depth + 1) for what feeds the layers, 1 for heads and what follows the layers."""
-    out = dict.fromkeys(paths, 1.0)
+    """Return layer-wise rate multipliers by path (BEiT, 2106.08254), for towers of `depth` layers.
+
+    Layer i has factor^(depth - i), embeddings factor^(depth + 1). Modules after the layers, heads
+    and everything outside the towers have 1.
+    """
+    multipliers = dict.fromkeys(paths, 1.0)
     for tower in MODALITIES:
-        in_tower = [p.removeprefix(f"{tower}/") for p in paths if p.startswith(f"{tower}/")]
-        depth = locking.num_layers(in_tower)
-        for path in in_tower:
+        tower_paths = locking.tower_paths(paths, tower)
+        depth = locking.num_layers(tower_paths)
+        for path in tower_paths:
             layer = locking.layer_index(path)
             if layer is not None:
-                out[f"{tower}/{path}"] = factor ** (depth - layer)
+                multipliers[f"{tower}/{path}"] = factor ** (depth - layer)
             elif locking.is_embedding(path):
-                out[f"{tower}/{path}"] = factor ** (depth + 1)
-    return out
+                multipliers[f"{tower}/{path}"] = factor ** (depth + 1)
+    return multipliers
 
 
 def _add_weight_decay(decay_of: dict[str, float]) -> optax.GradientTransformation:
+    """Add `decay_of[path]` times the parameter to each update."""
+
     def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
-        decay = param_tree.map_with_path(lambda p: decay_of[p], params)
+        decay = param_tree.map_with_path(lambda path, _: decay_of[path], params)
         return jax.tree.map(lambda u, d, p: u + d * p if d else u, updates, decay, params), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _scale_by_path(scale_of: dict[str, float]) -> optax.GradientTransformation:
+    """Multiply each update by `scale_of[path]`."""
+
     def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
-        scales = param_tree.map_with_path(lambda p: scale_of[p], updates)
+        scales = param_tree.map_with_path(lambda path, _: scale_of[path], updates)
         return jax.tree.map(lambda u, s: u * s if s != 1.0 else u, updates, scales), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

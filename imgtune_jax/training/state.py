@@ -1,9 +1,8 @@
-"""From a model and pretrained towers to sharded, split parameters and their TrainState."""
+"""Parameters and TrainStates on the mesh: initialized, from pretrained towers, or abstract."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -21,22 +20,22 @@ def init_params(
     partitioner: Partitioner,
     pretrained: Mapping[str, Params],
 ) -> Params:
-    """Parameters laid out on the mesh: `init(key)`, with whole sub-trees taken from `pretrained`.
+    """Return `init(key)` laid out on the mesh, with the sub-trees of `pretrained` instead.
 
-    `pretrained` maps a top-level name ("image", "text") to a tree of NumPy arrays. Only what is not
-    pretrained is drawn. Raises ValueError listing every path that is missing, unknown or of another
-    shape than the model's.
+    `pretrained` maps a top-level name ("image", "text") to a tree of NumPy arrays. The other
+    components are sampled. Raises ValueError listing every path that is missing, unknown or of
+    another shape than the model's.
     """
     abstract = jax.eval_shape(init, key)
     _check_pretrained(abstract, pretrained)
     shardings = partitioner.param_shardings(abstract)
-    drawn = [name for name in abstract if name not in pretrained]
+    sampled = [name for name in abstract if name not in pretrained]
 
-    def draw(key: jax.Array) -> Params:
+    def sample(key: jax.Array) -> Params:
         params = init(key)
-        return {name: params[name] for name in drawn}
+        return {name: params[name] for name in sampled}
 
-    params = jax.jit(draw, out_shardings={n: shardings[n] for n in drawn})(key)
+    params = jax.jit(sample, out_shardings={n: shardings[n] for n in sampled})(key)
     for name, tree in pretrained.items():
         cast = jax.tree.map(lambda x, a: np.asarray(x, a.dtype), tree, abstract[name])
         params[name] = jax.device_put(cast, shardings[name])
@@ -44,52 +43,54 @@ def init_params(
 
 
 def _check_pretrained(abstract: Params, pretrained: Mapping[str, Params]) -> None:
+    """Raise ValueError listing every path of `pretrained` that does not fit the model."""
     problems = []
     for name, tree in pretrained.items():
-        wanted = param_tree.flatten(abstract.get(name, {}))
+        expected = param_tree.flatten(abstract.get(name, {}))
         got = param_tree.flatten(tree)
-        problems += [f"{name}/{p} is missing" for p in sorted(wanted.keys() - got.keys())]
+        problems += [f"{name}/{p} is missing" for p in sorted(expected.keys() - got.keys())]
         problems += [
-            f"{name}/{p} is unknown to the model" for p in sorted(got.keys() - wanted.keys())
+            f"{name}/{p} is unknown to the model" for p in sorted(got.keys() - expected.keys())
         ]
         problems += [
-            f"{name}/{p} has shape {got[p].shape}; the model wants {wanted[p].shape}"
-            for p in sorted(wanted.keys() & got.keys())
-            if tuple(got[p].shape) != tuple(wanted[p].shape)
+            f"{name}/{p} has shape {got[p].shape}; expected {expected[p].shape}, as in the model"
+            for p in sorted(expected.keys() & got.keys())
+            if tuple(got[p].shape) != tuple(expected[p].shape)
         ]
     if problems:
         raise ValueError("pretrained weights do not fit the model:\n  " + "\n  ".join(problems))
 
 
-@dataclass(frozen=True)
-class StateFactory:
-    """Builds TrainStates, real and abstract, with their shardings."""
+def with_shardings(abstract: PyTree, partitioner: Partitioner) -> PyTree:
+    """Add to each ShapeDtypeStruct of a tree its sharding by path and shape."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        abstract,
+        partitioner.param_shardings(abstract),
+    )
 
-    optimizer: Optimizer
-    partitioner: Partitioner
-    with_ema: bool
 
-    def create(self, trainable: Params) -> TrainState:
-        """Step 0, with the optimizer's state laid out as the parameters are."""
-        abstract = self.abstract(jax.eval_shape(lambda p: p, trainable))
-        shardings = jax.tree.map(lambda x: x.sharding, abstract)
-        return jax.jit(self._make, out_shardings=shardings)(trainable)
+def abstract_train_state(
+    trainable: PyTree, optimizer: Optimizer, partitioner: Partitioner, *, with_ema: bool
+) -> TrainState:
+    """Return the ShapeDtypeStructs, with shardings, of the TrainState of these parameters."""
+    shapes = jax.eval_shape(lambda p: _initial_state(p, optimizer, with_ema), trainable)
+    return with_shardings(shapes, partitioner)
 
-    def abstract(self, trainable: PyTree) -> TrainState:
-        """ShapeDtypeStructs with shardings: the target of a restore."""
-        shapes = jax.eval_shape(self._make, trainable)
-        shardings = self.partitioner.param_shardings(shapes)
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-        )
 
-    def _make(self, trainable: Params) -> TrainState:
-        ema = jax.tree.map(jnp.copy, trainable) if self.with_ema else None
-        return TrainState(
-            jnp.zeros((), jnp.int32), trainable, self.optimizer.tx.init(trainable), ema
-        )
+def create_train_state(trainable: Params, optimizer: Optimizer, target: TrainState) -> TrainState:
+    """Create the TrainState of step 0, laid out as `target`, an `abstract_train_state`."""
+    with_ema = target.ema_params is not None
+    shardings = jax.tree.map(lambda x: x.sharding, target)
+    create = jax.jit(lambda p: _initial_state(p, optimizer, with_ema), out_shardings=shardings)
+    return create(trainable)
+
+
+def _initial_state(trainable: Params, optimizer: Optimizer, with_ema: bool) -> TrainState:
+    ema = jax.tree.map(jnp.copy, trainable) if with_ema else None
+    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.tx.init(trainable), ema)
 
 
 def eval_params(state: TrainState, frozen: Params) -> Params:
-    """The parameters to judge and use: the moving average where there is one, and the frozen."""
+    """Return all parameters to evaluate, the moving average instead of `params` if there is one."""
     return param_tree.merge(state.params if state.ema_params is None else state.ema_params, frozen)

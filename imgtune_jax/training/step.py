@@ -1,4 +1,4 @@
-"""The one training step: pure, jitted once, for every objective."""
+"""The training step: one pure function for every objective."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ def make_train_step(
     accumulation: int = 1,
     ema_decay: float | None = None,
 ) -> TrainStep:
-    """step(state, frozen, batch) -> (state, metrics), a pure function.
+    """Return the pure function step(state, frozen, batch) -> (state, metrics).
 
-    `forward(params, batch, rng)` sees the merged parameters; only `state.params` is differentiated.
-    Randomness is fold_in(key, step), so resuming needs no RNG state. Metrics are scalars of the
-    global batch: the loss, each raw term, the gradient norm, the learning rate, scale and bias.
+    `forward(params, batch, rng)` gets the merged parameters; only `state.params` is differentiated.
+    The random key of a step is fold_in(key, step), so resuming needs no RNG state. Metrics are
+    scalars of the global batch: the loss, each unweighted term, the gradient norm, the learning
+    rate, and the logit scale and bias if the model has them.
     """
 
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Scalars]:
-        """Gradients, update, averaged weights, metrics."""
+        """Compute gradients, update parameters and their moving average, and report metrics."""
         rng = jax.random.fold_in(key, state.step)
 
         def trainable_forward(params: Params, batch: Batch, rng: jax.Array) -> Outputs:
@@ -71,53 +72,55 @@ def loss_and_grads(
     *,
     accumulation: int = 1,
 ) -> tuple[Params, Float[Array, ""], Metrics, Outputs]:
-    """(gradients, loss, metrics, outputs) of the whole batch, in `accumulation` microbatches.
+    """Return (gradients, loss, metrics, outputs) of the full batch, in `accumulation` microbatches.
 
     Accumulation is exact for every objective, contrastive ones included (GradCache, 2101.06983):
-    the outputs of all microbatches are computed first, the loss is differentiated once with respect
-    to *them*, and each microbatch is run again to pull its share back to the parameters, under the
-    same randomness. So negatives, scale and bias see the whole batch.
+    the outputs of all microbatches are computed first, and the loss of the full batch is
+    differentiated with respect to them. Each microbatch then runs again, with the same random key,
+    and its vector-Jacobian product maps its part of these gradients to the parameters. So negatives
+    come from the full batch, and scale and bias are counted once.
     """
     if accumulation == 1:
 
-        def whole(params: Params) -> tuple[Any, Any]:
+        def full_loss(params: Params) -> tuple[Any, Any]:
             outputs = forward(params, batch, rng)
             loss, metrics = objective(outputs, batch)
             return loss, (metrics, outputs)
 
-        (loss, (metrics, outputs)), grads = jax.value_and_grad(whole, has_aux=True)(params)
+        (loss, (metrics, outputs)), grads = jax.value_and_grad(full_loss, has_aux=True)(params)
         return grads, loss, metrics, outputs
 
-    micro = jax.tree.map(lambda x: _split_microbatches(x, accumulation), batch)
+    microbatches = jax.tree.map(lambda x: _split_microbatches(x, accumulation), batch)
     rngs = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(accumulation))
 
-    def forward_one(carry: None, part: tuple[Batch, jax.Array]) -> tuple[None, Outputs]:
-        return carry, forward(params, *part)
+    def forward_one(carry: None, xs: tuple[Batch, jax.Array]) -> tuple[None, Outputs]:
+        return carry, forward(params, *xs)
 
-    _, stacked = jax.lax.scan(forward_one, None, (micro, rngs))
+    _, stacked = jax.lax.scan(forward_one, None, (microbatches, rngs))
 
-    def joined_loss(stacked: Outputs) -> tuple[Any, Any]:
+    def loss_of_outputs(stacked: Outputs) -> tuple[Any, Any]:
         outputs = jax.tree.map(_merge_microbatches, stacked)
         loss, metrics = objective(outputs, batch)
         return loss, (metrics, outputs)
 
-    (loss, (metrics, outputs)), cotangents = jax.value_and_grad(joined_loss, has_aux=True)(stacked)
+    value_and_grad = jax.value_and_grad(loss_of_outputs, has_aux=True)
+    (loss, (metrics, outputs)), cotangents = value_and_grad(stacked)
 
-    def backward_one(grads: Params, part: tuple[Batch, jax.Array, Outputs]) -> tuple[Params, None]:
-        one, one_rng, cotangent = part
-        _, pull_back = jax.vjp(lambda p: forward(p, one, one_rng), params)
-        return jax.tree.map(jnp.add, grads, pull_back(cotangent)[0]), None
+    def backward_one(grads: Params, xs: tuple[Batch, jax.Array, Outputs]) -> tuple[Params, None]:
+        microbatch, microbatch_rng, cotangent = xs
+        _, vjp = jax.vjp(lambda p: forward(p, microbatch, microbatch_rng), params)
+        return jax.tree.map(jnp.add, grads, vjp(cotangent)[0]), None
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    grads, _ = jax.lax.scan(backward_one, zeros, (micro, rngs, cotangents))
+    grads, _ = jax.lax.scan(backward_one, zeros, (microbatches, rngs, cotangents))
     return grads, loss, metrics, outputs
 
 
 def _split_microbatches(x: jax.Array, k: int) -> jax.Array:
-    """[b …] -> [k b/k …]. Strided, so that every device cuts the rows it already holds."""
+    """Split [b …] -> [k b/k …]. Strided, so that every device splits the rows that it holds."""
     return x.reshape(x.shape[0] // k, k, *x.shape[1:]).swapaxes(0, 1)
 
 
 def _merge_microbatches(x: jax.Array) -> jax.Array:
-    """The inverse of `_cut` for per-example outputs; a scalar, equal in all parts, is averaged."""
+    """Undo `_split_microbatches` on per-example outputs [k b/k …]; average scalars [k]."""
     return x.mean(0) if x.ndim == 1 else x.swapaxes(0, 1).reshape(-1, *x.shape[2:])

@@ -1,4 +1,4 @@
-"""A run that writes captions goes through the same loop: resumed, sharded and accumulated alike."""
+"""A captioning run is resumed, sharded and accumulated exactly, as a contrastive one is."""
 
 import signal
 
@@ -9,49 +9,50 @@ from imgtune_jax.training import loop
 from tests.debug_run import ROOT, losses, metrics, settings, signal_after, start
 
 NO_DROPOUT = {
-    f"model.{part}": dict(settings("coca").model[part], dropout=0.0)
-    for part in ("image", "decoder")
+    f"model.{component}": dict(settings("coca").model[component], dropout=0.0)
+    for component in ("image", "decoder")
 }
 
 
 @pytest.fixture(autouse=True)
-def at_the_root(monkeypatch):
+def in_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def uninterrupted(tmp_path_factory):
     """A run on one device."""
-    workdir = tmp_path_factory.mktemp("whole")
+    workdir = tmp_path_factory.mktemp("uninterrupted")
     assert start(workdir, kind="coca").wait(timeout=600) == 0
     return workdir
 
 
-def test_a_killed_run_ends_as_if_it_had_never_been_killed(whole, tmp_path):
+def test_killed_and_resumed_run_equals_uninterrupted_run(uninterrupted, tmp_path):
     process = start(tmp_path, kind="coca")
     assert signal_after(process, tmp_path, 13, signal.SIGKILL) == -9
     assert start(tmp_path, kind="coca").wait(timeout=600) == 0
-    assert (tmp_path / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    resumed = (tmp_path / "metrics.jsonl").read_bytes()
+    assert resumed == (uninterrupted / "metrics.jsonl").read_bytes()
 
 
-def test_both_terms_are_reported_and_perplexity_is_that_of_the_nats(whole):
-    for line in metrics(whole):
+def test_both_terms_are_reported_and_perplexity_is_exp_of_the_caption_loss(uninterrupted):
+    for line in metrics(uninterrupted):
         np.testing.assert_allclose(
             line["train/perplexity"], np.exp(line["train/captioning"]), rtol=1e-5
         )
         assert {"train/softmax", "train/token_accuracy"} <= line.keys()
-    assert losses(whole)[-1] < losses(whole)[0]
+    assert losses(uninterrupted)[-1] < losses(uninterrupted)[0]
 
 
-def test_one_and_eight_devices_give_one_loss_curve(whole, tmp_path):
-    """With the vocabulary over two of them."""
+def test_loss_curve_does_not_depend_on_the_mesh(uninterrupted, tmp_path):
+    """The vocabulary is sharded over two of eight devices."""
     loop.train(settings("coca", **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}), tmp_path)
-    np.testing.assert_allclose(losses(tmp_path)[:20], losses(whole)[:20], rtol=1e-5)
+    np.testing.assert_allclose(losses(tmp_path)[:20], losses(uninterrupted)[:20], rtol=1e-5)
 
 
-def test_accumulated_run_equals_whole_run(tmp_path):
-    """Microbatches have different numbers of tokens; each token counts alike."""
+def test_accumulated_run_equals_run_on_full_batches(tmp_path):
+    """Microbatches have different numbers of tokens, and every token has the same weight."""
     changes = {**NO_DROPOUT, "total.steps": 6}
-    loop.train(settings("coca", **changes), tmp_path / "whole")
-    loop.train(settings("coca", **changes, accumulation=4), tmp_path / "parts")
-    np.testing.assert_allclose(losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=1e-5)
+    loop.train(settings("coca", **changes), tmp_path / "full")
+    loop.train(settings("coca", **changes, accumulation=4), tmp_path / "micro")
+    np.testing.assert_allclose(losses(tmp_path / "micro"), losses(tmp_path / "full"), rtol=1e-5)

@@ -1,4 +1,4 @@
-"""The loop from outside: resuming, devices, refusing, stopping. Real corpus, tiny model."""
+"""Training runs of a tiny model on the real corpus: resuming, meshes, errors, saved files."""
 
 import json
 import os
@@ -13,26 +13,28 @@ from PIL import Image
 
 from imgtune_jax import models
 from imgtune_jax.data import TooManyBadRecordsError
+from imgtune_jax.errors import NonFiniteLossError
 from imgtune_jax.training import batch_source, checkpoint, loop
 from tests.debug_run import ROOT, losses, metrics, settings, signal_after, start
 
 
 @pytest.fixture(autouse=True)
-def at_the_root(monkeypatch):
+def in_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def test_a_killed_run_ends_as_if_it_had_never_been_killed(tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert start(whole).wait(timeout=400) == 0
-    assert signal_after(start(broken), broken, 3, signal.SIGTERM) == 143
-    (saved,) = checkpoint.saved_steps(broken)
-    assert saved not in range(0, 31, 5) or saved >= 3  # saved where it was stopped
-    assert signal_after(start(broken), broken, 13, signal.SIGKILL) == -9
-    assert checkpoint.saved_steps(broken)[-1] < 30
-    assert start(broken).wait(timeout=400) == 0
-    assert (broken / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
-    assert len(losses(whole)) == 30
+def test_stopped_killed_and_resumed_run_equals_uninterrupted_run(tmp_path):
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    assert start(uninterrupted).wait(timeout=400) == 0
+    assert signal_after(start(killed), killed, 3, signal.SIGTERM) == 143
+    (saved,) = checkpoint.saved_steps(killed)
+    assert saved not in range(0, 31, 5) or saved >= 3  # SIGTERM saves the current step
+    assert signal_after(start(killed), killed, 13, signal.SIGKILL) == -9
+    assert checkpoint.saved_steps(killed)[-1] < 30
+    assert start(killed).wait(timeout=400) == 0
+    resumed = (killed / "metrics.jsonl").read_bytes()
+    assert resumed == (uninterrupted / "metrics.jsonl").read_bytes()
+    assert len(losses(uninterrupted)) == 30
 
 
 @pytest.fixture(scope="module")
@@ -44,23 +46,23 @@ def one_device(tmp_path_factory):
 
 
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=["data", "fsdp", "mixed"])
-def test_one_and_eight_devices_give_one_loss_curve(one_device, tmp_path, mesh):
+def test_loss_curve_does_not_depend_on_the_mesh(one_device, tmp_path, mesh):
     sizes = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh, strict=True))
     loop.train(settings(**sizes), tmp_path)
     np.testing.assert_allclose(losses(tmp_path)[:20], one_device[:20], rtol=1e-5)
 
 
-def test_accumulated_run_equals_whole_run(one_device, tmp_path):
-    # dropout draws another mask for another microbatch, so it is off in both
+def test_accumulated_run_equals_run_on_full_batches(one_device, tmp_path):
+    # Microbatches sample other dropout masks than the full batch, so dropout is off in both.
     off = {"model.image": dict(name="vit", variant="mu/16", pool="attention"), "total.steps": 8}
-    loop.train(settings(**off), tmp_path / "whole")
-    loop.train(settings(**off, accumulation=4), tmp_path / "parts")
-    a, b = losses(tmp_path / "whole"), losses(tmp_path / "parts")
-    np.testing.assert_allclose(b, a, rtol=1e-5)
-    assert not np.allclose(a, one_device[:8], rtol=1e-5), "dropout makes no difference"
+    loop.train(settings(**off), tmp_path / "full")
+    loop.train(settings(**off, accumulation=4), tmp_path / "micro")
+    full, accumulated = losses(tmp_path / "full"), losses(tmp_path / "micro")
+    np.testing.assert_allclose(accumulated, full, rtol=1e-5)
+    assert not np.allclose(full, one_device[:8], rtol=1e-5), "dropout makes no difference"
 
 
-def test_checkpoints_hold_no_locked_parameter(tmp_path):
+def test_checkpoints_hold_no_frozen_parameter(tmp_path):
     loop.train(settings(**{"lock.image": True, "total.steps": 2}), tmp_path)
     saved = {p.name for p in (tmp_path / "checkpoints" / "2" / "state").rglob("*")}
     text = " ".join(saved) + (tmp_path / "checkpoints/2/state/_METADATA").read_text()
@@ -68,46 +70,59 @@ def test_checkpoints_hold_no_locked_parameter(tmp_path):
     assert list((tmp_path / "frozen").iterdir())
 
 
-def test_a_relative_workdir_works(tmp_path, monkeypatch):
+def test_relative_workdir_works(tmp_path, monkeypatch):
     os.symlink(ROOT / "corpora", tmp_path / "corpora")
     monkeypatch.chdir(tmp_path)
     loop.train(settings(**{"total.steps": 1}), Path("runs/here"))
     assert checkpoint.saved_steps(tmp_path / "runs" / "here") == [1]
 
 
-def test_another_config_in_the_same_folder_is_refused(tmp_path):
+def test_resuming_with_another_config_is_an_error(tmp_path):
     loop.train(settings(**{"total.steps": 1}), tmp_path)
     with pytest.raises(ValueError, match=r"optim\.lr: 0\.001 there, 0\.5 now"):
         loop.train(settings(**{"total.steps": 1, "optim.lr": 0.5}), tmp_path)
-    loop.train(settings(**{"total.steps": 1, "log_every": 2}), tmp_path)  # this may change
+    loop.train(settings(**{"total.steps": 1, "log_every": 2}), tmp_path)  # a mutable key
 
 
-def test_a_loss_that_is_not_finite_names_step_and_last_good_checkpoint(tmp_path):
-    """The features of the third batch are poisoned."""
+def test_non_finite_loss_names_step_and_last_good_checkpoint(tmp_path, monkeypatch):
+    """The features of the third batch are NaN."""
+    batches = batch_source.BatchSource.batches
 
-    class Poisoned(batch_source.PlainFeed):
-        def batches(self, start):
-            for t, batch in enumerate(super().batches(start), start):
-                poison = jnp.full((64, 32), jnp.nan)
-                yield batch if t < 2 else batch.replace(image=None, image_features=poison)
+    def batches_with_nan(self, start):
+        for t, batch in enumerate(batches(self, start), start):
+            nan = jnp.full((64, 32), jnp.nan)
+            yield batch if t < 2 else batch.replace(image=None, image_features=nan)
 
+    monkeypatch.setattr(batch_source.BatchSource, "batches", batches_with_nan)
     changes = {"lock.image": True, "checkpoint.every.steps": 1}
-    with pytest.raises(loop.NonFiniteLossError, match=r"loss is nan at step 3; .*checkpoints/1\."):
-        loop.train(settings(**changes), tmp_path, make_feed=Poisoned.make)
+    with pytest.raises(NonFiniteLossError, match=r"loss is nan at step 3; .*checkpoints/1\."):
+        loop.train(settings(**changes), tmp_path)
 
 
-def test_locking_everything_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="nothing to train"):
-        loop.train(settings(**{"lock.patterns": (".*",)}), tmp_path)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lock.patterns": (".*",)}, "nothing to train"),
+        ({"batch_size": 60}, "microbatch size 60 does not divide over 8 devices"),
+        ({"optim.name": "adma"}, "expected one of adamw"),
+        ({"evals": dict(toy=dict(name="retreival"))}, "retreival"),
+        ({"baselines": dict(toy=dict(name="retreival"))}, "retreival"),
+        ({"objectives": dict(softmx=dict(weight=1.0))}, "softmx"),
+    ],
+)
+def test_invalid_config_is_an_error_before_anything_is_written(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        loop.train(settings(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
-def test_metrics_use_the_names_that_users_know(tmp_path):
+def test_metric_names(tmp_path):
     evals = {"toy": dict(name="retrieval", source=heldout(), caption_set="name")}
     loop.train(settings(**{"total.steps": 2, "evals": evals, "checkpoint.best_metric":
                          "val/toy/image_to_text_R@1"}), tmp_path)  # fmt: skip
-    first, second, judged = metrics(tmp_path)
+    first, second, evaluated = metrics(tmp_path)
     assert {"train/loss", "train/lr", "train/logit_scale"} <= first.keys() & second.keys()
-    assert {"val/toy/image_to_text_R@1", "val/toy/text_to_image_R@10"} <= judged.keys()
+    assert {"val/toy/image_to_text_R@1", "val/toy/text_to_image_R@10"} <= evaluated.keys()
     (result,) = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
     assert result["dataset"] == "toy" and "image_retrieval_recall@5" in result["metrics"]
     assert all(np.isfinite(v) for v in jax.tree.leaves(result["metrics"]))
@@ -120,16 +135,16 @@ def heldout():
     )  # fmt: skip
 
 
-def broken_folder(folder):
-    """Forty pictures, of which four are broken in four ways; one more has no caption."""
+def folder_with_bad_records(folder):
+    """Save forty images, of which four are unreadable and one has no caption; return a source."""
     rng = np.random.default_rng(0)
     rows = ["filepath,title"]
     for i in range(40):
         pixels = rng.integers(0, 255, (32, 32, 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.jpg")
-        rows.append(f"{i}.jpg,{'' if i == 4 else f'picture number {i}'}")
-    whole = (folder / "0.jpg").read_bytes()
-    (folder / "0.jpg").write_bytes(whole[: len(whole) // 2])
+        rows.append(f"{i}.jpg,{'' if i == 4 else f'image number {i}'}")
+    encoded = (folder / "0.jpg").read_bytes()
+    (folder / "0.jpg").write_bytes(encoded[: len(encoded) // 2])
     (folder / "1.jpg").write_bytes(b"no image at all")
     (folder / "2.jpg").unlink()
     Image.new("1", (20000, 10000)).save(folder / "3.png")
@@ -138,10 +153,10 @@ def broken_folder(folder):
     return dict(name="folder", path=str(folder), table=str(folder / "pairs.csv"))
 
 
-def test_training_goes_on_over_broken_records_and_counts_them(tmp_path, caplog):
+def test_bad_records_are_skipped_and_counted_up_to_the_cap(tmp_path, caplog):
     (tmp_path / "data").mkdir()
     changes = {
-        "data.source": broken_folder(tmp_path / "data"),
+        "data.source": folder_with_bad_records(tmp_path / "data"),
         "data.caption_weights": {"caption": 1.0},
         "batch_size": 40,
         "total.steps": 2,
@@ -158,29 +173,30 @@ def test_training_goes_on_over_broken_records_and_counts_them(tmp_path, caplog):
     assert all(counted[c] == counted["seen"] // 40 for c in causes)
     assert all(f"{i}.jpg" in caplog.text for i in range(5))
     changes["data.max_bad_fraction"] = 0.1
-    with pytest.raises(TooManyBadRecordsError, match=r"5 of 40 records are bad \(12\.5%, allowed"):
+    with pytest.raises(
+        TooManyBadRecordsError, match=r"5 of 40 records are broken \(12\.5%, allowed"
+    ):
         loop.train(settings(**changes), tmp_path / "capped")
 
 
-def test_shorter_padding_trains_alike(tmp_path):
-    """… and a text tower that sees its padding is refused."""
+def test_length_buckets_change_no_loss(tmp_path):
+    """With a text tower that reads its padding, they are an error."""
     image = dict(settings().model["image"], dropout=0.0)
     changes = {"model.image": image, "total.steps": 6, "data.caption_weights": {"name": 1.0}}
     buckets = {"data.length_buckets": (8, 10)}
-    loop.train(settings(**changes), tmp_path / "whole")
-    loop.train(settings(**changes, **buckets), tmp_path / "cut")
-    np.testing.assert_allclose(losses(tmp_path / "cut"), losses(tmp_path / "whole"), rtol=1e-5)
+    loop.train(settings(**changes), tmp_path / "full")
+    loop.train(settings(**changes, **buckets), tmp_path / "buckets")
+    np.testing.assert_allclose(losses(tmp_path / "buckets"), losses(tmp_path / "full"), rtol=1e-5)
     text = dict(settings().model["text"], mask_padding=False, causal=False)
-    with pytest.raises(ValueError, match="a text tower that sees its padding"):
-        loop.train(settings(**changes, **buckets, **{"model.text": text}), tmp_path / "refused")
+    with pytest.raises(ValueError, match="a text tower that reads its padding"):
+        loop.train(settings(**changes, **buckets, **{"model.text": text}), tmp_path / "error")
 
 
-def test_locked_matrices_in_bfloat16_train_alike(tmp_path, monkeypatch):
-    """… to the last byte, as every product rounds them to that."""
+def test_frozen_kernels_in_bfloat16_change_no_metric(tmp_path, monkeypatch):
+    """Bit for bit, since every product rounds them to bfloat16."""
     changes = {"model.dtype": "bfloat16", "lock.image": True, "total.steps": 4}
-    loop.train(settings(**changes), tmp_path / "held")
+    loop.train(settings(**changes), tmp_path / "bfloat16")
     monkeypatch.setattr(models.ImageTextModel, "cast_frozen_kernels", lambda self, frozen: frozen)
-    loop.train(settings(**changes), tmp_path / "cast")
-    assert (tmp_path / "held/metrics.jsonl").read_bytes() == (
-        tmp_path / "cast/metrics.jsonl"
-    ).read_bytes()
+    loop.train(settings(**changes), tmp_path / "float32")
+    rounded = (tmp_path / "bfloat16/metrics.jsonl").read_bytes()
+    assert rounded == (tmp_path / "float32/metrics.jsonl").read_bytes()

@@ -1,0 +1,96 @@
+"""Files in a run's folder: their names, config.json, and logs that are truncated on resume."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+
+from imgtune_jax.config import Config, differences, load_config, save_config
+
+log = logging.getLogger("imgtune_jax.training")
+
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+TIMING = "timing.jsonl"
+RESULTS = "results.jsonl"
+STORE_PATHS = "cache.json"  # {tower: folder of its feature store}
+TOKENIZER = "tokenizer"
+TENSORBOARD = "tensorboard"
+CHECKPOINTS = "checkpoints"
+FROZEN = "frozen"
+
+# A resumed run may change these keys, since the parameters it learns do not depend on them.
+MUTABLE_KEYS = (
+    "baselines",
+    "cache.path",
+    "checkpoint.",
+    "data.num_threads",
+    "data.num_workers",
+    "data.prefetch",
+    "eval_every.",
+    "evals",
+    "log_every",
+    "mesh.",
+)
+
+
+def check_same_config(config: Config, workdir: Path) -> None:
+    """Raise ValueError if `workdir` holds a run whose config differs in more than MUTABLE_KEYS."""
+    path = workdir / CONFIG
+    if not path.exists():
+        return
+    changed = {
+        key: values
+        for key, values in differences(load_config(path), config).items()
+        if not key.startswith(MUTABLE_KEYS)
+    }
+    if changed:
+        lines = [f"{key}: {old!r} there, {new!r} now" for key, (old, new) in changed.items()]
+        raise ValueError(
+            f"{workdir} holds a run with another config; expected equal settings to resume it. "
+            f"Set these back, or choose a new --workdir:\n  " + "\n  ".join(lines)
+        )
+
+
+def write_config(config: Config, workdir: Path) -> None:
+    """Create `workdir` and save the config in it, atomically, on the first host."""
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        temporary = workdir / f"{CONFIG}.tmp"
+        save_config(config, temporary)
+        temporary.replace(workdir / CONFIG)
+
+
+def write_store_paths(store_paths: Mapping[str, str], workdir: Path) -> None:
+    """Save the folders of the feature stores by tower, if there are any, on the first host."""
+    if store_paths and jax.process_index() == 0:
+        (workdir / STORE_PATHS).write_text(json.dumps(store_paths, indent=1) + "\n")
+
+
+def truncate_logs(workdir: Path, last_step: int) -> None:
+    """Truncate the logs to the records up to `last_step`, on the first host."""
+    if jax.process_index() == 0:
+        for name in (METRICS, TIMING, RESULTS):
+            _truncate_jsonl(workdir / name, last_step)
+
+
+def _truncate_jsonl(path: Path, last_step: int) -> None:
+    """Drop records after `last_step` and an incomplete last line; a resumed run rewrites them."""
+    if not path.exists():
+        return
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            log.warning("%s: dropped an incomplete line: %.60s", path.name, line)
+            break
+        if record.get("step", 0) <= last_step:
+            lines.append(line)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in lines))
+    temporary.replace(path)
