@@ -155,7 +155,7 @@ def encode_webp(image: Image.Image) -> bytes:
     return out.getvalue()
 
 
-def encode(data: bytes) -> bytes:
+def encode_image(data: bytes) -> bytes:
     """Encode an image as RGBA WebP of 64x64 pixels.
 
     The image has at most 256 colors, unless all its colors need no more 512-byte blocks.
@@ -201,7 +201,7 @@ def build_corpus(packages: Path, out: Path) -> None:
         files = tars["heldout.tar" if is_held_out(entry["subcategory"]) else "seen.tar"]
         files[f"{concept}.json"] = concept_json(entry, annotations)
         for vendor in VENDORS:
-            files[f"{concept}.{vendor}.webp"] = encode(images[vendor][concept])
+            files[f"{concept}.{vendor}.webp"] = encode_image(images[vendor][concept])
     sums = []
     for name in sorted(tars):
         write_tar(out / name, tars[name])

@@ -117,7 +117,7 @@ def group_id(value: Any) -> int:
 
 @dataclass
 class BadRecordCounter:
-    """Counts bad records by cause, logs the first few, and raises an error above the limit.
+    """Counter of bad records by cause, which logs the first few and raises above the limit.
 
     The limit is the fraction `max_bad_fraction`, checked after `max_bad_fraction_after` records.
     """
