@@ -81,10 +81,10 @@ def build_run(experiment: Experiment, workdir: Path) -> Run:
     `workdir` holds a run with another config.
     """
     config, workdir = experiment.config, workdir.absolute()  # Orbax needs an absolute path
-    workdir_files.check_same_config(config, workdir)
     saved_step = checkpoint.latest_step(workdir)
     experiment.build_all(with_baselines=saved_step is None)
 
+    workdir_files.check_same_config(config, workdir)
     workdir_files.write_config(config, workdir)
     # A new run evaluates its baselines, which are logged as step 0, again.
     workdir_files.truncate_logs(workdir, -1 if saved_step is None else saved_step)

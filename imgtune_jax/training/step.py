@@ -80,18 +80,30 @@ def loss_and_grads(
     and its vector-Jacobian product maps its part of these gradients to the parameters. So negatives
     come from the full batch, and scale and bias are counted once.
     """
-    if accumulation == 1:
+    if accumulation > 1:
+        return _accumulate(forward, objective, params, batch, rng, accumulation)
 
-        def full_loss(params: Params) -> tuple[Any, Any]:
-            outputs = forward(params, batch, rng)
-            loss, metrics = objective(outputs, batch)
-            return loss, (metrics, outputs)
+    def loss_of_params(params: Params) -> tuple[Any, Any]:
+        outputs = forward(params, batch, rng)
+        loss, metrics = objective(outputs, batch)
+        return loss, (metrics, outputs)
 
-        (loss, (metrics, outputs)), grads = jax.value_and_grad(full_loss, has_aux=True)(params)
-        return grads, loss, metrics, outputs
+    value_and_grad = jax.value_and_grad(loss_of_params, has_aux=True)
+    (loss, (metrics, outputs)), grads = value_and_grad(params)
+    return grads, loss, metrics, outputs
 
-    microbatches = jax.tree.map(lambda x: _split_microbatches(x, accumulation), batch)
-    rngs = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(accumulation))
+
+def _accumulate(
+    forward: Forward,
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    rng: jax.Array,
+    num_microbatches: int,
+) -> tuple[Params, Float[Array, ""], Metrics, Outputs]:
+    """Compute `loss_and_grads` in several microbatches."""
+    microbatches = jax.tree.map(lambda x: _split_microbatches(x, num_microbatches), batch)
+    rngs = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(num_microbatches))
 
     def forward_one(carry: None, xs: tuple[Batch, jax.Array]) -> tuple[None, Outputs]:
         return carry, forward(params, *xs)
