@@ -77,6 +77,41 @@ def build_model(cfg: Mapping[str, Any], partitioner: Any = None) -> ImageTextMod
     `partitioner.constrain`, if a partitioner is given, applies to every residual stream.
     Raises ValueError that names the component, the bad field and the valid ones.
     """
+    fields = _parse_model_config(cfg)
+    constrain = no_constraint if partitioner is None else partitioner.constrain
+    common = dict(dtype=fields.dtype, constrain=constrain)
+    head_defaults = dict(dtype=fields.dtype, embed_dim=fields.embed_dim)
+
+    def head(role: str) -> nn.Module | None:
+        if not fields.text:
+            return None
+        return _build_component(role, HEADS, getattr(fields, role), head_defaults)
+
+    def optional(role: str, table: Mapping[str, Any]) -> nn.Module | None:
+        component = getattr(fields, role)
+        return _build_component(role, table, component, common) if component else None
+
+    model = ImageTextModel(
+        image=build_tower(fields.image, image_size=fields.image_size, **common),
+        text=build_tower(fields.text, **common) if fields.text else None,
+        image_head=head("image_head"),
+        text_head=head("text_head"),
+        decoder=optional("decoder", DECODERS),
+        image_pooler=optional("image_pooler", POOLERS),
+        embed_dim=fields.embed_dim if fields.text else None,
+        image_size=fields.image_size,
+        image_mean=tuple(fields.image_mean),
+        image_std=tuple(fields.image_std),
+        logit_scale_init=fields.logit_scale_init,
+        logit_scale_max=fields.logit_scale_max,
+        logit_bias_init=fields.logit_bias_init,
+        constrain=constrain,
+    )
+    _check_decoder_input(model)
+    return model
+
+
+def _parse_model_config(cfg: Mapping[str, Any]) -> ModelConfig:
     values = _lists_to_tuples(cfg)
     _check_fields("model", values, [f.name for f in dataclasses.fields(ModelConfig)])
     if "image" not in values:
@@ -92,37 +127,7 @@ def build_model(cfg: Mapping[str, Any], partitioner: Any = None) -> ImageTextMod
             "the model has no embed_dim; set it to the width of the embedding space that image "
             "and text share"
         )
-    constrain = no_constraint if partitioner is None else partitioner.constrain
-    common = dict(dtype=fields.dtype, constrain=constrain)
-    head = dict(dtype=fields.dtype, embed_dim=fields.embed_dim)
-    heads = [
-        _build_component(role, HEADS, getattr(fields, role), head) if fields.text else None
-        for role in ("image_head", "text_head")
-    ]
-    decoder = (
-        _build_component("decoder", DECODERS, fields.decoder, common) if fields.decoder else None
-    )
-    pooler = None
-    if fields.image_pooler:
-        pooler = _build_component("image_pooler", POOLERS, fields.image_pooler, common)
-    model = ImageTextModel(
-        image=build_tower(fields.image, image_size=fields.image_size, **common),
-        text=build_tower(fields.text, **common) if fields.text else None,
-        image_head=heads[0],
-        text_head=heads[1],
-        decoder=decoder,
-        image_pooler=pooler,
-        embed_dim=fields.embed_dim if fields.text else None,
-        image_size=fields.image_size,
-        image_mean=tuple(fields.image_mean),
-        image_std=tuple(fields.image_std),
-        logit_scale_init=fields.logit_scale_init,
-        logit_scale_max=fields.logit_scale_max,
-        logit_bias_init=fields.logit_bias_init,
-        constrain=constrain,
-    )
-    _check_decoder_input(model)
-    return model
+    return fields
 
 
 def _check_decoder_input(model: ImageTextModel) -> None:

@@ -168,7 +168,7 @@ def _is_spec(x: Any) -> bool:
 
 
 def _next_group(indices: list[int], leaves: list[NormalSpec]) -> list[int]:
-    """Return the longest start of `indices` with at most MAX_SAMPLE_SIZE elements, at least one index."""
+    """Return the first indices with at most MAX_SAMPLE_SIZE elements in total, at least one."""
     total, group = 0, []
     for i in indices:
         total += leaves[i].value.size
