@@ -33,8 +33,8 @@ NO_MEMBER = -1
 class WebDataset:
     """WebDataset tars. Each image of each key is a record.
 
-    A key is the name of a member up to the first dot of its file name; the extension
-    is the rest. Field paths such as ("name", "en") refer to the key's JSON.
+    A key is the name of a member up to the first dot of its file name; the extension is the rest
+    after the dot. Field paths such as ("name", "en") refer to the key's JSON.
 
     `path`: a tar, a list of tars, or patterns with `*` and `{000..099}`.
     `image`: the extensions of images. A key without any of them is a record with a missing image.
