@@ -89,7 +89,7 @@ class TFDS:
 
     @cached_property
     def _builder(self) -> Any:
-        import tensorflow_datasets  # not at the top: it takes a second
+        import tensorflow_datasets  # here, since importing it takes a second
 
         try:
             return tensorflow_datasets.builder(self.dataset, data_dir=self.data_dir)
@@ -103,7 +103,7 @@ class TFDS:
         import tensorflow_datasets
 
         path = as_field_path(self.image)
-        skip: Any = tensorflow_datasets.decode.SkipDecoding()  # open_image decodes
+        skip: Any = tensorflow_datasets.decode.SkipDecoding()  # since open_image decodes
         for name in reversed(path):
             skip = {name: skip}
         return self._builder.as_data_source(self.split, decoders=skip)
