@@ -1,4 +1,4 @@
-"""Build the emoji image-text corpus from registry packages, byte for byte.
+"""Build the emoji image-text corpus from npm packages. Every build has the same bytes.
 
     python corpora/emoji/build.py                            # downloads with `npm pack`
     python corpora/emoji/build.py --packages DIR --out OUT   # from downloaded packages
@@ -62,7 +62,7 @@ PACKAGES = {
 def is_held_out(subcategory: str) -> bool:
     """Return whether a subcategory is in the held-out split.
 
-    A subcategory is not divided, since its concepts (such as clock faces) are near-duplicates.
+    A subcategory is not split, since its concepts (such as clock faces) are near-duplicates.
     """
     digest = int(hashlib.sha256(subcategory.encode()).hexdigest(), 16)
     return digest % 5 == 0 and subcategory != "country-flag"
@@ -90,7 +90,7 @@ def verify(packages: Path) -> None:
 
 
 def members(packages: Path, package: str) -> Iterator[tuple[str, bytes]]:
-    """Yield (name, bytes) of every file in the package whose file name begins with `package`."""
+    """Yield (name, bytes) of every file in the one .tgz file whose name begins with `package`."""
     (file,) = [f for f, _ in PACKAGES.values() if f.startswith(package)]
     with tarfile.open(packages / file) as tar:
         for info in tar:
@@ -100,12 +100,12 @@ def members(packages: Path, package: str) -> Iterator[tuple[str, bytes]]:
 
 
 def concept_id(unified: str) -> str:
-    """Return the code points, joined by '-' in lower case, without the presentation selector."""
+    """Return the id of a concept: "1F3F3-FE0F" -> "1f3f3". U+FE0F only selects emoji style."""
     return unified.lower().replace("-fe0f", "")
 
 
 def read_images(packages: Path, vendor: str) -> dict[str, bytes]:
-    """Return {concept: encoded image} of all files of a vendor, including skin tones."""
+    """Return {concept: encoded image} of all images of a vendor, including skin-tone variants."""
     package = "lobehub-fluent" if vendor == "fluent" else f"emoji-datasource-{vendor}"
     folder = "/assets/" if vendor == "fluent" else f"/img/{vendor}/64/"
     return {
@@ -116,7 +116,7 @@ def read_images(packages: Path, vendor: str) -> dict[str, bytes]:
 
 
 def read_annotations(packages: Path) -> dict[str, dict[str, Any]]:
-    """Return {language: {emoji: {"tts": [name], "default": [keywords]}}}, derived ones included."""
+    """Return {language: {emoji: {"tts": [name], "default": keywords}}}, from both CLDR packages."""
     annotations: dict[str, dict[str, Any]] = {language: {} for language in LANGUAGES}
     for package, root in (
         ("cldr-annotations-full", "annotations"),
@@ -133,9 +133,9 @@ def concept_json(entry: Mapping[str, Any], annotations: Mapping[str, Mapping[str
     """Return a concept's JSON: id, category, and for each language a name and keywords."""
     emoji = "".join(chr(int(code, 16)) for code in entry["unified"].split("-"))
     names, keywords = {}, {}
-    for language, table in annotations.items():
-        # CLDR lists some emoji with, and some without, the presentation selector.
-        annotation = table.get(emoji) or table[emoji.replace("\ufe0f", "")]
+    for language, by_emoji in annotations.items():
+        # CLDR lists some emoji with, and some without, U+FE0F.
+        annotation = by_emoji.get(emoji) or by_emoji[emoji.replace("\ufe0f", "")]
         names[language] = annotation["tts"][0]
         keywords[language] = annotation["default"]
     record = {
@@ -149,7 +149,7 @@ def concept_json(entry: Mapping[str, Any], annotations: Mapping[str, Mapping[str
 
 
 def encode_webp(image: Image.Image) -> bytes:
-    """Encode as lossless WebP, except for the RGB values of fully transparent pixels."""
+    """Encode as WebP, lossless except for the colors of fully transparent pixels."""
     out = io.BytesIO()
     image.save(out, "WEBP", lossless=True, quality=100, method=4)
     return out.getvalue()
@@ -158,13 +158,14 @@ def encode_webp(image: Image.Image) -> bytes:
 def encode_image(data: bytes) -> bytes:
     """Encode an image as RGBA WebP of 64x64 pixels.
 
-    The image has at most 256 colors, unless all its colors need no more 512-byte blocks.
+    The colors are reduced to at most 256, unless the file with all colors fills no more 512-byte
+    blocks of the tar than the file with reduced colors.
     """
     image = Image.open(io.BytesIO(data)).convert("RGBA")
     if image.size != (SIZE, SIZE):
         image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     exact = encode_webp(image)
-    # A palette, since lossy WebP is larger and has a lower PSNR (35 dB; the palette has 38 dB).
+    # Not lossy WebP: it is larger, and has a lower peak signal-to-noise ratio (35 dB, not 38 dB).
     palette = encode_webp(image.quantize(256, method=Image.Quantize.FASTOCTREE).convert("RGBA"))
     return exact if -(-len(exact) // BLOCK) <= -(-len(palette) // BLOCK) else palette
 
@@ -179,10 +180,10 @@ def write_tar(path: Path, files: Mapping[str, bytes]) -> None:
 
 
 def build_corpus(packages: Path, out: Path) -> None:
-    """Write the tars and SHA256SUMS. Raises ValueError for another Pillow or package version."""
+    """Write the tars and SHA256SUMS. Raises ValueError if Pillow or a package is not as pinned."""
     if PIL.__version__ != PILLOW:
         raise ValueError(
-            f"Pillow is {PIL.__version__}; expected {PILLOW}, whose encoder determines the bytes; "
+            f"Pillow is {PIL.__version__}; expected {PILLOW}, which determines the bytes; "
             f"run `pip install pillow=={PILLOW}`"
         )
     verify(packages)

@@ -14,8 +14,9 @@ from imgtune_jax.data.resample import ImageArray, require_rng
 class ColorJitter:
     """Change brightness, contrast, saturation and hue, with probability `p`, in random order.
 
-    The factors of the first three are sampled from 1 ± the field; the hue is shifted by at most
-    `hue` turns either way. As torchvision's ColorJitter.
+    The factor for the brightness is uniform in [max(0, 1 - brightness), 1 + brightness]. Those for
+    contrast and saturation are sampled in the same way. The hue is shifted by a fraction of a full
+    turn that is uniform in [-hue, hue]. These are the distributions of torchvision's ColorJitter.
     """
 
     brightness: float = 0.0
@@ -26,7 +27,7 @@ class ColorJitter:
 
     def __post_init__(self) -> None:
         if not 0 <= self.hue <= 0.5:
-            raise ValueError(f"hue = {self.hue}; expected turns in 0..0.5")
+            raise ValueError(f"hue = {self.hue}; expected a fraction of a turn from 0 to 0.5")
         if min(self.brightness, self.contrast, self.saturation) < 0:
             raise ValueError(f"{self}; expected brightness, contrast and saturation of at least 0")
 
@@ -40,6 +41,7 @@ class ColorJitter:
         return np.asarray(jittered)
 
     def _apply_step(self, step: int, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        """Change one property: 0 brightness, 1 contrast, 2 saturation, 3 hue."""
         if step == 3:
             return _shift_hue(image, rng.uniform(-self.hue, self.hue)) if self.hue else image
         strength = (self.brightness, self.contrast, self.saturation)[step]
@@ -51,13 +53,13 @@ class ColorJitter:
 
 def _shift_hue(image: Image.Image, turns: float) -> Image.Image:
     hsv = np.array(image.convert("HSV"))
-    hsv[..., 0] += np.uint8(round(turns * 255) % 256)  # wraps around, as hue does
+    hsv[..., 0] += np.uint8(round(turns * 255) % 256)  # uint8 wraps around, as hue does
     return Image.fromarray(hsv, "HSV").convert("RGB")
 
 
 @dataclass(frozen=True)
 class Grayscale:
-    """Replace all three channels by the luminance, with probability `p`."""
+    """Replace all three channels with the luminance, with probability `p`."""
 
     p: float = 0.2
 

@@ -22,7 +22,7 @@ from imgtune_jax.data.resample import (
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """Crop the central `size` pixels; pad a smaller image with `fill` (as torchvision: black)."""
+    """Pad a smaller image with `fill` (black, as in torchvision), then crop the central `size`."""
 
     size: int | tuple[int, int]
     fill: Color = (0, 0, 0)
@@ -52,7 +52,7 @@ class Pad:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """Crop a uniformly sampled window of `size` pixels, after padding each side by `padding`."""
+    """Pad each side by `padding` pixels, then crop a uniformly sampled window of `size` pixels."""
 
     size: int | tuple[int, int]
     padding: int = 0
@@ -73,16 +73,17 @@ class RandomCrop:
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """Crop a window of sampled area and aspect ratio, and resize it to `size`.
+    """Crop a window of random area and aspect ratio, and resize it to `size`.
 
-    `scale` is the range of the window's area as a fraction of the image's, `ratio` the range of its
-    width / height. This is Inception's crop (as in torchvision): ten tries, then the largest
-    central window with an allowed aspect ratio. The resize is antialiased and equals Pillow's
-    `interpolation` filter up to rounding (SIMD).
+    `scale` is the range of the window's area, as a fraction of the area of the image. `ratio` is
+    the range of the window's width / height. This is Inception's crop, as in torchvision: windows
+    are sampled until one fits into the image; after ten failures, the window is the largest central
+    one with an allowed aspect ratio. The resize is antialiased. It is a SIMD implementation of
+    Pillow's `interpolation` filter, and equals Pillow's up to rounding.
 
     With `scaled_decode`, a JPEG whose window is at least 4, 8 or 16 times `size` is decoded at 1/2,
-    1/4 or 1/8 of its size, so that the window still has twice `size` for the filter. This changes
-    pixels less than another interpolation does, and decodes photographs several times faster.
+    1/4 or 1/8 of its size. The decoded window still has at least twice `size`. This changes pixels
+    less than another `interpolation` does, and decodes photographs several times faster.
     """
 
     size: int | tuple[int, int]
@@ -105,22 +106,22 @@ class RandomResizedCrop:
         height, width = image.shape[:2]
         top, left, h, w = self._sample_window(height, width, require_rng(rng, self))
         if isinstance(image, LazyJpeg):
-            image = image.decode(self.reduction(h, w), scratch=True)  # resampling copies
+            image = image.decode(self.reduction(h, w), scratch=True)  # its pixels are copied below
         y_scale, x_scale = image.shape[0] / height, image.shape[1] / width  # below 1 when reduced
         box = top * y_scale, left * x_scale, h * y_scale, w * x_scale
         return crop_and_resize(image, box, *as_height_width(self.size), self.interpolation)
 
     def reduction(self, h: int, w: int) -> int:
-        """Return the decoding reduction (1, 2, 4 or 8) of a JPEG with a window of h x w pixels."""
+        """Return the factor (1, 2, 4 or 8) by which to reduce a JPEG, for a window of h x w."""
         height, width = as_height_width(self.size)
         downscaling = min(h / height, w / width)
-        allowed = [r for r in (8, 4, 2) if downscaling >= 2 * r]
+        allowed = [factor for factor in (8, 4, 2) if downscaling >= 2 * factor]
         return allowed[0] if allowed and self.scaled_decode else 1
 
     def _sample_window(
         self, height: int, width: int, rng: np.random.Generator
     ) -> tuple[int, int, int, int]:
-        """Return (top, left, height, width) in pixels."""
+        """Return (top, left, height, width) of a random window, in pixels."""
         for _ in range(10):
             area = height * width * rng.uniform(*self.scale)
             aspect = math.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
@@ -132,6 +133,7 @@ class RandomResizedCrop:
                     h,
                     w,
                 )
+        # No sampled window fits: take the largest central one.
         w = max(1, min(width, round(height * self.ratio[1])))
         h = max(1, min(height, round(width / self.ratio[0])))
         return (height - h) // 2, (width - w) // 2, h, w

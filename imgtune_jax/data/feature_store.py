@@ -1,9 +1,11 @@
 """Cached features on disk, with random access to rows.
 
 A row is the output of a tower's frozen prefix for one view of one record: a vector, or a sequence
-of vectors. Rows may be written in any order and by any number of processes. A process writes its
-rows in segments (one ArrayRecord file, one record per row), and a segment becomes visible when it
-is complete. So a process that is killed loses only the rows since its last segment.
+of vectors. A view is one random augmentation of an image, or one sampled caption of a record.
+
+Rows may be written in any order and by any number of processes. A process writes its rows in
+segments. A segment is an ArrayRecord file of rows and a file of their ids; it becomes visible when
+both are complete. So a process that is killed loses only the rows after its last segment.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jaxtyping import Bool, Float, Int
 
-SEGMENT_BYTES = 1 << 28  # features that are buffered in memory before a segment is written
+SEGMENT_BYTES = 1 << 28  # size of features in memory above which they are written
 MISSING, PENDING, BAD_RECORD, PRESENT = range(4)  # states of a row; the last two are on disk
 RECORDS_SUFFIX, IDS_SUFFIX = ".array_record", ".ids.npz"
 FLOAT_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -58,9 +60,9 @@ def decode_rows(
 class FeatureStore:
     """Rows for `views` views of `num_records` records, each of `shape`, stored as `dtype`.
 
-    `dtype` is one of STORE_DTYPES. Row `view * num_records + index` is that of a view of a record.
+    `dtype` is one of STORE_DTYPES. The id of a row is view * num_records + (index of the record).
     Several processes may fill one folder; `refresh` finds the segments that others completed.
-    `num_rows` is the number of rows on disk, `compute_seconds` the time that computing them took.
+    `num_rows` is the number of rows on disk; computing them took `compute_seconds`.
     """
 
     folder: Path
@@ -71,10 +73,11 @@ class FeatureStore:
 
     def __post_init__(self) -> None:
         rows = self.views * self.num_records
+        # For each row: its state, the number of its segment, and its position in the segment.
         self._state = np.zeros(rows, np.uint8)
         self._segment, self._offset = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-        self._segments: dict[Path, Path] = {}  # ids file -> records file, as they were found
-        self._pending: list[tuple[int, bytes]] = []  # (row, bytes) not on disk yet
+        self._segments: dict[Path, Path] = {}  # ids file -> rows file, by segment number
+        self._pending: list[tuple[int, bytes]] = []  # (id, bytes) of rows not on disk yet
         self._pending_bytes, self._pending_seconds = 0, 0.0
         self.num_rows, self.compute_seconds = 0, 0.0
 
@@ -89,9 +92,9 @@ class FeatureStore:
         dtype: str,
         key: Mapping[str, Any],
     ) -> FeatureStore:
-        """Open or create a store. `key` is, by name, everything that the values depend on.
+        """Open or create a store. `key` maps names to whatever else the features depend on.
 
-        Raises ValueError if the folder contains features with another key or other settings.
+        Raises ValueError if the folder contains features with another key or other arguments.
         """
         if dtype not in STORE_DTYPES:
             raise ValueError(f"dtype = {dtype!r}; expected one of {', '.join(STORE_DTYPES)}")
@@ -101,7 +104,7 @@ class FeatureStore:
             existing, expected = json.loads(path.read_text()), json.loads(json.dumps(manifest))
             if changed := differing_keys(existing, expected):
                 raise ValueError(
-                    f"{folder} contains features of another origin; they differ in "
+                    f"{folder} contains features with another key; these entries differ: "
                     f"{', '.join(changed)}. Remove the folder, or set another config.cache.path"
                 )
         else:
@@ -138,7 +141,7 @@ class FeatureStore:
             self.compute_seconds += seconds
 
     def complete_views(self) -> Bool[np.ndarray, " views"]:
-        """Return, for each view, whether the rows of all records are on disk."""
+        """Return, for each view, whether its rows of all records are on disk."""
         return np.all(self._state.reshape(self.views, self.num_records) > PENDING, axis=1)
 
     def contains(self, views: Int[np.ndarray, " k"], indices: Int[np.ndarray, " k"]) -> bool:
@@ -147,7 +150,7 @@ class FeatureStore:
 
     @property
     def first_missing(self) -> int:
-        """First row that is not on disk, in order of (view, record); the number of rows if none."""
+        """Id of the first row that is not on disk; views * num_records if all are."""
         missing = np.flatnonzero(self._state <= PENDING)
         return int(missing[0]) if len(missing) else len(self._state)
 
@@ -184,17 +187,17 @@ class FeatureStore:
         *,
         seconds: float = 0.0,
     ) -> Float[np.ndarray, "k ..."]:
-        """Add rows, and return them as `read` will: rounded to `dtype`, zero for bad records.
+        """Add rows, and return them as `read` will return them: rounded, and 0 for bad records.
 
-        `valid` is False for bad records; `seconds` is the time that computing the rows took. The
-        rows are on disk after `flush`. Rows that the store already has are not written again.
+        `valid` is False for bad records; `seconds` is how long computing the rows took. The rows
+        are on disk after `flush`. Rows that the store already has are not written again.
         """
         values = np.where(valid.reshape(-1, *(1,) * len(self.shape)), values, np.float32(0))
         rows = encode_rows(values, self.dtype)
-        ids, firsts = np.unique(views * self.num_records + indices, return_index=True)
+        ids, positions = np.unique(views * self.num_records + indices, return_index=True)
         new = self._state[ids] == MISSING
-        for row, i in zip(ids[new].tolist(), firsts[new].tolist(), strict=True):
-            self._pending.append((row, rows[i] if valid[i] else b""))
+        for row_id, i in zip(ids[new].tolist(), positions[new].tolist(), strict=True):
+            self._pending.append((row_id, rows[i] if valid[i] else b""))
             self._pending_bytes += len(rows[i])
         self._state[ids[new]] = PENDING
         self._pending_seconds += seconds * new.sum() / len(rows)
@@ -203,16 +206,16 @@ class FeatureStore:
         return decode_rows(rows, self.shape, self.dtype)
 
     def flush(self) -> None:
-        """Write a segment with the rows that were added since the last one."""
+        """Write the rows that were added since the last segment, as a new segment."""
         if not self._pending:
             return
-        name = self.folder / f"{uuid.uuid4().hex}"
-        temporary = name.with_suffix(".tmp")
+        segment = self.folder / f"{uuid.uuid4().hex}"
+        temporary = segment.with_suffix(".tmp")
         writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
         for _, row in self._pending:
             writer.write(row)
         writer.close()
-        temporary.replace(name.with_suffix(RECORDS_SUFFIX))
+        temporary.replace(segment.with_suffix(RECORDS_SUFFIX))
         with temporary.open("wb") as f:
             np.savez(
                 f,
@@ -222,9 +225,8 @@ class FeatureStore:
             )
             f.flush()
             os.fsync(f.fileno())
-        temporary.replace(
-            name.with_suffix(IDS_SUFFIX)
-        )  # last: its presence marks both files as complete
+        # This file is renamed last: its presence marks both files as complete.
+        temporary.replace(segment.with_suffix(IDS_SUFFIX))
         self._pending, self._pending_bytes, self._pending_seconds = [], 0, 0.0
         self.refresh()
 
@@ -235,5 +237,5 @@ def _open_reader(path: Path) -> Any:
 
 
 def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Return the sorted keys whose values differ, or that one of the mappings lacks."""
+    """Return the sorted keys that only one mapping has, or whose values differ."""
     return [k for k in sorted(a.keys() | b.keys()) if k not in a or k not in b or a[k] != b[k]]

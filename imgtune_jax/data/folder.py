@@ -17,6 +17,8 @@ from imgtune_jax.data.record_fields import Fingerprint, RecordFields, as_field_p
 
 
 class _TableRow(NamedTuple):
+    """An image and its table columns. `fault` is set if a line of the table is bad."""
+
     file: str | None
     metadata: Mapping[str, Any]
     fault: BadRecord | None
@@ -26,13 +28,14 @@ class _TableRow(NamedTuple):
 class Folder:
     """A folder of images.
 
-    With `table` (.jsonl, .csv or .tsv; also open_clip's tab-separated .csv), each image of the
+    With `table` (.jsonl, .csv or .tsv; also open_clip's tab-separated .csv), each image in the
     column `image_column`, a path relative to `path`, is a record. Further lines with the same image
-    add captions. `captions` maps a caption set to a column, {"caption": "title"} if None. A jsonl
-    value may be a list of alternatives.
+    add captions to it. `captions` maps caption sets to columns; the default is {"caption":
+    "title"}. A .jsonl value may be a list of captions. `label` and `group` are columns, too.
 
-    Without a table, each sub-folder is a class: the label is the index of its name in `classes`, or
-    in the sorted names if None, and its name is the caption of the caption set "class".
+    Without a table, each sub-folder is a class. The label of an image is the index of its class in
+    `classes`, by default the sorted names of the sub-folders. The name of the class is the only
+    caption; its caption set is "class".
     """
 
     path: str
@@ -84,7 +87,7 @@ class Folder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of the options, the table, file names and sizes, and the bytes of a few images."""
+        """Digest of options, table, file names and sizes, and of the bytes of about 16 images."""
         digest = Fingerprint(self.image_column, self._caption_columns, self.label, self.classes)
         digest.add(self.group, self.class_names if self.table is None else ())
         existing = []
@@ -143,7 +146,8 @@ class Folder:
             if key in rows:
                 row = _merge_captions(rows[key], row, tuple(self._caption_columns.values()))
             elif name is None and row.fault is None:
-                detail = f"line {number} has no {self.image_column!r}: {sorted(row.metadata)}"
+                columns = sorted(row.metadata)
+                detail = f"line {number} has no {self.image_column!r}; its columns: {columns}"
                 row = row._replace(fault=BadRecord(FaultCause.MISSING_IMAGE, detail))
             rows[key] = row._replace(file=name)
         return tuple(rows.values())
@@ -168,9 +172,9 @@ class Folder:
 def _merge_captions(old: _TableRow, new: _TableRow, columns: Sequence[str]) -> _TableRow:
     merged = dict(old.metadata)
     for column in columns:
-        both = [old.metadata.get(column), new.metadata.get(column)]
-        lists = [[v] if isinstance(v, str) else list(v) for v in both if v]
-        merged[column] = [text for texts in lists for text in texts]
+        values = [old.metadata.get(column), new.metadata.get(column)]
+        caption_lists = [[v] if isinstance(v, str) else list(v) for v in values if v]
+        merged[column] = [caption for captions in caption_lists for caption in captions]
     return _TableRow(old.file, merged, old.fault or new.fault)
 
 
@@ -181,7 +185,7 @@ def _read_table(path: Path) -> list[_TableRow]:
         return [_parse_json_row(line, f"{path.name} line {n + 1}") for n, line in enumerate(lines)]
     if path.suffix not in (".csv", ".tsv"):
         raise ValueError(f"table = {str(path)!r}; expected a .jsonl, .csv or .tsv file")
-    # An invalid byte makes only its row bad: it becomes a surrogate, which _parse_csv_row finds.
+    # Invalid bytes become surrogates, so that _parse_csv_row can reject single rows.
     text = data.decode("utf-8-sig", errors="surrogateescape")
     header = text.partition("\n")[0]
     has_tabs = path.suffix == ".tsv" or "\t" in header  # open_clip's .csv files have tabs
@@ -193,9 +197,9 @@ def _parse_json_row(line: bytes, name: str) -> _TableRow:
     try:
         return _TableRow(None, parse_json(line, name), None)
     except BadRecord as bad:
-        lenient = line.decode("utf-8", errors="replace")
+        replaced = line.decode("utf-8", errors="replace")
         try:
-            return _TableRow(None, dict(json.loads(lenient)), bad)
+            return _TableRow(None, dict(json.loads(replaced)), bad)
         except (ValueError, TypeError):
             return _TableRow(None, {}, bad)
 

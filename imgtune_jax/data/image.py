@@ -1,6 +1,6 @@
 """Encoded bytes, path, PIL image or array -> u8[h w 3].
 
-Malformed bytes raise BadRecord, and never another exception.
+Malformed bytes raise BadRecord, and no other exception.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ Color = tuple[int, int, int]  # RGB
 WHITE: Color = (255, 255, 255)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_PIXELS = 89_478_485  # Pillow's warning threshold
-BUFFER_BYTES = 1 << 24  # for a larger image, page faults cost little compared with decoding
-ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
+# Larger images have no buffer: for them, page faults cost little compared with decoding.
+BUFFER_BYTES = 1 << 24
+ORIENTATION = 0x0112  # EXIF tag; its value 1 means upright
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +32,7 @@ class LazyJpeg:
     """An undecoded, upright RGB or gray JPEG, which can be decoded at full or reduced size."""
 
     data: bytes
-    opened: Image.Image  # its header is read
+    opened: Image.Image  # only its header has been read
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -39,11 +40,11 @@ class LazyJpeg:
         return self.opened.height, self.opened.width, 3
 
     def decode(self, reduction: int = 1, *, scratch: bool = False) -> UInt8[np.ndarray, "h w 3"]:
-        """Decode to RGB with libjpeg-turbo; at full size, the pixels are Pillow's to the bit.
+        """Decode to RGB with libjpeg-turbo; full-size pixels equal Pillow's bit for bit.
 
-        A `reduction` of 2, 4 or 8 divides both sides, rounded up: each pixel is computed from the
-        lower frequencies of its DCT block. With `scratch`, the result is valid until the thread's
-        next call with `scratch`. Raises BadRecord.
+        A `reduction` of 2, 4 or 8 divides height and width, rounded up. It decodes only the lower
+        frequencies of each DCT (discrete cosine transform) block. With `scratch`, the result is in
+        a buffer of this thread, which its next call with `scratch` overwrites. Raises BadRecord.
         """
         height, width = (-(-side // reduction) for side in self.shape[:2])
         try:
@@ -55,7 +56,7 @@ class LazyJpeg:
                 buffer=_thread_buffer(height * width * 3) if scratch else None,
                 strict=True,
             )
-        except ValueError:  # Pillow decodes some damaged files, or reports the cause
+        except ValueError:  # Pillow may decode the file anyway; else it reports the cause
             return _decode_with_pillow(self.opened, WHITE, self.data)
 
 
@@ -63,11 +64,15 @@ _THREAD_LOCAL = threading.local()
 
 
 def _thread_buffer(size: int) -> UInt8[np.ndarray, " n"] | None:
-    """Return a buffer of this thread, so that short-lived pixels need no newly mapped pages."""
+    """Return this thread's buffer, or None if `size` exceeds its size.
+
+    Reusing one buffer avoids a page fault for each new page of memory.
+    """
     if size > BUFFER_BYTES:
         return None
     if not hasattr(_THREAD_LOCAL, "memory"):
-        _THREAD_LOCAL.memory = np.empty(BUFFER_BYTES, np.uint8)  # its pages are mapped on first use
+        # Small images use few pages: the operating system maps a page on its first use.
+        _THREAD_LOCAL.memory = np.empty(BUFFER_BYTES, np.uint8)
     return _THREAD_LOCAL.memory
 
 
@@ -94,8 +99,8 @@ def open_image(
     """Return the RGB pixels, or a LazyJpeg, of encoded bytes, a path, a PIL image or an array.
 
     EXIF rotation is applied, the first frame of an animation is used, alpha is composited on
-    `background`, and 16 bits are scaled (not clipped) to 8. The number of pixels is checked in the
-    header, before decoding. Raises BadRecord.
+    `background`, and 16-bit values are scaled (not clipped) to 8 bits. The number of pixels is
+    checked in the header, before decoding. Raises BadRecord.
     """
     if image is None:
         raise BadRecord(FaultCause.MISSING_IMAGE, "the record has no image")
@@ -125,12 +130,12 @@ def open_image(
 
 
 def _is_plain_jpeg(opened: Image.Image) -> bool:
-    """Whether libjpeg-turbo alone decodes as Pillow does: not CMYK, several images or rotation."""
+    """Return whether libjpeg-turbo returns Pillow's pixels: no CMYK, rotation or several images."""
     if opened.format != "JPEG" or opened.mode not in ("RGB", "L"):
         return False
     try:
         return opened.getexif().get(ORIENTATION, 1) == 1
-    except Exception:  # on malformed bytes; `_decode_with_pillow` reports them
+    except Exception:  # on malformed EXIF; `_decode_with_pillow` reports it
         return False
 
 
@@ -157,16 +162,16 @@ def _decode_with_pillow(
 
 def _unreadable(data: bytes, error: Exception) -> BadRecord:
     """Return the BadRecord that classifies a decoder's error."""
-    text = f"{type(error).__name__}: {error}"
-    # A WebP header contains the file size; the decoder does not report that bytes are missing.
+    message = f"{type(error).__name__}: {error}"
+    # A WebP header contains the file size; the decoder does not report missing bytes.
     short_webp = data[:4] == b"RIFF" and len(data) < int.from_bytes(data[4:8], "little") + 8
-    if short_webp or isinstance(error, EOFError) or "truncated" in text.lower():
-        return BadRecord(FaultCause.TRUNCATED_IMAGE, f"{text} ({len(data)} bytes)")
+    if short_webp or isinstance(error, EOFError) or "truncated" in message.lower():
+        return BadRecord(FaultCause.TRUNCATED_IMAGE, f"{message} ({len(data)} bytes)")
     if isinstance(error, UnidentifiedImageError):
         return BadRecord(
             FaultCause.NOT_AN_IMAGE, f"{len(data)} bytes that begin with {data[:12]!r}"
         )
-    return BadRecord(FaultCause.UNDECODABLE_IMAGE, text)
+    return BadRecord(FaultCause.UNDECODABLE_IMAGE, message)
 
 
 def _pil_to_rgb(image: Image.Image, background: Color) -> UInt8[np.ndarray, "h w 3"]:

@@ -14,11 +14,11 @@ from imgtune_jax.data.record_fields import Fingerprint
 
 @dataclass(frozen=True)
 class Mixture:
-    """`sources` in the proportions of `weights` (None: of their lengths).
+    """The records of `sources`, in the proportions `weights` (by default, their lengths).
 
-    An epoch is the shortest one that contains every record of every source: source k fills the
-    fraction weights[k] / sum(weights) of it, rounded to a record, and repeats from its beginning.
-    So record i is a pure function of i, and a shuffled epoch contains every record at least once.
+    An epoch is as short as possible while it contains every record of every source. Source k fills
+    the fraction weights[k] / sum(weights) of an epoch, rounded to a whole record. A source with
+    fewer records repeats from its beginning. So which record is number i depends on i alone.
     """
 
     sources: Sequence[Source]
@@ -26,7 +26,7 @@ class Mixture:
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise ValueError("a mixture has no sources; set `sources` to at least one")
+            raise ValueError("a mixture has no sources; set `sources` to one or more")
         weights = self.weights
         if weights is not None and (len(weights) != len(self.sources) or min(weights) <= 0):
             raise ValueError(
@@ -40,7 +40,7 @@ class Mixture:
         lengths = [len(s) for s in self.sources]
         weights = self.weights or lengths
         scale = max(n / w for n, w in zip(lengths, weights, strict=True))
-        # For the source that determines `scale`, the product is its length only up to rounding.
+        # The maximum ensures that a rounding error drops no record of the source that sets `scale`.
         return tuple(max(n, round(scale * w)) for n, w in zip(lengths, weights, strict=True))
 
     @cached_property
@@ -70,8 +70,8 @@ class Mixture:
     @property
     def caption_sets(self) -> tuple[str, ...]:
         """Names of the caption sets that records of any source may have."""
-        sets: list[Any] = [getattr(s, "caption_sets", ()) for s in self.sources]
-        return tuple(dict.fromkeys(name for names in sets for name in names))
+        set_names: list[Any] = [getattr(s, "caption_sets", ()) for s in self.sources]
+        return tuple(dict.fromkeys(name for names in set_names for name in names))
 
     @property
     def has_group(self) -> bool:

@@ -1,9 +1,10 @@
-"""Batches of records, on Grain. A batch is a pure function of the config and the step.
+"""Batches of records, loaded with Grain. A batch is a pure function of the config and the step.
 
-Row j of batch t is position p = t·B + j of a stream: the concatenation of epochs of the source,
-each shuffled by (seed, epoch). A host takes its slice of every batch. So a run resumes from its
-step alone, and the number of threads, worker processes and hosts may change. A bad record keeps its
-row, with zeros and `example_mask` False.
+The stream of records is a concatenation of epochs of the source. The order of a shuffled epoch
+depends only on (seed, epoch). With batch size B, row j of batch t is position t·B + j of the
+stream. Each host loads its slice of every batch. So a run can resume from its step alone, also with
+another number of threads, worker processes or hosts. A bad record keeps its row, with zeros and
+`example_mask` False.
 """
 
 from __future__ import annotations
@@ -26,27 +27,28 @@ from imgtune_jax.data.tokenizer import Tokenizer
 from imgtune_jax.data.transforms import Compose
 
 NumpyBatch = dict[str, np.ndarray]
-NO_END = 1 << 40  # batches; more than any run takes
+NO_END = 1 << 40  # a number of batches that no run reaches
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pipeline:
     """Batches of a source for this host, as dicts of NumPy arrays.
 
-    A batch has example_mask bool[b] and index i64[b] (-1 for padding). With a transform, it has
-    image u8[b h w 3]. With a tokenizer, it has text i32[b l], text_mask and target_mask bool[b l],
-    and, if the source has groups, group i32[b]. `caption_weights`, `templates` and `prefixes` are
-    the fields of CaptionSampler.
+    A batch has `example_mask` bool[b] and the record's `index` i64[b] (-1 for padding). With a
+    transform, it has `image` u8[b h w 3]. With a tokenizer, it has `text` i32[b l], `text_mask` and
+    `target_mask` bool[b l] and, if the source has groups, `group` i32[b]. `caption_weights`,
+    `templates` and `prefixes` are passed to CaptionSampler.
 
-    `stores` maps a modality ("image", "text") to the store of its cached features. If a store holds
-    all rows of a batch, the batch has `image_features` f32[b …] instead of `image` (no image is
-    decoded), or `text_features` f32[b …] in addition to `text`. With a store, augmentation or the
-    caption is sampled as in epoch `view` = epoch % views. A batch whose rows are to be stored has
-    image_view or text_view i64[b], and image_good or text_good bool[b], False for bad records.
-    Which views a store holds is read once, when iteration begins.
+    `stores` maps a modality ("image", "text") to the store of its cached features. A store has a
+    fixed number of views. Epoch e uses view v = e % views, and samples the same augmentations (or
+    captions) as epoch v. If the store has all rows of a batch's views, the batch has
+    `image_features` f32[b …] instead of `image` (no image is decoded), or `text_features` f32[b …]
+    in addition to `text`. If not, the caller is to compute and store them: the batch has
+    `image_view` or `text_view` i64[b], and `image_good` or `text_good` bool[b], which is False for
+    bad records. The pipeline reads which views are complete when iteration begins.
 
     With `num_workers` = 0, `num_threads` threads read max(prefetch, num_threads) batches ahead.
-    With worker processes, each has `num_threads` threads, and each holds at most
+    Otherwise, each worker process has `num_threads` threads and holds at most
     num_threads + 2 ceil(prefetch / num_workers) + 2 batches.
 
     Raises ValueError if the fields contradict each other or the source.
@@ -80,8 +82,8 @@ class Pipeline:
         if self.batch_size < 1 or self.batch_size % self.host_count:
             divisible = max(1, self.batch_size // self.host_count) * self.host_count
             raise ValueError(
-                f"batch_size = {self.batch_size} is not divisible by {self.host_count} hosts; "
-                f"{divisible} would be"
+                f"batch_size = {self.batch_size}; expected a positive multiple of the number of "
+                f"hosts, {self.host_count}, such as {divisible}"
             )
         if not 0 <= self.host_index < self.host_count:
             raise ValueError(
@@ -91,8 +93,8 @@ class Pipeline:
         for modality, store in self.stores.items():
             if store.num_records != n:
                 raise ValueError(
-                    f"{modality} features of {store.num_records} records, but the source has {n}; "
-                    "compute them from this source"
+                    f"the store has {modality} features of {store.num_records} records, but the "
+                    f"source has {n} records; compute the features from this source"
                 )
         self._check_buckets()
         if self.caption_sampler is not None:
@@ -112,13 +114,13 @@ class Pipeline:
         if self.host_count > 1:
             raise ValueError(
                 f"length_buckets = {buckets} with {self.host_count} hosts: each host knows only "
-                "its texts, so hosts would not agree on a length; set length_buckets=() and a "
-                "smaller tokenizer.length"
+                "its own texts, so the hosts would not agree on a length; set length_buckets=() "
+                "and a smaller tokenizer.length"
             )
         if "text" in self.stores:
             raise ValueError(
-                f"length_buckets = {buckets} with cached text features, whose rows have one "
-                "length; set length_buckets=() or cache.text_views=0"
+                f"length_buckets = {buckets} with cached text features, which all have the "
+                "same length; set length_buckets=() or cache.text_views=0"
             )
 
     @cached_property
@@ -135,7 +137,7 @@ class Pipeline:
 
     @property
     def local_batch_size(self) -> int:
-        """Rows per batch of this host."""
+        """Number of rows of a batch on this host."""
         return self.batch_size // self.host_count
 
     @cached_property
@@ -143,11 +145,11 @@ class Pipeline:
         return BadRecordCounter(self.max_bad_fraction, self.max_bad_fraction_after)
 
     def bad_records(self) -> dict[str, int]:
-        """Return {"seen": number of records so far, cause: number of bad ones, …} of this host."""
+        """Return {"seen": number of records so far, cause: number of bad ones, …} on this host."""
         return self._counter.summary()
 
     def epoch_end(self, step: int) -> int:
-        """Return the first batch that begins after the epoch in which batch `step` begins."""
+        """Return the index of the first batch that begins in a later epoch than batch `step`."""
         n = len(self.source)
         return -(-(step * self.batch_size // n + 1) * n // self.batch_size)
 
@@ -161,16 +163,18 @@ class Pipeline:
     def one_pass(self) -> Iterator[NumpyBatch]:
         """Yield every record once, in the order of the source, with the last batch padded.
 
-        Captions are not sampled: each is the first alternative of the set with the largest weight.
+        Captions are not sampled: each is the first one of the set with the largest weight.
         Random transforms sample as in epoch 0, so use deterministic ones for evaluation. Feature
         stores and length buckets are not used.
         """
         return self._iterate(0, -(-len(self.source) // self.batch_size), one_pass=True)
 
     def row_builder(self, *, one_pass: bool = False) -> RowBuilder:
-        """Return the function from a position of this host's stream to its row."""
+        """Return the function from a position in this host's part of the stream to its row."""
         stores = {} if one_pass else self.stores
-        complete_views = {m: tuple(store.complete_views()) for m, store in stores.items()}
+        complete_views = {
+            modality: tuple(store.complete_views()) for modality, store in stores.items()
+        }
         return RowBuilder(self, one_pass, complete_views)
 
     def collator(self, *, one_pass: bool = False) -> Collator:
@@ -181,7 +185,7 @@ class Pipeline:
         return Collator(self, one_pass, self._image_shape())
 
     def _image_shape(self) -> tuple[int, ...] | None:
-        """Return the shape of the transformed images, which two blank ones determine."""
+        """Return the shape of transformed images, measured on two blank images."""
         if self.transform is None:
             return None
         blanks = np.zeros((48, 64, 3), np.uint8), np.zeros((80, 40, 3), np.uint8)
@@ -195,8 +199,8 @@ class Pipeline:
 
     def _iterate(self, start: int, stop: int, *, one_pass: bool) -> Iterator[NumpyBatch]:
         size = self.local_batch_size
-        rows, collate = self.row_builder(one_pass=one_pass), self.collator(one_pass=one_pass)
-        dataset = grain.MapDataset.range(start * size, stop * size).map(rows)
+        build_row, collate = self.row_builder(one_pass=one_pass), self.collator(one_pass=one_pass)
+        dataset = grain.MapDataset.range(start * size, stop * size).map(build_row)
         batched = dataset.batch(size, drop_remainder=True, batch_fn=collate)
         iterator = iter(self._parallelize(batched))
         try:
@@ -213,7 +217,7 @@ class Pipeline:
         if not workers:
             return dataset
         if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain passes its flags on to workers
+            flags.FLAGS.mark_as_parsed()  # Grain passes parsed absl flags on to workers
         worker_buffer = max(1, -(-self.prefetch // workers))
         return dataset.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=worker_buffer)
@@ -222,6 +226,6 @@ class Pipeline:
     def _count_faults(self, loaded: dict[str, Any]) -> NumpyBatch:
         """Count the bad records of a batch, in the main process, and return its arrays."""
         faults: tuple[Fault, ...] = loaded.pop("faults").faults
-        batch: NumpyBatch = {k: np.asarray(v) for k, v in loaded.items()}
+        batch: NumpyBatch = {name: np.asarray(array) for name, array in loaded.items()}
         self._counter.add(int((batch["index"] != PADDING_INDEX).sum()), faults)
         return batch

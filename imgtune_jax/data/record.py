@@ -1,7 +1,7 @@
-"""Records, the faults of bad records, and the limit on their number.
+"""Records, the faults of bad records, and the limit on the number of bad records.
 
-Web data contains bad records. A bad record keeps its row in the batch, masked, and is counted by
-cause. A run continues until more than a set fraction of its records is bad.
+Data from the web contains bad records, which cannot be read or decoded. A bad record keeps its row
+in the batch, masked, and is counted by cause. A run stops when too many of its records are bad.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from imgtune_jax.errors import UserError
 
 log = logging.getLogger("imgtune_jax.data")
-MAX_LOGGED_PER_CAUSE = 5  # bad records of one cause that the log names
+MAX_LOGGED_PER_CAUSE = 5  # the log names this many bad records per cause
 
 
 class FaultCause(enum.StrEnum):
@@ -64,10 +64,11 @@ class Record:
     """One example of a source.
 
     `image` is encoded bytes, a uint8 or uint16 array [h w], [h w 1], [h w 3] or [h w 4], a PIL
-    image, or None. `captions` maps a caption set ("name", "keywords") to its alternatives. Records
-    with equal `group` show the same thing, so each caption of the group is a positive for each
-    image of the group. `faults` maps a field that could not be read ("image", "captions", "label",
-    "group") to the reason; the record is bad only for users of that field.
+    image, or None. `captions` maps caption sets (such as "name" and "keywords") to captions, each
+    of which describes the image. Records with equal `group` show the same thing, so each caption of
+    the group is a positive for each image of the group. `faults` maps a field that could not be
+    read ("image", "captions", "label", "group") to the reason; a record with a fault is bad only
+    for users of that field.
     """
 
     key: str
@@ -79,7 +80,7 @@ class Record:
     faults: Mapping[str, BadRecord] = field(default_factory=dict)
 
     def check(self, *fields: str) -> None:
-        """Raise the BadRecord of the first of these fields that could not be read."""
+        """Raise the BadRecord of the first of `fields` that could not be read, if there is one."""
         for name in fields:
             if name in self.faults:
                 raise self.faults[name]
@@ -89,7 +90,7 @@ class Record:
 class Source(Protocol):
     """Random access to records in a fixed order. Instances can be pickled.
 
-    `fingerprint` is a digest of the records that is cheap to compute. A source may also have
+    `fingerprint` is a digest of the records, and cheap to compute. A source may also have
     `read_metadata(i)`, which returns record i without reading its image; `caption_sets`, the names
     of the caption sets that its records may have; and `has_group`, whether its records have groups.
     """
@@ -107,19 +108,20 @@ def read_metadata(source: Source, index: int) -> Record:
 
 
 def group_id(value: Any) -> int:
-    """Return 31 bits of the digest of a group's value.
+    """Return the id of a group: 31 bits of the digest of its value.
 
-    All sources agree on it without a shared table. Two of n groups collide with a probability of
-    about n² / 2³².
+    Equal values have equal ids in all sources. The probability that any two of n groups have the
+    same id is about n² / 2³².
     """
     return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=4).digest()) >> 1
 
 
 @dataclass
 class BadRecordCounter:
-    """Counter of bad records by cause, which logs the first few and raises above the limit.
+    """Count bad records by cause, log the first few, and raise an error above a limit.
 
-    The limit is the fraction `max_bad_fraction`, checked after `max_bad_fraction_after` records.
+    The limit is the fraction `max_bad_fraction` of the records. It is checked from
+    `max_bad_fraction_after` records on. `seen` counts all records, bad or not.
     """
 
     max_bad_fraction: float = 0.1
@@ -141,7 +143,7 @@ class BadRecordCounter:
                 examples.append(fault.key)
                 log.warning("bad record %s: %s: %s", *fault)
                 if len(examples) == MAX_LOGGED_PER_CAUSE:
-                    log.warning("further records with %s are counted, not logged", fault.cause)
+                    log.warning("more records with %s are counted, not logged", fault.cause)
         self._check_limit()
 
     @property
@@ -151,7 +153,7 @@ class BadRecordCounter:
 
     def summary(self) -> dict[str, int]:
         """Return {"seen": number of records, cause: number of bad records, …}, ready for JSON."""
-        return {"seen": self.seen, **{str(c): n for c, n in sorted(self.counts.items())}}
+        return {"seen": self.seen, **{str(cause): n for cause, n in sorted(self.counts.items())}}
 
     def _check_limit(self) -> None:
         if self.seen < self.max_bad_fraction_after or self.bad <= self.max_bad_fraction * self.seen:

@@ -12,7 +12,7 @@ from typing import Any
 from imgtune_jax.data.record import BadRecord, FaultCause, Record, group_id
 
 FieldPath = tuple[str, ...]  # ("name", "en"): the keys from the outermost object inwards
-MAX_SAMPLE_BYTES = 1 << 16  # of each sampled span of a file, in a fingerprint
+MAX_SAMPLE_BYTES = 1 << 16  # a fingerprint reads at most this much of a sampled span
 
 
 def as_field_path(value: str | Sequence[str]) -> FieldPath:
@@ -21,7 +21,7 @@ def as_field_path(value: str | Sequence[str]) -> FieldPath:
 
 
 def get_field(metadata: Any, path: FieldPath) -> Any:
-    """Return the value at a path, or None if there is none."""
+    """Return the value at a path, or None if it is missing."""
     for key in path:
         if not isinstance(metadata, Mapping) or key not in metadata:
             return None
@@ -30,7 +30,7 @@ def get_field(metadata: Any, path: FieldPath) -> Any:
 
 
 def parse_captions(value: Any) -> tuple[str, ...]:
-    """Return the caption alternatives in a value: a string, a list of strings, or None.
+    """Return the captions in a value: a string, a list of strings, or None.
 
     Blank strings are dropped. Raises BadRecord for any other value.
     """
@@ -46,7 +46,7 @@ def parse_captions(value: Any) -> tuple[str, ...]:
 
 
 def parse_label(value: Any, classes: Sequence[str] | None) -> int:
-    """Return a class id: the value, or with `classes` the index of the value in it.
+    """Return a class id: the value itself or, with `classes`, its index in `classes`.
 
     Raises BadRecord if the value is not an integer, or not one of `classes`.
     """
@@ -59,14 +59,14 @@ def parse_label(value: Any, classes: Sequence[str] | None) -> int:
 
 
 def parse_group(value: Any) -> int:
-    """Return a group's id. Raises BadRecord for None, the value of a missing field."""
+    """Return the id of a group. Raises BadRecord for None, the value of a missing field."""
     if value is None:
         raise BadRecord(FaultCause.BAD_METADATA, "the group field is missing")
     return group_id(value)
 
 
 def decode_utf8(data: bytes, name: str) -> str:
-    """Decode the bytes of `name`. Raises BadRecord if they are not UTF-8."""
+    """Decode bytes as UTF-8. Raises BadRecord, with `name` in its text, if they are not UTF-8."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -74,7 +74,7 @@ def decode_utf8(data: bytes, name: str) -> str:
 
 
 def parse_json(data: bytes, name: str) -> Mapping[str, Any]:
-    """Parse the bytes of `name`. Raises BadRecord if they are not a JSON object."""
+    """Parse a JSON object. Raises BadRecord, with `name` in its text, if it is not one."""
     try:
         parsed = json.loads(decode_utf8(data, name))
     except (json.JSONDecodeError, RecursionError) as error:
@@ -87,12 +87,12 @@ def parse_json(data: bytes, name: str) -> Mapping[str, Any]:
 
 
 def matches_filter(metadata: Any, where: Mapping[str, Sequence[Any]]) -> bool:
-    """Return whether every top-level field that `where` names has one of its values."""
+    """Return whether each top-level field in `where` has one of the values that `where` lists."""
     return all(get_field(metadata, (key,)) in values for key, values in where.items())
 
 
 def as_int_if_digits(value: Any) -> Any:
-    """Return "3" as 3, and any other value unchanged: a csv file has no integers."""
+    """Return "3" as 3, since csv files have no integers. Return any other value unchanged."""
     return int(value) if isinstance(value, str) and value.isdigit() else value
 
 
@@ -100,8 +100,8 @@ def as_int_if_digits(value: Any) -> Any:
 class RecordFields:
     """Paths of captions (by caption set), label and group in the metadata of a source's records.
 
-    `classes` as in `parse_label`. With `labels_from_digits` and no `classes`, the label "3" is the
-    integer 3.
+    `classes` is passed to `parse_label`. With `labels_from_digits` and no `classes`, the label "3"
+    is read as the integer 3.
     """
 
     captions: Mapping[str, FieldPath]
@@ -121,8 +121,8 @@ class RecordFields:
     ) -> Record:
         """Return the record whose captions, label and group are read from `metadata`.
 
-        `captions` replaces the captions of the metadata. A field in `faults` is not read; a field
-        that cannot be read becomes a further fault of the record.
+        `captions`, if given, replace those of the metadata. Fields in `faults` are not read. A
+        field that cannot be read is added to the faults of the record.
         """
         readers: dict[str, Callable[[], Any]] = {
             "captions": lambda: self._read_captions(metadata) if captions is None else captions,
@@ -157,13 +157,13 @@ class RecordFields:
 
 
 class Fingerprint:
-    """Digest of the options and the content of a source."""
+    """Digest of the options and of the content of a source."""
 
     def __init__(self, *options: Any) -> None:
         self._hash = hashlib.sha256(repr(options).encode())
 
     def add(self, *values: Any) -> None:
-        """Add values with a fixed `repr`, such as names and sizes."""
+        """Add values whose `repr` is the same in every process, such as names and sizes."""
         self._hash.update(repr(values).encode())
 
     def add_samples(self, path: Path, spans: Sequence[tuple[int, int]], samples: int = 16) -> None:

@@ -1,4 +1,4 @@
-"""Antialiased resizing: by Pillow, and a crop-and-resize with the same filters in SIMD."""
+"""Antialiased resizing with Pillow, and a SIMD crop-and-resize with the same filters."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ INTERPOLATIONS = {
 _SIMD_FILTERS = {
     "nearest": ResizeAlg.nearest(),
     "bilinear": ResizeAlg.convolution(FilterType.bilinear),
-    "bicubic": ResizeAlg.convolution(FilterType.catmull_rom),  # a = -0.5, as Pillow's
+    "bicubic": ResizeAlg.convolution(FilterType.catmull_rom),  # cubic with a = -0.5, like Pillow's
     "lanczos": ResizeAlg.convolution(FilterType.lanczos3),
 }
 
@@ -48,7 +48,7 @@ def as_height_width(size: int | tuple[int, int]) -> tuple[int, int]:
     """Return (height, width) of a size in pixels. Raises ValueError unless both are positive."""
     height, width = (size, size) if isinstance(size, int) else size
     if height < 1 or width < 1:
-        raise ValueError(f"size = {size}; expected a positive number of pixels, or (height, width)")
+        raise ValueError(f"size = {size}; expected pixels above 0, as n or (height, width)")
     return height, width
 
 
@@ -70,27 +70,29 @@ def resize(image: ImageArray, height: int, width: int, interpolation: str) -> Im
 def crop_and_resize(
     image: ImageArray, box: Box, height: int, width: int, interpolation: str
 ) -> ImageArray:
-    """Resize the window `box` to height x width in one step, with Pillow's filters in SIMD.
+    """Resize the window `box` to height x width in one step.
 
-    The values equal Pillow's up to rounding. The result is always a new array. A pixel outside the
-    window contributes only if the edge of the window crosses it.
+    The filters are Pillow's, implemented with SIMD instructions. The values equal Pillow's up to
+    rounding. The result is always a new array. The window may end inside a pixel, which then
+    contributes in part. Pixels outside the window do not contribute.
     """
     top, left, h, w = box
-    y, x = int(top), int(left)
-    window = image[y : math.ceil(top + h), x : math.ceil(left + w)]
+    first_row, first_column = int(top), int(left)
+    window = image[first_row : math.ceil(top + h), first_column : math.ceil(left + w)]
     if window.shape[:2] == (height, width) == (h, w):
         return window.copy()
     options = ResizeOptions(
-        resize_alg=_SIMD_FILTERS[interpolation], crop_box=CropBox(left - x, top - y, w, h)
+        resize_alg=_SIMD_FILTERS[interpolation],
+        crop_box=CropBox(left - first_column, top - first_row, w, h),
     )
     source = ImageData(window.shape[1], window.shape[0], PixelType.U8x3, window.tobytes())
     out = ImageData(width, height, PixelType.U8x3)
-    Resizer().resize(source, out, options)  # a new one: threads must not share a Resizer
+    Resizer().resize(source, out, options)  # a new Resizer, since threads must not share one
     return np.frombuffer(out.get_buffer(), np.uint8).reshape(height, width, 3)
 
 
 def pad_to(image: ImageArray, height: int, width: int, fill: Color) -> ImageArray:
-    """Pad to at least height x width, with the image centered (torchvision's rounding)."""
+    """Pad to at least height x width. The image is centered, and rounded as in torchvision."""
     h, w = image.shape[:2]
     if h >= height and w >= width:
         return image

@@ -1,4 +1,4 @@
-"""Stream position -> row, and rows -> batch. Threads and worker processes run both."""
+"""Build a row from a stream position, and a batch from rows, in threads or worker processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from imgtune_jax.data.record import BadRecord, Fault, FaultCause, Record, read_m
 if TYPE_CHECKING:
     from imgtune_jax.data.pipeline import Pipeline
 
-# Separate random streams, so that captions are the same in a run that decodes no images.
+# Separate random streams, so that a run without image decoding samples the same captions.
 CAPTION_STREAM, IMAGE_STREAM = 0, 1
 PADDING_INDEX = -1
 
@@ -28,9 +28,9 @@ PADDING_INDEX = -1
 class RowBuilder:
     """`row_builder(local_position)` -> one row. A pure function.
 
-    A local position counts the rows of this host's stream; a position counts those of all hosts'.
-    `complete_views` holds, for each modality whose store is used, whether it has all rows of each
-    view.
+    A position is an index into the stream of all hosts. A local position is an index into this
+    host's part of the stream. `complete_views` maps each modality with a feature store to one bool
+    per view: whether the store has all rows of that view.
     """
 
     pipeline: Pipeline
@@ -39,8 +39,8 @@ class RowBuilder:
 
     @cached_property
     def _shuffled_indices(self) -> grain.MapDataset:
-        # Grain derives the order of an epoch from seed + epoch. Hashing the seed prevents runs with
-        # neighboring seeds from having the same epochs, shifted by one.
+        # Grain derives the order of an epoch from seed + epoch. Without a hash of the seed, epoch e
+        # of a run would have the order of epoch e + 1 of a run with the previous seed.
         digest = hashlib.sha256(f"order {self.pipeline.seed}".encode()).digest()
         seed = int.from_bytes(digest[:4])
         return grain.MapDataset.range(len(self.pipeline.source)).shuffle(seed=seed)
@@ -50,7 +50,7 @@ class RowBuilder:
         return int(index)
 
     def locate(self, local_position: int) -> tuple[int, int]:
-        """Return (epoch, record index) of a local position; the index of padding is -1."""
+        """Return (epoch, record index) of a local position. The index of padding is -1."""
         pipeline = self.pipeline
         size = pipeline.local_batch_size
         step, row = divmod(local_position, size)
@@ -61,7 +61,11 @@ class RowBuilder:
         return epoch, self._shuffled_index(position) if pipeline.shuffle else index
 
     def has_features(self, modality: str, local_position: int) -> bool:
-        """Return whether the store holds all rows of a position's batch, on all hosts."""
+        """Return whether the features of a position's batch are read from the store.
+
+        They are if the store is complete for all views of the batch. The batch here includes the
+        rows of all hosts, so that the hosts agree.
+        """
         if modality not in self.complete_views:
             return False
         pipeline, complete = self.pipeline, self.complete_views[modality]
@@ -71,13 +75,13 @@ class RowBuilder:
         return all(complete[epoch % len(complete)] for epoch in epochs)
 
     def __call__(self, local_position: int) -> dict[str, Any]:
-        """Return the row: index, epoch, key, fault, and which modalities have cached features.
+        """Return the row: index, epoch, key, fault, and the modalities with cached features.
 
-        If they could be read, it has the image, the caption and the group too.
+        It also has the image, the caption and the group, where they are needed and readable.
         """
         local_position = int(local_position)
         epoch, index = self.locate(local_position)
-        cached = [m for m in self.complete_views if self.has_features(m, local_position)]
+        cached = [name for name in self.complete_views if self.has_features(name, local_position)]
         row = {"index": index, "key": "", "fault": None, "epoch": epoch, "cached": cached}
         if index == PADDING_INDEX:
             return row
@@ -90,7 +94,7 @@ class RowBuilder:
             readers["text"] = self._read_text
         if with_image:
             readers["image"] = self._read_image
-        for modality, read in readers.items():  # both, even if one fails: each has its store
+        for modality, read in readers.items():  # both, even if one fails: each has its own store
             views = self.complete_views.get(modality)
             view = epoch if views is None else epoch % len(views)
             try:
@@ -125,14 +129,14 @@ class RowBuilder:
 
 @dataclass(frozen=True)
 class OpaqueFaults:
-    """Faults of a batch. Grain treats an object of this class as one leaf."""
+    """A wrapper for the faults of a batch, since Grain would treat a bare tuple as a subtree."""
 
     faults: tuple[Fault, ...]
 
 
 @dataclass(frozen=True)
 class Collator:
-    """`collator(rows)` -> batch. Texts are tokenized together, and features read together.
+    """`collator(rows)` -> batch. Tokenizes all texts, and reads all cached features, at once.
 
     `image_shape` is the shape of the transformed images, or None without images.
     """
@@ -152,7 +156,9 @@ class Collator:
         if self.image_shape is not None and "image_features" not in batch:
             blank = np.zeros(self.image_shape, np.uint8)
             images = zip(rows, batch.get("image_good", good), strict=True)
-            batch["image"] = np.stack([row["image"] if g else blank for row, g in images])
+            batch["image"] = np.stack(
+                [row["image"] if readable else blank for row, readable in images]
+            )
         if self.pipeline.tokenizer is not None:
             batch |= self._tokenize(rows, batch.get("text_good", good))
         if self.pipeline.has_group:
@@ -167,9 +173,10 @@ class Collator:
         good: Bool[np.ndarray, " b"],
         faults: list[Fault],
     ) -> Bool[np.ndarray, " b"]:
-        """Add features or, where the store lacks them, the views and validity of their inputs.
+        """Add cached features to `batch`, or the view and validity of rows that are to be cached.
 
-        Appends records that were bad when cached to `faults`; returns `good` without them.
+        Records that were bad when they were cached are added to `faults`, and are False in the
+        returned `good`.
         """
         epochs = np.array([row["epoch"] for row in rows], np.int64)
         for modality, store in self.pipeline.stores.items():
@@ -188,7 +195,7 @@ class Collator:
     def _tokenize(
         self, rows: Sequence[dict[str, Any]], good: Bool[np.ndarray, " b"]
     ) -> dict[str, np.ndarray]:
-        """Return text, text_mask and target_mask, truncated to the shortest sufficient bucket."""
+        """Return text, text_mask and target_mask, truncated to the shortest bucket that fits."""
         tokenizer = self.pipeline.tokenizer
         assert tokenizer is not None
         captions = [row.get("caption", PrefixedCaption("")) for row in rows]

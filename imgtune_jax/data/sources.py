@@ -1,4 +1,4 @@
-"""The table of sources, and the builder of a source from its config."""
+"""The table of sources by name, and the function that builds a source from its config."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def build_source(config: Mapping[str, Any]) -> Source:
     source_class = SOURCES[name]
     known = [f.name for f in dataclasses.fields(source_class)]
     if unknown := sorted(set(values) - set(known)):
-        raise ValueError(f"source {name!r} has no {unknown}; it has {', '.join(known)}")
+        raise ValueError(f"source {name!r} has no fields {unknown}; it has {', '.join(known)}")
     if name == "mixture":
         values["sources"] = tuple(build_source(s) for s in values.get("sources", ()))
     try:

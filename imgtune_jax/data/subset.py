@@ -10,7 +10,7 @@ from imgtune_jax.data.record import Record, Source, read_metadata
 
 @dataclass(frozen=True)
 class Subset:
-    """The records `indices` of a source, in that order, as a source."""
+    """A source of the records `indices` of another source, in that order."""
 
     source: Source
     indices: tuple[int, ...]
@@ -34,5 +34,5 @@ class Subset:
 
 def evenly_spaced(n: int, limit: int | None) -> tuple[int, ...]:
     """Return `limit` evenly spaced indices of range(n), or all if `limit` is None or above n."""
-    k = n if limit is None else min(n, limit)
-    return tuple(i * n // k for i in range(k))
+    count = n if limit is None else min(n, limit)
+    return tuple(i * n // count for i in range(count))

@@ -1,8 +1,8 @@
 """Index of the members of a tar: names, offsets and sizes.
 
-The index of a large tar is cached next to it, or in the user's cache folder if that folder is not
-writable. The cached index is an npz without pickle. It is valid only for the size and modification
-time of the tar that it was made from.
+The index of a large tar is cached next to the tar, or in the user's cache folder if the tar's
+folder is not writable. The cached index is an .npz file without pickled objects. It is valid while
+the size and the modification time of the tar are unchanged.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import numpy as np
 from jaxtyping import Int64
 
 log = logging.getLogger("imgtune_jax.data")
-CACHE_MIN_BYTES = 64 << 20  # scanning a smaller tar's headers takes less than a second
+CACHE_MIN_BYTES = 64 << 20  # smaller tars are scanned instead, in less than a second
 
 
 @dataclass(frozen=True)
 class TarIndex:
-    """Names, offsets and sizes of a tar's regular files, in order."""
+    """Names, offsets and sizes of the regular files of a tar, in the order of the tar."""
 
     path: Path
     names: tuple[str, ...]
@@ -33,14 +33,14 @@ class TarIndex:
     sizes: Int64[np.ndarray, " n"]
 
     def read(self, member: int) -> bytes:
-        """Return a member's bytes, fewer than its size if the tar is truncated."""
+        """Return the bytes of a member. They are fewer than its size if the tar is truncated."""
         with self.path.open("rb") as file:
             file.seek(int(self.offsets[member]))
             return file.read(int(self.sizes[member]))
 
 
 def index_tar(path: Path) -> TarIndex:
-    """Return the tar's index, from its cache if that is valid, else from the tar's headers.
+    """Return the index of a tar: the cached one if it is valid, else from the tar's headers.
 
     Raises ValueError if the file is not an uncompressed tar.
     """
@@ -48,7 +48,10 @@ def index_tar(path: Path) -> TarIndex:
     stamp = (stat.st_size, stat.st_mtime_ns)
     if stat.st_size < CACHE_MIN_BYTES:
         return _scan_headers(path)
-    cache_paths = (path.with_name(path.name + ".index.npz"), _cache_folder() / _cache_name(path))
+    cache_paths = (
+        path.with_name(path.name + ".index.npz"),
+        _user_cache_folder() / _cache_name(path),
+    )
     for cache_path in cache_paths:
         cached = _read_cached(cache_path, path, stamp)
         if cached is not None:
@@ -70,7 +73,7 @@ def _scan_headers(path: Path) -> TarIndex:
                     names.append(info.name)
                     offsets.append(info.offset_data)
                     sizes.append(info.size)
-                # Without this, millions of headers stay in memory.
+                # Otherwise tarfile keeps all headers in memory, which may be millions.
                 tar.members = []  # type: ignore[attr-defined]
     except tarfile.ReadError as error:
         if not names:
@@ -82,7 +85,7 @@ def _scan_headers(path: Path) -> TarIndex:
     return TarIndex(path, tuple(names), np.array(offsets, np.int64), np.array(sizes, np.int64))
 
 
-def _cache_folder() -> Path:
+def _user_cache_folder() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "imgtune_jax" / "tar_index"
 
@@ -137,4 +140,5 @@ def expand_braces(pattern: str) -> list[str]:
     else:
         choices = body.split(",")
     suffixes = expand_braces(pattern[end + 1 :])
-    return [pattern[:start] + c + s for c, s in itertools.product(choices, suffixes)]
+    pairs = itertools.product(choices, suffixes)
+    return [pattern[:start] + choice + suffix for choice, suffix in pairs]

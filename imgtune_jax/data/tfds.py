@@ -1,4 +1,4 @@
-"""TensorFlow Datasets in ArrayRecord form, read without TensorFlow."""
+"""TensorFlow Datasets (TFDS) in the ArrayRecord format, read without TensorFlow."""
 
 from __future__ import annotations
 
@@ -27,9 +27,8 @@ class TFDS:
     `dataset` is its name, optionally with a version ("coco_captions/2014:1.1.0").
 
     `image`, `label` and `group` are paths of features, such as ("captions", "text"); `captions`
-    maps a caption set to such a path. A feature with several texts has several alternatives. The
-    data must be in `data_dir` in the format array_record, which
-    `tfds build --file_format=array_record` writes.
+    maps caption sets to such paths. A feature may be a list of captions. The data must be in
+    `data_dir` in the format array_record, which `tfds build --file_format=array_record` writes.
     """
 
     dataset: str
@@ -90,7 +89,7 @@ class TFDS:
 
     @cached_property
     def _builder(self) -> Any:
-        import tensorflow_datasets  # takes a second, which users of other sources do not pay
+        import tensorflow_datasets  # here, since importing it takes a second
 
         try:
             return tensorflow_datasets.builder(self.dataset, data_dir=self.data_dir)
@@ -104,7 +103,7 @@ class TFDS:
         import tensorflow_datasets
 
         path = as_field_path(self.image)
-        skip: Any = tensorflow_datasets.decode.SkipDecoding()  # decode_image counts bad images
+        skip: Any = tensorflow_datasets.decode.SkipDecoding()  # since open_image decodes
         for name in reversed(path):
             skip = {name: skip}
         return self._builder.as_data_source(self.split, decoders=skip)

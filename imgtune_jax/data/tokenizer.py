@@ -1,9 +1,9 @@
-"""Texts -> token ids of fixed length and their mask, by a tokenizer saved with the weights.
+"""Conversion of texts to token ids of fixed length, by a tokenizer that is saved with the weights.
 
-Text preprocessing that differs from training causes no error and lowers accuracy: SigLIP needs
-canonicalized text, CLIP its cleaning, and both an end token that truncation preserves. So cleaning,
-length and padding are settings that are saved with the tokenizer, and loading it with different
-settings is an error.
+Text preprocessing that differs from that of training lowers accuracy without an error. SigLIP needs
+canonicalized text, CLIP needs text cleaned in its own way, and both need the end token, even if the
+text is truncated. So cleaning, length and padding are settings that are saved with the tokenizer,
+and loading the tokenizer with different settings is an error.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def lower(text: str) -> str:
 
 
 def canonicalize(text: str) -> str:
-    """Clean a text as SigLIP does: "_" to space, no ASCII punctuation, then as `lower`."""
+    """Clean a text as SigLIP does: "_" to space, no ASCII punctuation, then `lower`."""
     text = text.replace("_", " ").translate(str.maketrans("", "", string.punctuation))
     return " ".join(text.lower().split())
 
@@ -51,8 +51,9 @@ CLEANINGS: dict[str, Callable[[str], str]] = {
 class Tokenizer:
     """`tokenizer(texts)` -> (ids i32[b l], mask bool[b l]) with l = `length`.
 
-    The mask is True on a text's tokens, including its begin and end tokens, and False on padding. A
-    longer text is truncated before its end token. `backend` adds the begin and end tokens.
+    The mask is True on the tokens of a text, including begin and end tokens, and False on padding.
+    Of a text that is too long, the last tokens before the end token are dropped. `backend` adds the
+    begin and end tokens.
     """
 
     backend: tokenizers.Tokenizer = field(repr=False)
@@ -66,7 +67,8 @@ class Tokenizer:
         added = self.backend.num_special_tokens_to_add(False)
         if self.length <= added:
             raise ValueError(
-                f"length = {self.length}; expected more than the {added} begin and end tokens"
+                f"length = {self.length}; expected more than {added}, the number of begin and end "
+                "tokens"
             )
         self.backend.no_padding()
         self.backend.enable_truncation(self.length)
@@ -89,10 +91,11 @@ class Tokenizer:
     def encode_with_prefix(
         self, prefixes: Sequence[str], texts: Sequence[str]
     ) -> tuple[Int32[np.ndarray, "b l"], Bool[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:
-        """Return (ids, mask, target mask) of begin tokens, prefix, text and end tokens.
+        """Encode texts with a prefix each, and return (ids, mask, target mask).
 
-        The target mask is True on a text and its end tokens, which a captioner is to generate. A
-        prefix is tokenized separately from its text, so its tokens do not depend on the text.
+        A row is begin tokens, prefix, text and end tokens. The target mask is True on the text and
+        the end tokens, which a captioner is to generate. A prefix is tokenized separately from its
+        text, so its tokens do not depend on the text.
         """
         ids, mask = self(texts)
         targets = mask.copy()
@@ -119,25 +122,25 @@ class Tokenizer:
     def prompt_ids(self, prefix: str = "") -> list[int]:
         """Return the ids that generation starts from: the begin tokens and the prefix.
 
-        Raises ValueError for a prefix that leaves no token for a text.
+        Raises ValueError if the prefix leaves no room for a text.
         """
         clean = CLEANINGS[self.cleaning]
         prefix_ids = self.backend.encode(clean(prefix), add_special_tokens=False).ids
         if len(self.bos_ids) + len(prefix_ids) + len(self.eos_ids) >= self.length:
             raise ValueError(
-                f"the prefix {prefix!r} fills all {self.length} tokens of a text; use a shorter "
-                "prefix or a larger tokenizer length"
+                f"the prefix {prefix!r} fills all {self.length} tokens; use a shorter prefix or a "
+                "larger tokenizer length"
             )
         return [*self.bos_ids, *prefix_ids]
 
     @cached_property
     def bos_ids(self) -> tuple[int, ...]:
-        """Begin tokens, which precede every text."""
+        """Ids of the begin tokens, which precede every text."""
         return self._bos_eos[0]
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
-        """End tokens, which follow every text."""
+        """Ids of the end tokens, which follow every text."""
         return self._bos_eos[1]
 
     @cached_property
@@ -154,12 +157,12 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids: the largest id plus one."""
+        """The largest id plus one."""
         return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Settings that must match in addition to the vocabulary, ready for JSON."""
+        """Settings that determine the ids in addition to the vocabulary, ready for JSON."""
         return {"length": self.length, "pad_id": self.pad_id, "cleaning": self.cleaning}
 
     @property
@@ -188,10 +191,10 @@ def load_tokenizer(path: str | Path, **settings: Any) -> Tokenizer:
     """Load a tokenizer from a local folder or file; nothing is downloaded.
 
     `path` is a folder with `tokenizer.json`, a folder that `transformers` can read (`spiece.model`,
-    …), a `tokenizer.json`, or CLIP's `bpe_simple_vocab_16e6.txt.gz` (for which the defaults are
-    cleaning "clip", padding 0 and length 77). `settings` are `length`, `pad_id` and `cleaning`;
-    those saved in the folder are the defaults. Raises ValueError if there is no tokenizer at the
-    path, or if `settings` differ from the saved ones.
+    …), a `tokenizer.json`, or CLIP's `bpe_simple_vocab_16e6.txt.gz`. `settings` are `length`,
+    `pad_id` and `cleaning`. Their defaults are those saved in the folder or, for CLIP's file,
+    length 77, pad_id 0 and cleaning "clip". Raises ValueError if there is no tokenizer at the path,
+    or if `settings` differ from the saved ones.
     """
     path = Path(path)
     settings = {k: v for k, v in settings.items() if v is not None}
@@ -205,7 +208,7 @@ def load_tokenizer(path: str | Path, **settings: Any) -> Tokenizer:
     if changed:
         raise ValueError(
             f"the tokenizer in {folder} was saved with other settings: (saved, got) = {changed}; "
-            "weights trained with it expect the saved ones, so remove these settings"
+            "weights trained with this tokenizer need the saved settings, so do not set these"
         )
     settings = saved | settings
     if "length" not in settings:
@@ -219,17 +222,19 @@ def load_tokenizer(path: str | Path, **settings: Any) -> Tokenizer:
 
 
 def build_tokenizer(config: Mapping[str, Any]) -> Tokenizer:
-    """Build from `{"path": …, "length": 64}` or `{"package": "pip-name", "length": 64}`.
+    """Build a tokenizer from `{"path": …, "length": 64}` or `{"package": …, "length": 64}`.
 
-    With `package`, the tokenizer is the only file of an installed pip package that matches the glob
-    `path` (by default "*tokenizer.json"). Other keys are the settings of `load_tokenizer`.
+    With `package`, the name of an installed pip package, the tokenizer is the only file of that
+    package that matches the glob `path` (by default "*tokenizer.json"). Other keys are the settings
+    of `load_tokenizer`.
     """
     settings = dict(config)
     package, path = settings.pop("package", None), settings.pop("path", None)
     known = ("length", "pad_id", "cleaning")
     if unknown := set(settings) - set(known):
         raise ValueError(
-            f"tokenizer has no {sorted(unknown)}; it has path, package, {', '.join(known)}"
+            f"the tokenizer has no settings {sorted(unknown)}; it has path, package, "
+            f"{', '.join(known)}"
         )
     if package is not None:
         return load_tokenizer(package_file(package, path or "*tokenizer.json"), **settings)
@@ -241,7 +246,7 @@ def build_tokenizer(config: Mapping[str, Any]) -> Tokenizer:
 
 
 def _load_backend(path: Path) -> tuple[tokenizers.Tokenizer, Path]:
-    """Return the tokenizer at a path, and the folder of its settings."""
+    """Return the tokenizer at a path, and the folder that contains its settings."""
     if path.is_file():
         return tokenizers.Tokenizer.from_file(str(path)), path.parent
     if (path / "tokenizer.json").is_file():
@@ -268,7 +273,8 @@ def _load_with_transformers(folder: Path) -> tokenizers.Tokenizer:
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(
-            f"{folder}: {type(loaded).__name__} has no fast version; convert it to tokenizer.json"
+            f"{folder}: {type(loaded).__name__} has no fast version in transformers; convert "
+            "it to tokenizer.json"
         )
     if loaded.pad_token is not None:
         backend.enable_padding(pad_id=loaded.pad_token_id, pad_token=loaded.pad_token)
@@ -287,4 +293,4 @@ def _find_pad_id(backend: tokenizers.Tokenizer, folder: Path) -> int:
         pad_id = backend.token_to_id(name)
         if pad_id is not None:
             return pad_id
-    raise ValueError(f"{folder} does not name its padding token; set pad_id to its id")
+    raise ValueError(f"the tokenizer in {folder} names no padding token; set pad_id to its id")

@@ -10,9 +10,9 @@ import tokenizers
 
 from imgtune_jax.data.tokenizer import CLEANINGS, Tokenizer, save_tokenizer_files
 
-# GPT-2's words, plus combining marks: without them, no Hindi word would be one token.
+# GPT-2's pattern, with combining marks (\p{M}): without these, vowel signs would split Hindi words.
 WORD_PATTERN = r" ?[\p{L}\p{M}]+| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]+|\s+"
-SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>"]
+SPECIAL_TOKENS = ["<pad>", "<bos>", "<eos>", "<unk>"]
 
 
 def train_tokenizer(
@@ -25,12 +25,12 @@ def train_tokenizer(
     cleaning: str = "lower",
     prompts: Sequence[str] = (),
 ) -> Tokenizer:
-    """Train a tokenizer on texts, save it to `folder` and return it. Deterministic.
+    """Train a tokenizer on texts, save it to `folder` and return it. The result is deterministic.
 
     `kind` is "bpe" (byte-level, so that every text can be encoded) or "wordpiece". Ids 0 to 3 are
     <pad>, <bos>, <eos> and <unk>; every text is encoded between <bos> and <eos>. Each of `prompts`
-    (such as "<de>") is one special token, which `decode` skips. `length` is the length of the
-    returned tokenizer; it is not saved, since no weights depend on it yet and each config sets it.
+    (such as "<de>") is one special token, which `decode` skips. `length` is that of the returned
+    tokenizer. It is not saved: no weights depend on it yet, and each config sets it.
     """
     if kind not in TOKENIZER_KINDS:
         raise ValueError(f"kind = {kind!r}; known: {', '.join(TOKENIZER_KINDS)}")
@@ -56,7 +56,7 @@ def _train_bpe(corpus: Sequence[str], vocab_size: int) -> tokenizers.Tokenizer:
     backend.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=SPECIALS,
+        special_tokens=SPECIAL_TOKENS,
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -68,17 +68,18 @@ def _train_wordpiece(corpus: Sequence[str], vocab_size: int) -> tokenizers.Token
     backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     backend.decoder = tokenizers.decoders.WordPiece()
-    # The trainer numbers continuation letters in the order of a hash table, which differs between
-    # runs. As special tokens they have a fixed order; afterwards they become normal tokens again.
+    # The trainer numbers letters inside words ("##a") in the order of a hash table, which differs
+    # between runs. It keeps the order of special tokens, so these letters are special in training,
+    # and normal tokens afterwards.
     letters = [f"##{letter}" for letter in sorted(set("".join(corpus))) if not letter.isspace()]
     trainer = tokenizers.trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIALS + letters, show_progress=False
+        vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS + letters, show_progress=False
     )
     backend.train_from_iterator(corpus, trainer)
     state = json.loads(backend.to_str())
-    state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] in SPECIALS]
+    state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] in SPECIAL_TOKENS]
     return tokenizers.Tokenizer.from_str(json.dumps(state))
 
 
-# Not unigram: the library's trainer is not deterministic.
+# The unigram trainer of the library is left out, since it is not deterministic.
 TOKENIZER_KINDS = {"bpe": _train_bpe, "wordpiece": _train_wordpiece}

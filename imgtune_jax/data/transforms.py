@@ -1,7 +1,8 @@
-"""Image transforms, u8[h w 3] -> u8[h w 3], and their table. The model normalizes, on the device.
+"""Image transforms, u8[h w 3] -> u8[h w 3], and their table.
 
-`resize` is Pillow's antialiased resize, so `resize` (shortest, bicubic) followed by `center_crop`
-returns CLIP's pixels to the bit, for RGB images.
+No transform normalizes pixels: the model does, on the device. `resize` is Pillow's antialiased
+resize, so `resize` (shortest, bicubic) followed by `center_crop` returns the pixels of CLIP's
+preprocessing bit for bit, for RGB images.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from imgtune_jax.data.resample import (
     resize,
 )
 
-# Part of the feature cache's key: increment it when equal settings produce other pixels.
+# Part of the feature cache's key. Increment it if a code change alters the pixels for some config.
 TRANSFORMS_VERSION = 2
 
 
 class Transform(Protocol):
-    """A pure function of an image and of a random generator for this image."""
+    """A pure function of an image and a random generator."""
 
     def __call__(self, image: ImageArray, rng: np.random.Generator | None = None) -> ImageArray: ...
 
@@ -61,7 +62,7 @@ class Resize:
     def __call__(self, image: ImageArray, rng: np.random.Generator | None = None) -> ImageArray:
         height, width = as_height_width(self.size)
         h, w = image.shape[:2]
-        if self.mode == "shortest":  # truncation, as torchvision does
+        if self.mode == "shortest":  # int() truncates, as torchvision does
             height = height if h <= w else int(height * h / w)
             width = width if w <= h else int(width * w / h)
         elif self.mode == "longest":
@@ -75,7 +76,7 @@ class Resize:
 
 @dataclass(frozen=True)
 class HorizontalFlip:
-    """Mirror the image left to right with probability `p`."""
+    """Mirror the image left to right, with probability `p`."""
 
     p: float = 0.5
 
@@ -83,14 +84,14 @@ class HorizontalFlip:
         if require_rng(rng, self).random() >= self.p:
             return image
         flipped = np.empty_like(image)
-        for channel in range(3):  # NumPy mirrors single channels five times faster than all three
+        for channel in range(3):  # five times faster than all channels at once
             flipped[..., channel] = image[:, ::-1, channel]
         return flipped
 
 
 @dataclass(frozen=True)
 class Rotate:
-    """Rotate by an angle sampled from ± `degrees`; corners are filled with `fill`."""
+    """Rotate by a uniform angle in [-degrees, degrees], and fill the corners with `fill`."""
 
     degrees: float
     fill: Color = WHITE
@@ -133,7 +134,7 @@ class Compose:
 
 @dataclass(frozen=True)
 class RandomApply:
-    """Apply all of `transforms` (components or their configs) with probability `p`, else none."""
+    """Apply all of `transforms` (objects or configs) with probability `p`, else none."""
 
     transforms: tuple[Transform | Mapping[str, Any], ...]
     p: float = 0.5
@@ -178,7 +179,9 @@ def _build_one_transform(config: Mapping[str, Any]) -> Transform:
     transform_class = TRANSFORMS[name]
     known = [f.name for f in fields(transform_class)]
     if unknown := set(settings) - set(known):
-        raise ValueError(f"transform {name!r} has no {sorted(unknown)}; it has {', '.join(known)}")
+        raise ValueError(
+            f"transform {name!r} has no fields {sorted(unknown)}; it has {', '.join(known)}"
+        )
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
     try:
         return transform_class(**values)

@@ -1,4 +1,4 @@
-"""WebDataset tars with random access: indexed once, read in place, no code executed."""
+"""WebDataset tars with random access: indexed once, and read in place without pickle."""
 
 from __future__ import annotations
 
@@ -31,17 +31,18 @@ NO_MEMBER = -1
 
 @dataclass(frozen=True)
 class WebDataset:
-    """WebDataset tars, in which each image of each key is a record.
+    """WebDataset tars. Each image of each key is a record.
+
+    A key is the name of a member up to the first dot of its file name; the extension is the rest
+    after the dot. Field paths such as ("name", "en") refer to the key's JSON.
 
     `path`: a tar, a list of tars, or patterns with `*` and `{000..099}`.
-    `image`: the extensions of images (an extension is what follows the first dot of a name). A key
-    without any of them is a record whose image is missing.
-    `captions`: caption set -> field path in the key's JSON, such as ("name", "en"), to a string or
-    a list of alternatives. If None, the only caption set is "caption", from the `txt` member or
-    from "caption" or "text" in the JSON.
-    `label`: field path to an integer, or to a name in `classes`.
+    `image`: the extensions of images. A key without any of them is a record with a missing image.
+    `captions`: caption set -> field path of a string or a list of strings. If None, the only
+    caption set is "caption", from the `txt` member or from "caption" or "text" in the JSON.
+    `label`: field path of an integer or, with `classes`, of a name in `classes`.
     `group`: field path; records with equal values have equal groups.
-    `where`: select the keys whose JSON has, for each of these top-level fields, one of its values.
+    `where`: top-level JSON field -> allowed values. Keys with any other value are skipped.
     """
 
     path: str | Sequence[str]
@@ -80,7 +81,7 @@ class WebDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of the options, names, sizes, and the bytes of a few members of each tar."""
+        """Digest of the options, names, sizes, and the bytes of about 16 members of each tar."""
         options = (self.image, self.captions, self.label, self.classes, self.group, self.where)
         digest = Fingerprint(*map(_canonical, options))
         for tar in self._tars:
@@ -116,7 +117,10 @@ class WebDataset:
         return np.array(rows, np.int64).reshape(-1, 4)
 
     def _is_selected(self, tar: TarIndex, members: Mapping[str, int]) -> bool:
-        """Return whether `where` selects a key. Unreadable JSON does, as a bad record."""
+        """Return whether `where` selects a key.
+
+        A key with unreadable JSON is selected, and becomes a bad record.
+        """
         if "json" not in members:
             return False
         try:
@@ -135,7 +139,7 @@ class WebDataset:
             detail = f"no {'|'.join(self.image)} member"
             faults["image"] = BadRecord(FaultCause.MISSING_IMAGE, detail)
         metadata: Mapping[str, Any] = {}
-        captions: dict[str, tuple[str, ...]] | None = None  # from `_record_fields`
+        captions: dict[str, tuple[str, ...]] | None = None  # None: those of `_record_fields`
         try:
             if json_member != NO_MEMBER:
                 metadata = parse_json(tar.read(json_member), tar.names[json_member])
@@ -161,7 +165,7 @@ def _default_captions(tar: TarIndex, metadata: Mapping[str, Any], txt: int) -> t
 
 
 def _canonical(value: Any) -> Any:
-    """Convert mappings to sorted pairs and sequences to tuples: equal options have equal reprs."""
+    """Convert mappings to sorted pairs, lists to tuples, so that equal options have equal reprs."""
     if isinstance(value, Mapping):
         return tuple((k, _canonical(value[k])) for k in sorted(value))
     if isinstance(value, list | tuple):
@@ -175,13 +179,13 @@ def _group_by_key(names: Sequence[str]) -> dict[str, dict[str, int]]:
     for member, name in enumerate(names):
         folder, slash, file = name.rpartition("/")
         stem, dot, extension = file.partition(".")
-        if stem and dot:  # no hidden files, such as macOS's ._name
+        if stem and dot:  # skips hidden files, such as macOS's ._name
             keys.setdefault(folder + slash + stem, {})[extension.lower()] = member
     return keys
 
 
 def _expand_paths(path: str | Sequence[str]) -> list[Path]:
-    """Return the tars of a path, list or pattern. Raises ValueError if one does not exist."""
+    """Return the tars of a path, list or pattern. Raises ValueError if one is missing."""
     patterns = [path] if isinstance(path, str | Path) else list(path)
     tars: list[Path] = []
     for pattern in (expanded for p in patterns for expanded in expand_braces(str(p))):

@@ -13,7 +13,7 @@ BATCH_SIZE = 8
 
 
 def encode(value, kind="PNG", size=(20, 16), mode="RGB"):
-    """Encode a noise image with a patch of `value`; the noise makes any truncation detectable."""
+    """Encode an image of noise and a patch of `value`. In noise, any truncation is detectable."""
     pixels = np.random.default_rng(value).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     pixels[:4, :4] = value
     out = io.BytesIO()
@@ -42,7 +42,7 @@ def valid_files(n):
 
 
 def build_tar_source(path):
-    """Return a source of the tar with two caption sets and groups."""
+    """Return a source of the tar, with two caption sets and with groups."""
     return build_source(
         {"name": "webdataset", "path": path, "group": ("group",),
          "captions": {"name": ("name",), "keywords": ("keywords",)}}
@@ -73,7 +73,7 @@ def augment():
 
 @pytest.fixture
 def make_pipeline(source, tokenizer, augment):
-    """A function that builds a pipeline of the valid source, with changed fields."""
+    """A function that builds a pipeline of the valid source, with some fields changed."""
 
     def build(**changes):
         fields = dict(

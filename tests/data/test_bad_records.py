@@ -64,7 +64,7 @@ def bad_source(tmp_path_factory):
 
 
 @pytest.fixture
-def make(bad_source, tokenizer, augment):
+def make_bad_pipeline(bad_source, tokenizer, augment):
     def build(**changes):
         fields = dict(
             source=bad_source, transform=augment, tokenizer=tokenizer, batch_size=12,
@@ -77,14 +77,14 @@ def make(bad_source, tokenizer, augment):
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("workers", [0, 1])
-def test_every_cause_is_counted_logged_and_masked(make, caplog, workers):
-    pipeline = make(num_workers=workers)
+def test_every_cause_is_counted_logged_and_masked(make_bad_pipeline, caplog, workers):
+    pipeline = make_bad_pipeline(num_workers=workers)
     with caplog.at_level(logging.WARNING, "imgtune_jax.data"):
         batches = list(itertools.islice(pipeline.batches(0), 4))  # two epochs of 24
     assert pipeline.bad_records() == {"seen": 48, **dict.fromkeys(sorted(CAUSES), 2)}
     for cause in CAUSES:
         logged = [m for m in caplog.messages if f"b.tar:{cause}." in m and f" {cause}: " in m]
-        assert len(logged) == 1, cause  # although the record occurs twice
+        assert len(logged) == 1, cause  # once, although the record occurs twice
     mask = np.concatenate([b["example_mask"] for b in batches])
     assert mask.tolist() == ([True] * 15 + [False] * 9) * 2
     for batch in batches:
@@ -97,17 +97,17 @@ def test_every_cause_is_counted_logged_and_masked(make, caplog, workers):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_bad_records_change_no_other_row(make, source):
+def test_bad_records_do_not_change_the_other_rows(make_bad_pipeline, source):
     """Rows of valid records are the same in a batch with bad records and in one without."""
-    (with_bad,) = itertools.islice(make(batch_size=24).batches(0), 1)
-    (valid,) = itertools.islice(make(source=source, batch_size=24).batches(0), 1)
+    (with_bad,) = itertools.islice(make_bad_pipeline(batch_size=24).batches(0), 1)
+    (valid,) = itertools.islice(make_bad_pipeline(source=source, batch_size=24).batches(0), 1)
     np.testing.assert_array_equal(with_bad["image"][:15], valid["image"][:15])
     np.testing.assert_array_equal(with_bad["text"][:15], valid["text"][:15])
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_too_many_bad_records_are_an_error_that_names_examples(make):
-    pipeline = make(max_bad_fraction=0.3, max_bad_fraction_after=24)
+def test_too_many_bad_records_are_an_error_that_names_examples(make_bad_pipeline):
+    pipeline = make_bad_pipeline(max_bad_fraction=0.3, max_bad_fraction_after=24)
     batches = pipeline.batches(0)
     next(batches)
     with pytest.raises(TooManyBadRecordsError) as caught:
@@ -120,30 +120,29 @@ def test_too_many_bad_records_are_an_error_that_names_examples(make):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_captions_are_not_read_without_a_tokenizer(make):
-    pipeline = make(tokenizer=None, caption_weights={})
+def test_captions_are_not_read_without_a_tokenizer(make_bad_pipeline):
+    pipeline = make_bad_pipeline(tokenizer=None, caption_weights={})
     list(pipeline.one_pass())
-    of_captions = {"missing_caption", "bad_utf8", "bad_metadata"}
-    assert set(pipeline.bad_records()) == {"seen"} | (CAUSES - of_captions)
+    caption_causes = {"missing_caption", "bad_utf8", "bad_metadata"}
+    assert set(pipeline.bad_records()) == {"seen"} | (CAUSES - caption_causes)
 
 
-def test_a_batch_of_bad_records_only_has_the_usual_shape(make, tmp_path):
+def test_a_batch_with_only_bad_records_has_the_usual_shape(make_bad_pipeline, tmp_path):
     files = {f"{i}.png": b"no image" for i in range(4)}
     files |= {f"{i}.json": b'{"name": "x", "group": 1}' for i in range(4)}
     source = build_tar_source(write_tar(tmp_path / "a.tar", files))
-    (batch,) = itertools.islice(make(source=source, batch_size=4).batches(0), 1)
+    (batch,) = itertools.islice(make_bad_pipeline(source=source, batch_size=4).batches(0), 1)
     assert batch["image"].shape == (4, 12, 12, 3) and not batch["example_mask"].any()
 
 
 def test_counter_logs_five_keys_and_waits_for_enough_records(caplog):
     counter = BadRecordCounter(max_bad_fraction=0.1, max_bad_fraction_after=100)
     faults = [Fault(f"k{i}", FaultCause.NOT_AN_IMAGE, "x") for i in range(9)]
-    counter.add(9, faults)  # all are bad, but there are only nine
+    counter.add(9, faults)  # all are bad, but nine are too few to raise an error
     logged = [m for m in caplog.messages if m.startswith("bad record")]
     assert len(logged) == 5 and "counted, not logged" in caplog.messages[-1]
-    counter.add(
-        91, [Fault("k9", FaultCause.BAD_UTF8, "x")]
-    )  # 10 of 100: at the limit, not above it
+    # Now 10 of 100 are bad: at the limit, not above it.
+    counter.add(91, [Fault("k9", FaultCause.BAD_UTF8, "x")])
     assert counter.summary() == {"seen": 100, "bad_utf8": 1, "not_an_image": 9}
     with pytest.raises(TooManyBadRecordsError, match="11 of 101"):
         counter.add(1, [Fault("k10", FaultCause.BAD_UTF8, "x")])

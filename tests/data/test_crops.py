@@ -30,7 +30,7 @@ def resize_with_pillow(pixels, height, width, interpolation):
 @pytest.mark.parametrize("box", [(0, 0, 360, 480), (7, 31, 300, 211), (50, 60, 40, 33)])
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 def test_crop_and_resize_equals_pillow_up_to_rounding(box, interpolation):
-    """Both round to 8 bits between the two axes, and may resize either axis first."""
+    """Each resizes one axis, rounds to 8 bits, and resizes the other; the first axis may differ."""
     top, left, h, w = box
     for pixels in (SMOOTH, RNG.integers(0, 256, SMOOTH.shape, dtype=np.uint8)):
         window = pixels[top : top + h, left : left + w]
@@ -38,13 +38,13 @@ def test_crop_and_resize_equals_pillow_up_to_rounding(box, interpolation):
         rows_first = resize_with_pillow(window, 96, 128, interpolation)
         columns_first = resize_with_pillow(window.swapaxes(0, 1), 128, 96, interpolation)
         columns_first = columns_first.swapaxes(0, 1)
-        errors = [np.abs(resized - x) for x in (rows_first, columns_first)]
+        errors = [np.abs(resized - expected) for expected in (rows_first, columns_first)]
         error = min(errors, key=np.mean)
         assert error.max() <= 2 and error.mean() < 0.05
 
 
 def test_a_fractional_window_includes_a_part_of_its_edge_pixels():
-    """Columns 0 to 9.5 of a ramp, resized to one pixel: a mean weighted by the filter."""
+    """Columns 0 to 9.5 of a ramp are resized to one pixel, which is their weighted mean."""
     ramp = np.broadcast_to(np.arange(0, 200, 10, dtype=np.uint8)[None, :, None], (8, 20, 3))
     nine = crop_and_resize(ramp, (0, 0, 8, 9), 1, 1, "bilinear")[0, 0, 0]
     nine_and_half = crop_and_resize(ramp, (0, 0, 8, 9.5), 1, 1, "bilinear")[0, 0, 0]
@@ -68,7 +68,7 @@ def test_transforms_of_a_lazy_and_of_a_decoded_jpeg_are_equal():
             np.testing.assert_array_equal(lazy, decoded)
 
 
-def test_a_jpeg_is_reduced_only_if_its_window_keeps_twice_the_size():
+def test_a_jpeg_is_reduced_only_if_its_window_still_has_twice_the_size():
     crop = RandomResizedCrop((32, 64))
     windows = [
         (127, 999),
@@ -79,16 +79,19 @@ def test_a_jpeg_is_reduced_only_if_its_window_keeps_twice_the_size():
         (512, 1024),
         (4096, 4096),
     ]
-    assert [crop.reduction(*w) for w in windows] == [1, 1, 2, 2, 4, 8, 8]
+    assert [crop.reduction(*window) for window in windows] == [1, 1, 2, 2, 4, 8, 8]
     assert RandomResizedCrop(32, scaled_decode=False).reduction(4096, 4096) == 1
 
 
 def test_scaled_decode_changes_less_than_another_interpolation(monkeypatch):
     data, reductions = jpeg(SMOOTH), []
     original_decode = LazyJpeg.decode
-    monkeypatch.setattr(
-        LazyJpeg, "decode", lambda s, r=1, **kw: reductions.append(r) or original_decode(s, r, **kw)
-    )
+
+    def record_reduction(self, reduction=1, **options):
+        reductions.append(reduction)
+        return original_decode(self, reduction, **options)
+
+    monkeypatch.setattr(LazyJpeg, "decode", record_reduction)
 
     def crops(**fields):
         crop = RandomResizedCrop(40, scale=(0.5, 1.0), **fields)
@@ -106,10 +109,10 @@ def test_scaled_decode_changes_less_than_another_interpolation(monkeypatch):
 
 
 def test_images_share_no_memory():
-    """Even if the window needs no resize, although both are decoded into one buffer."""
+    """Not even if no resize is needed, although both images are decoded into one buffer."""
     crop = RandomResizedCrop((360, 480), scale=(1.0, 1.0), ratio=(4 / 3, 4 / 3))
     images = [SMOOTH, SMOOTH[::-1]]
-    crops = [crop(open_image(jpeg(x)), np.random.default_rng(0)) for x in images]
+    crops = [crop(open_image(jpeg(image)), np.random.default_rng(0)) for image in images]
     for cropped, image in zip(crops, images, strict=True):
         np.testing.assert_array_equal(cropped, decode_image(jpeg(image)))
 
@@ -118,10 +121,11 @@ def test_crops_in_threads_equal_crops_in_one_thread():
     crop, data = RandomResizedCrop(64), [jpeg(np.roll(SMOOTH, 9 * i, 1)) for i in range(8)]
     jobs = [(data[i % 8], i) for i in range(200)]
 
-    def run(job):
-        return crop(open_image(job[0]), np.random.default_rng(job[1]))
+    def crop_image(job):
+        jpeg_bytes, seed = job
+        return crop(open_image(jpeg_bytes), np.random.default_rng(seed))
 
     with ThreadPoolExecutor(4) as pool:
-        crops = list(pool.map(run, jobs))
+        crops = list(pool.map(crop_image, jobs))
     for job, cropped in zip(jobs, crops, strict=True):
-        np.testing.assert_array_equal(cropped, run(job))
+        np.testing.assert_array_equal(cropped, crop_image(job))

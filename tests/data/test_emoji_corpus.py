@@ -1,4 +1,4 @@
-"""The corpus agrees with its README, and can be rebuilt from the packages."""
+"""The emoji corpus agrees with its README, and can be rebuilt from the npm packages."""
 
 import hashlib
 import json
@@ -21,14 +21,14 @@ VENDORS = {"google.webp", "twitter.webp", "fluent.webp"}
 LANGUAGES = {"en", "zh", "de", "es", "fr", "ar", "hi", "sw", "ja", "ru"}
 
 
-def read(name):
+def read_tar(name):
     with tarfile.open(CORPUS / name) as tar:
         return {info.name: tar.extractfile(info).read() for info in tar}
 
 
 @pytest.fixture(scope="module")
 def tars():
-    return {name: read(f"{name}.tar") for name in ("seen", "heldout")}
+    return {name: read_tar(f"{name}.tar") for name in ("seen", "heldout")}
 
 
 def concepts(files):
@@ -39,18 +39,18 @@ def test_number_of_concepts_and_files(tars):
     assert len(concepts(tars["seen"])) == 1573
     assert len(concepts(tars["heldout"])) == 279
     for files in tars.values():
-        kinds = Counter(name.split(".", 1)[1] for name in files)
-        assert set(kinds) == VENDORS | {"json"}
-        assert len(set(kinds.values())) == 1, kinds
+        extensions = Counter(name.split(".", 1)[1] for name in files)
+        assert set(extensions) == VENDORS | {"json"}
+        assert len(set(extensions.values())) == 1, extensions
 
 
 def test_split_is_by_subcategory(tars):
     for name, files in tars.items():
         for record in concepts(files):
-            sub = record["subcategory"]
-            selected = int(hashlib.sha256(sub.encode()).hexdigest(), 16) % 5 == 0
-            is_held_out = selected and sub != "country-flag"
-            assert is_held_out == (name == "heldout"), sub
+            subcategory = record["subcategory"]
+            digest = int(hashlib.sha256(subcategory.encode()).hexdigest(), 16)
+            is_held_out = digest % 5 == 0 and subcategory != "country-flag"
+            assert is_held_out == (name == "heldout"), subcategory
 
 
 def test_every_concept_has_a_name_and_keywords_in_every_language(tars):
@@ -68,9 +68,11 @@ def test_corpus_is_under_15_megabytes():
 
 
 def test_checksums_match():
-    sums = dict(line.split()[::-1] for line in (CORPUS / "SHA256SUMS").read_text().splitlines())
-    assert set(sums) == {"seen.tar", "heldout.tar"}
-    for name, expected in sums.items():
+    checksums = dict(
+        line.split()[::-1] for line in (CORPUS / "SHA256SUMS").read_text().splitlines()
+    )
+    assert set(checksums) == {"seen.tar", "heldout.tar"}
+    for name, expected in checksums.items():
         assert hashlib.sha256((CORPUS / name).read_bytes()).hexdigest() == expected
 
 
@@ -97,9 +99,9 @@ def test_build_rejects_a_changed_package(tmp_path):
 
 @pytest.mark.skipif(
     "EMOJI_PACKAGES" not in os.environ,
-    reason="EMOJI_PACKAGES is not set to a folder of the five .tgz packages (two minutes)",
+    reason="EMOJI_PACKAGES, the folder of the five .tgz packages, is not set (takes two minutes)",
 )
-def test_rebuild_is_byte_for_byte(tmp_path):
+def test_rebuilt_corpus_is_equal_byte_for_byte(tmp_path):
     build = runpy.run_path(str(CORPUS / "build.py"))
     build["build_corpus"](Path(os.environ["EMOJI_PACKAGES"]), tmp_path)
     for name in ("seen.tar", "heldout.tar", "SHA256SUMS"):
@@ -107,7 +109,7 @@ def test_rebuild_is_byte_for_byte(tmp_path):
 
 
 def test_tokenizer_can_be_trained_again_from_the_training_names_alone(tmp_path):
-    """Byte for byte. It encodes every name of every language, reversibly and without truncation."""
+    """The files are the same. All names in all languages are encoded losslessly, none truncated."""
     folder = CORPUS / "tokenizer"
     subprocess.run(
         [sys.executable, "-m", "corpora.emoji.tokenizer", "--out", tmp_path], check=True, cwd=ROOT
@@ -115,15 +117,16 @@ def test_tokenizer_can_be_trained_again_from_the_training_names_alone(tmp_path):
     for file in folder.iterdir():
         assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file
     tokenizer = load_tokenizer(folder, length=caption_emoji.LENGTH)
-    english = load_tokenizer(folder, length=coca_emoji.LENGTH)
+    english_tokenizer = load_tokenizer(folder, length=coca_emoji.LENGTH)
     for split in ("seen", "heldout"):
-        names_by_language = [c["name"] for c in concepts(read(f"{split}.tar"))]
-        assert english([n["en"] for n in names_by_language])[1].sum(1).max() < english.length
+        names_by_language = [c["name"] for c in concepts(read_tar(f"{split}.tar"))]
+        _, english_mask = english_tokenizer([n["en"] for n in names_by_language])
+        assert english_mask.sum(1).max() < english_tokenizer.length
         names = [n for by_language in names_by_language for n in by_language.values()]
         ids, mask = tokenizer(names)
-        assert mask.sum(1).max() < tokenizer.length  # one token is left for a prompt
+        assert mask.sum(1).max() < tokenizer.length  # one token remains for a prompt
         decoded = [
-            tokenizer.backend.decode(row[m].tolist()).strip()
-            for row, m in zip(ids, mask, strict=True)
+            tokenizer.backend.decode(row[row_mask].tolist()).strip()
+            for row, row_mask in zip(ids, mask, strict=True)
         ]
         assert decoded == names

@@ -1,4 +1,4 @@
-"""Feature stores return the rows that were written, also after a kill or by another process."""
+"""Feature stores return the rows that were written, also by killed and other processes."""
 
 import json
 import pickle
@@ -41,17 +41,17 @@ def test_read_returns_the_rows_that_write_returned(tmp_path, dtype):
 
 
 def test_rounding_and_size_of_each_dtype():
-    x = random_rows(5)
-    np.testing.assert_array_equal(decode_rows(encode_rows(x, "float32"), SHAPE, "float32"), x)
-    rounded = x.astype(ml_dtypes.bfloat16).astype(np.float32)
+    rows = random_rows(5)
+    np.testing.assert_array_equal(decode_rows(encode_rows(rows, "float32"), SHAPE, "float32"), rows)
+    rounded = rows.astype(ml_dtypes.bfloat16).astype(np.float32)
     np.testing.assert_array_equal(
-        decode_rows(encode_rows(x, "bfloat16"), SHAPE, "bfloat16"), rounded
+        decode_rows(encode_rows(rows, "bfloat16"), SHAPE, "bfloat16"), rounded
     )
-    decoded = decode_rows(encode_rows(x, "int8"), SHAPE, "int8")
-    step = np.abs(x).max(-1, keepdims=True) / 127  # one scale per vector
-    assert (np.abs(decoded - x) <= step / 2 * (1 + 1e-5)).all()
-    sizes = {d: len(encode_rows(x, d)[0]) for d in STORE_DTYPES}
-    assert sizes == {"float32": 96, "bfloat16": 48, "int8": 24 + 3 * 4}
+    decoded = decode_rows(encode_rows(rows, "int8"), SHAPE, "int8")
+    step = np.abs(rows).max(-1, keepdims=True) / 127  # one scale per vector
+    assert (np.abs(decoded - rows) <= step / 2 * (1 + 1e-5)).all()
+    sizes = {dtype: len(encode_rows(rows, dtype)[0]) for dtype in STORE_DTYPES}
+    assert sizes == {"float32": 96, "bfloat16": 48, "int8": 24 + 3 * 4}  # bytes of a row
 
 
 def test_bad_records_are_stored_as_invalid(tmp_path):
@@ -80,11 +80,12 @@ def test_a_view_is_complete_when_all_its_rows_are_on_disk(tmp_path):
         store.read(np.array([0, 1, 1]), np.array([0, 0, 1]))
 
 
-def test_a_kill_loses_only_the_rows_after_the_last_flush(tmp_path):
+def test_a_killed_process_loses_only_the_rows_after_its_last_flush(tmp_path):
     store = open_store(tmp_path)
     store.write(np.zeros(4, int), np.arange(4), random_rows(4), np.ones(4, bool))
     store.flush()
-    store.write(np.zeros(2, int), np.array([4, 5]), random_rows(2), np.ones(2, bool))  # killed here
+    store.write(np.zeros(2, int), np.array([4, 5]), random_rows(2), np.ones(2, bool))
+    # The process is killed here, before it flushes.
     (tmp_path / "half.tmp").write_bytes(b"an incomplete segment")
     (tmp_path / "half.array_record").write_bytes(b"a segment whose ids were not written")
     reopened = open_store(tmp_path)
@@ -115,9 +116,9 @@ def test_two_processes_can_fill_one_folder(tmp_path):
         (dict(dtype="int8"), "dtype"),
     ],
 )
-def test_a_store_with_another_key_or_settings_is_rejected_by_name(tmp_path, change, name):
+def test_error_names_the_entries_that_differ_from_an_existing_store(tmp_path, change, name):
     open_store(tmp_path)
-    with pytest.raises(ValueError, match=f"of another origin; they differ in {name}\\."):
+    with pytest.raises(ValueError, match=f"another key; these entries differ: {name}\\."):
         open_store(tmp_path, **change)
     assert json.loads((tmp_path / "manifest.json").read_text())["weights"] == "a"
 

@@ -7,7 +7,7 @@ from PIL import Image
 from imgtune_jax.data import BadRecord, CaptionSampler, FaultCause, build_source, decode_image
 
 
-def save(folder, name, value):
+def save_image(folder, name, value):
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (6, 4), (value, value, value)).save(folder / name)
 
@@ -19,7 +19,7 @@ def folder_source(folder, **options):
 @pytest.mark.parametrize("suffix, separator", [(".csv", "\t"), (".csv", ","), (".tsv", "\t")])
 def test_tables_with_filepath_and_title(tmp_path, suffix, separator):
     for i in range(3):
-        save(tmp_path, f"im/{i}.png", i)
+        save_image(tmp_path, f"im/{i}.png", i)
     lines = [("filepath", "title"), ("im/0.png", "zero"), ("im/1.png", "one"),
              ("im/0.png", "null"), ("im/2.png", "zwei 狐")]  # fmt: skip
     table = tmp_path / f"t{suffix}"
@@ -30,8 +30,8 @@ def test_tables_with_filepath_and_title(tmp_path, suffix, separator):
 
 
 def test_jsonl_with_caption_lists_labels_and_groups(tmp_path):
-    save(tmp_path, "a.png", 1)
-    save(tmp_path, "b.png", 2)
+    save_image(tmp_path, "a.png", 1)
+    save_image(tmp_path, "b.png", 2)
     rows = [{"file": "a.png", "names": ["x", "y"], "en": "ex", "label": "dog", "id": 7},
             {"file": "b.png", "names": [], "en": "why", "label": "cat", "id": 7}]  # fmt: skip
     table = tmp_path / "t.jsonl"
@@ -51,7 +51,7 @@ def test_jsonl_with_caption_lists_labels_and_groups(tmp_path):
 
 def test_each_sub_folder_is_a_class(tmp_path):
     for name, value in (("cat/1.png", 1), ("cat/deep/2.png", 2), ("ant/3.png", 3)):
-        save(tmp_path, name, value)
+        save_image(tmp_path, name, value)
     (tmp_path / "cat" / "notes.txt").write_text("no image")
     records = folder_source(tmp_path)
     assert records.class_names == ("ant", "cat")
@@ -60,8 +60,8 @@ def test_each_sub_folder_is_a_class(tmp_path):
     assert [r.label for r in folder_source(tmp_path, classes=("cat", "dog", "ant"))] == [0, 0, 2]
 
 
-def test_bad_lines_affect_only_their_record(tmp_path):
-    save(tmp_path, "a.png", 1)
+def test_bad_lines_of_a_table_affect_only_their_records(tmp_path):
+    save_image(tmp_path, "a.png", 1)
     table = tmp_path / "t.csv"
     table.write_bytes(b"filepath,title\na.png,valid\nb.png,no file\nc.png,\xff\xfe\n,no path\n")
     records = folder_source(tmp_path, table=str(table))
@@ -80,8 +80,8 @@ def test_bad_lines_affect_only_their_record(tmp_path):
 
 
 def test_captions_that_are_not_utf8_make_a_record_bad(tmp_path):
-    """A tokenizer raises an error on invalid characters, which would end the run."""
-    save(tmp_path, "a.png", 1)
+    """A tokenizer raises an error on such text, which would end the run."""
+    save_image(tmp_path, "a.png", 1)
     (tmp_path / "t.csv").write_bytes(b"filepath,title\na.png,\xff\xfe\n")
     (tmp_path / "t.jsonl").write_bytes(b'{"filepath": "a.png", "title": "\xff"}\n')
     for table in ("t.csv", "t.jsonl"):
@@ -91,7 +91,7 @@ def test_captions_that_are_not_utf8_make_a_record_bad(tmp_path):
 
 
 def test_class_names_may_be_digits(tmp_path):
-    save(tmp_path, "a.png", 1)
+    save_image(tmp_path, "a.png", 1)
     table = tmp_path / "t.csv"
     table.write_text("filepath,title,label\na.png,one,3\n")
     assert folder_source(tmp_path, table=str(table), label="label")[0].label == 3
@@ -110,13 +110,13 @@ def test_errors_name_a_missing_folder_table_and_images(tmp_path):
 
 
 def test_fingerprint_depends_on_content(tmp_path):
-    save(tmp_path, "cat/1.png", 1)
+    save_image(tmp_path, "cat/1.png", 1)
     records = folder_source(tmp_path)
     before = records.fingerprint
     assert pickle.loads(pickle.dumps(records)).fingerprint == before
     assert folder_source(tmp_path).fingerprint == before
-    save(tmp_path, "cat/1.png", 2)
+    save_image(tmp_path, "cat/1.png", 2)
     changed = folder_source(tmp_path).fingerprint
     assert changed != before
-    save(tmp_path, "cat/2.png", 2)
+    save_image(tmp_path, "cat/2.png", 2)
     assert folder_source(tmp_path).fingerprint not in (before, changed)

@@ -31,7 +31,7 @@ def test_truncated_images_are_classified_as_truncated(kind, fraction):
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", b"<html>404</html>", bytes(5000)])
-def test_other_bytes_are_classified_as_no_image(data):
+def test_other_bytes_are_classified_as_not_an_image(data):
     assert cause_of(data) is FaultCause.NOT_AN_IMAGE
 
 
@@ -102,11 +102,11 @@ def test_palette_gray_one_bit_and_cmyk_become_rgb():
     np.testing.assert_array_equal(decode_image(gray[..., None]), np.stack([gray] * 3, -1))
     bits = gray > 127
     np.testing.assert_array_equal(decode_image(bits)[..., 0], bits * 255)
-    cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))  # no cyan, all magenta and yellow: red
+    cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))  # full magenta and yellow: red
     np.testing.assert_array_equal(decode_image(encode(cmyk, "TIFF"))[0, 0], (255, 0, 0))
 
 
-def test_sixteen_bits_are_scaled_and_not_clipped():
+def test_sixteen_bit_values_are_scaled_and_not_clipped():
     pixels = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
     expected = np.round(pixels / 257)
     for image in (encode(pixels, "PNG"), encode(pixels, "TIFF"), pixels, Image.fromarray(pixels)):
@@ -124,7 +124,7 @@ def test_unsupported_pixel_types_and_shapes_are_rejected():
 def test_exif_rotation_is_applied(orientation):
     upright = np.zeros((16, 24, 3), np.uint8)
     upright[:8, :8] = 255  # white in the upper left corner
-    # The inverse of each tag's operation, from the table of the EXIF specification.
+    # By orientation tag: the inverse of the operation in the table of the EXIF specification.
     inverse = {
         1: lambda x: x,
         2: lambda x: x[:, ::-1],
@@ -173,7 +173,7 @@ def decode_with_pillow(data):
 
 
 @pytest.mark.parametrize("kind", JPEGS)
-def test_jpeg_pixels_equal_pillows_to_the_bit(kind):
+def test_jpeg_pixels_are_bit_identical_to_those_of_pillow(kind):
     assert isinstance(open_image(JPEGS[kind]), LazyJpeg) == (kind != "cmyk")
     np.testing.assert_array_equal(decode_image(JPEGS[kind]), decode_with_pillow(JPEGS[kind]))
 
@@ -191,7 +191,7 @@ def test_jpegs_with_exif_rotation_become_upright(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encode(SMOOTH, "JPEG", exif=exif)
-    turns = {1: 0, 3: 2, 6: 3}[orientation]  # quarter turns to the left
+    turns = {1: 0, 3: 2, 6: 3}[orientation]  # counterclockwise quarter turns
     np.testing.assert_array_equal(decode_image(data), np.rot90(decode_with_pillow(data), turns))
 
 
@@ -223,7 +223,7 @@ def test_reduced_jpeg_approximates_the_mean_of_its_pixels(reduction):
     h, w = 93 // reduction, 131 // reduction
     full = decode_image(data)[: h * reduction, : w * reduction].astype(float)
     means = full.reshape(h, reduction, w, reduction, 3).mean((1, 3))
-    # At 1/8, a pixel is the mean of its block, up to the rounding of two color conversions. At 1/2
-    # and 1/4, it is computed from lower frequencies, which approximate the mean.
+    # At 1/8, a pixel is the mean of its 8x8 block, up to the rounding of two color conversions. At
+    # 1/2 and 1/4, it is computed from lower frequencies, which only approximate the mean.
     np.testing.assert_allclose(reduced[:h, :w], means, atol=2 if reduction == 8 else 8)
     assert np.abs(reduced[:h, :w] - means).mean() < 1.5

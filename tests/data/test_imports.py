@@ -1,23 +1,23 @@
-"""Modules that importing `imgtune_jax.data` loads."""
+"""Importing `imgtune_jax.data` loads no framework, and works without JAX."""
 
 import subprocess
 import sys
 
-CODE = """
+CHECK_LOADED_MODULES = """
 import sys
 from imgtune_jax import data
 from imgtune_jax.data import pipeline
 loaded = set(sys.modules)
 assert not loaded & {"flax", "tensorflow", "torch", "transformers", "tensorflow_datasets"}, loaded
-# Grain itself imports jax.tree_util where JAX is installed; that must not initialize a device.
+# Grain imports jax.tree_util if JAX is installed. That must not initialize a device.
 if "jax" in loaded:
     from jax._src import xla_bridge
     assert not xla_bridge._backends, "a backend was initialized"
 """
 
-WITHOUT_JAX = """
+LOAD_A_BATCH_WITHOUT_JAX = """
 import sys
-sys.modules["jax"] = None  # simulates that it is not installed
+sys.modules["jax"] = None  # as if it were not installed
 sys.modules["flax"] = None
 import itertools
 from imgtune_jax import data
@@ -34,10 +34,10 @@ def run(code, *arguments):
 
 
 def test_importing_data_initializes_no_device_and_loads_no_framework():
-    result = run(CODE)
+    result = run(CHECK_LOADED_MODULES)
     assert result.returncode == 0, result.stderr
 
 
 def test_data_works_without_jax(source):
-    result = run(WITHOUT_JAX, source.path)
+    result = run(LOAD_A_BATCH_WITHOUT_JAX, source.path)
     assert result.returncode == 0, result.stderr

@@ -26,7 +26,7 @@ def build_mixture(configs, weights=None):
 
 
 @pytest.mark.parametrize("weights", [(1, 1, 1), (0.5, 0.3, 0.2), (5, 1, 1), (1, 100, 1)])
-def test_proportions_are_exact(configs, weights):
+def test_proportions_are_exact_up_to_one_record(configs, weights):
     mixture = build_mixture(configs, weights)
     counts = Counter(mixture.locate(i)[0] for i in range(len(mixture)))
     for k, weight in enumerate(weights):
@@ -34,11 +34,11 @@ def test_proportions_are_exact(configs, weights):
 
 
 @pytest.mark.parametrize("weights", [None, (1, 1, 1), (5, 1, 1), (1, 100, 1)])
-def test_an_epoch_is_the_shortest_that_contains_every_record(configs, weights):
+def test_an_epoch_is_the_shortest_one_that_contains_every_record(configs, weights):
     mixture = build_mixture(configs, weights)
     occurrences = Counter(mixture.locate(i) for i in range(len(mixture)))
     assert set(occurrences) == {(k, i) for k, n in enumerate((10, 30, 7)) for i in range(n)}
-    for k in range(3):  # a source repeats evenly
+    for k in range(3):  # a source repeats all of its records equally often, up to one
         counts = [c for (j, _), c in occurrences.items() if j == k]
         assert max(counts) - min(counts) <= 1
     assert any(mixture.counts[k] == n for k, n in enumerate((10, 30, 7)))

@@ -8,7 +8,7 @@ from tests.data.conftest import BATCH_SIZE, take
 
 
 def filled_store(folder, values, valid=None):
-    """Return a store of values [views n …] in float32."""
+    """Return a float32 store that contains `values` [views n …]."""
     views, n = values.shape[:2]
     store = FeatureStore.open(
         folder, views=views, num_records=n, shape=values.shape[2:], dtype="float32", key={}
@@ -20,16 +20,16 @@ def filled_store(folder, values, valid=None):
     return store
 
 
-def test_a_view_is_sampled_as_the_epoch_of_its_number(make_pipeline, tmp_path):
-    """The inputs of view v are those of epoch v of a run without a store."""
+def test_view_v_has_the_inputs_of_epoch_v(make_pipeline, tmp_path):
+    """Inputs are augmented images and captions. Epoch v is that of a run without a store."""
     store = FeatureStore.open(tmp_path, views=2, num_records=37, shape=(1,), dtype="int8", key={})
     uncached = make_pipeline(batch_size=37)
     filling = make_pipeline(batch_size=37, stores={"image": store})
     for t, batch in enumerate(take(filling, 0, 4)):
-        (other,) = take(uncached, t % 2, 1)
+        (expected,) = take(uncached, t % 2, 1)
         assert batch["image_view"].tolist() == [t % 2] * 37 and batch["image_good"].all()
-        order = [np.argsort(x["index"]) for x in (batch, other)]
-        np.testing.assert_array_equal(batch["image"][order[0]], other["image"][order[1]])
+        order, expected_order = (np.argsort(x["index"]) for x in (batch, expected))
+        np.testing.assert_array_equal(batch["image"][order], expected["image"][expected_order])
 
 
 def test_stored_features_replace_decoding(make_pipeline, monkeypatch, tmp_path):
@@ -42,10 +42,10 @@ def test_stored_features_replace_decoding(make_pipeline, monkeypatch, tmp_path):
     monkeypatch.setattr("imgtune_jax.data.image.open_image", fail)
     stores = {"image": filled_store(tmp_path, features)}
     batches = take(make_pipeline(stores=stores), 0, 15)
-    for t, (batch, other) in enumerate(zip(batches, uncached, strict=True)):
+    for t, (batch, expected) in enumerate(zip(batches, uncached, strict=True)):
         assert "image" not in batch and batch["image_features"].dtype == np.float32
         for key in ("text", "text_mask", "index", "group", "example_mask"):
-            np.testing.assert_array_equal(batch[key], other[key])
+            np.testing.assert_array_equal(batch[key], expected[key])
         epochs = (t * BATCH_SIZE + np.arange(BATCH_SIZE)) // 37
         np.testing.assert_array_equal(batch["image_features"], features[epochs % 2, batch["index"]])
     per_host = [
@@ -56,8 +56,8 @@ def test_stored_features_replace_decoding(make_pipeline, monkeypatch, tmp_path):
         np.testing.assert_array_equal(concatenated, batches[t]["image_features"])
 
 
-def test_no_features_are_read_for_a_view_that_lacks_a_row(make_pipeline, tmp_path):
-    """The features of a batch are read for all rows or none: all hosts run the same program."""
+def test_no_features_are_read_from_a_view_that_lacks_a_row(make_pipeline, tmp_path):
+    """A batch has features for all rows or for none, so that all hosts run the same program."""
     store = FeatureStore.open(
         tmp_path, views=2, num_records=37, shape=(1,), dtype="float32", key={}
     )
@@ -68,8 +68,9 @@ def test_no_features_are_read_for_a_view_that_lacks_a_row(make_pipeline, tmp_pat
     store.flush()
     pipeline = make_pipeline(stores={"image": store})
     for t, batch in enumerate(take(pipeline, 0, 12)):
-        epochs = {p // 37 % 2 for p in (t * BATCH_SIZE, t * BATCH_SIZE + BATCH_SIZE - 1)}
-        assert ("image" in batch) == (1 in epochs) == ("image_features" not in batch)
+        ends = t * BATCH_SIZE, (t + 1) * BATCH_SIZE - 1
+        views = {position // 37 % 2 for position in ends}
+        assert ("image" in batch) == (1 in views) == ("image_features" not in batch)
 
 
 def test_image_bytes_are_not_read_if_features_are_stored(make_pipeline, monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""A small data set is written and read through TFDS, without TensorFlow."""
+"""A small TFDS (TensorFlow Datasets) data set is written and read without TensorFlow."""
 
 import importlib.util
 import io
@@ -13,6 +13,8 @@ from imgtune_jax.data import BadRecord, FaultCause, build_source, decode_image
 
 
 class Tiny(tfds.core.GeneratorBasedBuilder):
+    """Six records. Record 4 has no captions, and the image of record 5 is a truncated BMP."""
+
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):

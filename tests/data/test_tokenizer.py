@@ -145,12 +145,12 @@ def test_one_string_is_rejected(trained):
 def test_length_must_exceed_the_special_tokens(trained):
     tokenizer, folder = trained
     (folder / SETTINGS_FILE).unlink()
-    with pytest.raises(ValueError, match="more than the 2 begin and end tokens"):
+    with pytest.raises(ValueError, match="more than 2, the number of begin and end tokens"):
         load_tokenizer(folder, length=2, pad_id=0)
     tokenizer.save(folder)
 
 
-def test_transformers_folder_is_loaded(tmp_path):
+def test_folder_in_the_format_of_transformers_is_loaded(tmp_path):
     """A folder in Hugging Face's layout without tokenizer.json, here BERT's vocab.txt."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "fox"]
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
@@ -161,15 +161,15 @@ def test_transformers_folder_is_loaded(tmp_path):
 
 
 def test_truncation_preserves_the_prefix_which_is_not_a_target(trained):
-    """The targets are the text and the end token, which truncation preserves too."""
+    """The targets are the text and the end token. Truncation preserves the end token, too."""
     tokenizer, _ = trained
     ids, mask, targets = tokenizer.encode_with_prefix(
         ["the", "", "the"], ["fox", "fox", "fox " * 50]
     )
     prompt, (end,) = tokenizer.prompt_ids("the"), tokenizer.eos_ids
-    plain, plain_mask = tokenizer(["fox"])
-    np.testing.assert_array_equal(ids[1], plain[0])
-    np.testing.assert_array_equal(ids[1][targets[1]], plain[0][plain_mask[0]][1:])
+    (ids_without_prefix,), (mask_without_prefix,) = tokenizer(["fox"])
+    np.testing.assert_array_equal(ids[1], ids_without_prefix)
+    np.testing.assert_array_equal(ids[1][targets[1]], ids_without_prefix[mask_without_prefix][1:])
     assert tokenizer.bos_ids == (1,) and prompt[0] == 1 and len(prompt) > 1
     for row in (0, 2):
         assert ids[row, : len(prompt)].tolist() == prompt
@@ -191,7 +191,7 @@ def test_decoding_returns_the_cleaned_text(trained):
     assert decodes_to_cleaned_texts(trained[0])
 
 
-def test_decoding_clips_tokens_returns_the_cleaned_text_also_after_saving(tmp_path):
+def test_clip_tokenizer_decodes_to_the_cleaned_text_also_after_saving(tmp_path):
     tokenizer = load_tokenizer(VOCABULARY)
     assert decodes_to_cleaned_texts(tokenizer) and decodes_to_cleaned_texts(
         load_tokenizer(tokenizer.save(tmp_path))

@@ -28,7 +28,7 @@ def rng(seed=0):
     return np.random.default_rng(seed)
 
 
-def clip_eval(image, size):
+def preprocess_like_clip(image, size):
     """Apply torchvision's Resize(size, BICUBIC) and CenterCrop(size) to a PIL image, as CLIP does.
 
     Transcribed from torchvision.transforms.functional: _compute_resized_output_size, center_crop.
@@ -44,7 +44,7 @@ def clip_eval(image, size):
 
 @pytest.mark.parametrize("shape", SIZES)
 @pytest.mark.parametrize("size", [224, 57])
-def test_resize_and_center_crop_equal_clips_preprocessing_to_the_bit(shape, size):
+def test_resize_and_center_crop_are_bit_identical_to_the_preprocessing_of_clip(shape, size):
     pixels = rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "JPEG")
@@ -54,7 +54,7 @@ def test_resize_and_center_crop_equal_clips_preprocessing_to_the_bit(shape, size
          {"name": "center_crop", "size": size}]
     )  # fmt: skip
     pixels = transform(decode_image(out.getvalue()))
-    np.testing.assert_array_equal(pixels, clip_eval(image, size))
+    np.testing.assert_array_equal(pixels, preprocess_like_clip(image, size))
 
 
 def test_random_apply_applies_all_transforms_or_none():
@@ -63,13 +63,13 @@ def test_random_apply_applies_all_transforms_or_none():
     for p, expected in ((0.0, WIDE), (1.0, changed)):
         transform = build_transform([{"name": "random_apply", "p": p, "transforms": inner}])
         np.testing.assert_array_equal(transform(WIDE, rng(0)), expected)
-    half = build_transform([{"name": "random_apply", "p": 0.5, "transforms": inner}])
-    shapes = [half(WIDE, rng(i)).shape for i in range(60)]
+    sometimes = build_transform([{"name": "random_apply", "p": 0.5, "transforms": inner}])
+    shapes = [sometimes(WIDE, rng(i)).shape for i in range(60)]
     assert set(shapes) == {WIDE.shape, changed.shape}
     assert 15 < shapes.count(WIDE.shape) < 45
 
 
-def test_every_transform_of_the_table_has_an_example():
+def test_every_transform_has_an_example():
     assert set(EXAMPLES) == set(TRANSFORMS)
 
 
@@ -108,7 +108,7 @@ def test_resize_modes():
 
 
 def test_resize_is_antialiased():
-    """A checkerboard becomes gray, because all pixels contribute (not so in point sampling)."""
+    """A checkerboard becomes gray, because all pixels contribute, unlike in point sampling."""
     board = np.indices((64, 64)).sum(0) % 2 * 255
     image = np.stack([board] * 3, -1).astype(np.uint8)
     for interpolation in ("bilinear", "bicubic", "lanczos"):
@@ -134,7 +134,7 @@ def test_random_resized_crop_respects_scale_and_ratio():
     assert crop._sample_window(10, 1000, rng(0))[2:] == (10, 12)
 
 
-def test_flip_probability():
+def test_flip_has_its_probability():
     flipped = [transforms.HorizontalFlip(0.25)(WIDE, rng(s))[0, 0, 0] for s in range(400)]
     fraction = np.mean(np.array(flipped) == WIDE[0, -1, 0])
     assert 0.17 < fraction < 0.33

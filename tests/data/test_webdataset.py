@@ -131,7 +131,7 @@ def test_hidden_files_links_and_folders_are_not_records(tmp_path):
         folder = tarfile.TarInfo("dir")
         folder.type = tarfile.DIRTYPE
         tar.addfile(folder)
-        link = tarfile.TarInfo("dir/evil.png")
+        link = tarfile.TarInfo("dir/link.png")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
         for name in ("dir/._0.png", "dir/0.png", "dir/readme"):
@@ -158,7 +158,9 @@ def test_complete_members_of_a_truncated_tar_are_read(tmp_path, caplog):
     assert decode_image(records[1].image)[0, 0, 0] == 1
     assert "is truncated after" in caplog.text
     if len(records) == 3:
-        assert len(records[2].image) == 20  # the decoder classifies it as truncated
+        assert (
+            len(records[2].image) == 20
+        )  # fewer bytes than its size; decoding finds the truncation
 
 
 def test_faults_are_recorded_by_field(tmp_path):
@@ -200,7 +202,7 @@ def test_fingerprint_depends_on_content_and_options_and_not_on_path(tar, tmp_pat
     assert tar_source(str(copy)).fingerprint != first
 
 
-def test_large_tars_are_indexed_once(tar, monkeypatch, tmp_path):
+def test_index_of_a_large_tar_is_cached(tar, monkeypatch, tmp_path):
     monkeypatch.setattr(tar_index, "CACHE_MIN_BYTES", 0)
     first = tar_source(tar, captions={"name": ("name", "en")})
     index_file = Path(tar + ".index.npz")
@@ -209,16 +211,18 @@ def test_large_tars_are_indexed_once(tar, monkeypatch, tmp_path):
         patch.setattr(tar_index, "_scan_headers", lambda path: pytest.fail("scanned again"))
         second = tar_source(tar, captions={"name": ("name", "en")})
     assert [second[i] for i in range(5)] == [first[i] for i in range(5)]
-    write_tar(Path(tar), {"new.png": png(7)})  # another size and time: the index is not valid
+    write_tar(
+        Path(tar), {"new.png": png(7)}
+    )  # with another size and time, so the cached index is invalid
     assert len(tar_source(tar)) == 1
     index_file.write_bytes(b"damaged")
     assert len(tar_source(tar)) == 1
 
 
-def test_index_is_cached_for_the_user_if_the_folder_is_not_writable(tar, monkeypatch, tmp_path):
+def test_index_is_in_the_users_cache_if_the_folder_is_not_writable(tar, monkeypatch, tmp_path):
     monkeypatch.setattr(tar_index, "CACHE_MIN_BYTES", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    Path(tar + ".index.npz").mkdir()  # a file cannot replace a folder, not even as root
+    Path(tar + ".index.npz").mkdir()  # even root cannot replace a folder by a file
     tar_source(tar)
     assert len(list((tmp_path / "cache").rglob("*.npz"))) == 1
     monkeypatch.setattr(tar_index, "_scan_headers", lambda path: pytest.fail("scanned again"))
@@ -229,11 +233,11 @@ def test_cached_index_executes_no_code(tar, monkeypatch):
     monkeypatch.setattr(tar_index, "CACHE_MIN_BYTES", 0)
     stamp = np.array([Path(tar).stat().st_size, Path(tar).stat().st_mtime_ns])
 
-    class Evil:
+    class Malicious:
         def __reduce__(self):
             return pytest.fail, ("executed",)
 
-    np.savez(tar + ".index.npz", stamp=stamp, names=np.array([Evil()], object),
+    np.savez(tar + ".index.npz", stamp=stamp, names=np.array([Malicious()], object),
              offsets=stamp, sizes=stamp)  # fmt: skip
     assert len(tar_source(tar)) == 5
 
@@ -241,7 +245,7 @@ def test_cached_index_executes_no_code(tar, monkeypatch):
 def test_errors_name_unknown_sources_and_fields(tar):
     with pytest.raises(ValueError, match="'webdatset' is unknown; known: webdataset, folder"):
         build_source({"name": "webdatset", "path": tar})
-    with pytest.raises(ValueError, match=r"has no \['tars'\]; it has path, image"):
+    with pytest.raises(ValueError, match=r"has no fields \['tars'\]; it has path, image"):
         build_source({"name": "webdataset", "tars": tar})
     with pytest.raises(ValueError, match="path"):
         build_source({"name": "webdataset"})

@@ -1,9 +1,9 @@
-"""Write the token ids and canonical texts of open_clip 3.3.0 for difficult texts.
+"""Write the token ids and the canonicalized texts that open_clip 3.3.0 returns for hard texts.
 
     pip download open-clip-torch==3.3.0 --no-deps && unzip open_clip_torch-3.3.0-*.whl
     python tests/golden/clip_tokenizer.py open_clip/tokenizer.py
 
-Only that file is loaded. If torch is not installed, NumPy replaces it.
+Of open_clip, only tokenizer.py is loaded. If torch is not installed, NumPy replaces it.
 """
 
 import importlib.util
@@ -36,11 +36,11 @@ TEXTS = [
 def load_module(path):
     """Load the module at a path."""
     if importlib.util.find_spec("torch") is None:
-        fake = types.ModuleType("torch")
-        fake.zeros = lambda *shape, dtype: np.zeros(shape, np.int64)
-        fake.tensor, fake.long = np.array, None
-        fake.LongTensor = fake.Tensor = np.ndarray
-        sys.modules["torch"] = fake
+        torch_stub = types.ModuleType("torch")
+        torch_stub.zeros = lambda *shape, dtype: np.zeros(shape, np.int64)
+        torch_stub.tensor, torch_stub.long = np.array, None
+        torch_stub.LongTensor = torch_stub.Tensor = np.ndarray
+        sys.modules["torch"] = torch_stub
     spec = importlib.util.spec_from_file_location("open_clip_tokenizer", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
