@@ -83,9 +83,9 @@ def test_results_have_the_clip_benchmark_schema(fakes):
 
 
 def test_invalid_settings_and_empty_sources_raise(fakes):
-    with pytest.raises(ValueError, match="no record of 5 has a caption in the set 'fr'"):
+    with pytest.raises(ValueError, match="none of the 5 records has a caption in the set 'fr'"):
         Captioning(toy_source(fakes), caption_set="fr")(fakes.Predictor())
-    with pytest.raises(ValueError, match=r"no caption metric \['spice'\]"):
+    with pytest.raises(ValueError, match=r"unknown caption metrics \['spice'\]"):
         Captioning(toy_source(fakes), metrics=("spice",))
     with pytest.raises(ValueError, match="decoding method 'bean' is unknown"):
         Captioning(toy_source(fakes), decoding={"method": {"name": "bean"}})

@@ -179,5 +179,5 @@ def test_evaluator_uses_groups_only_if_set(fakes):
 
 def test_missing_caption_set_error_lists_the_existing_ones(fakes):
     source = [fakes.record(np.ones(2), en=("one",))]
-    with pytest.raises(ValueError, match=r"set 'caption'; the first has \['en'\]"):
+    with pytest.raises(ValueError, match=r"set 'caption'; the first record has the sets \['en'\]"):
         Retrieval(source)(fakes.Predictor())

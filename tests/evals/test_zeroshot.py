@@ -76,7 +76,9 @@ def test_templates_without_the_class_name_raise(fakes, bad_templates):
 def test_label_outside_the_class_names_raises(fakes):
     source = [fakes.record(np.ones(2), label=2)]
     predictor = fakes.Predictor({"a": np.ones(2), "b": np.ones(2)})
-    with pytest.raises(ValueError, match=r"such as \[2\]; every record needs one from 0 to 1"):
+    with pytest.raises(
+        ValueError, match=r"such as \[2\]; expected one or more records, labeled 0 to 1"
+    ):
         ZeroShot(source, ("a", "b"), "name")(predictor)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from imgtune_jax.evals.caption_metrics.tokens import Tokens, ngrams
 
 NGRAM_ORDERS = (1, 2, 3, 4)
-SIGMA = 6.0  # of the Gaussian over the difference of lengths, in tokens
+SIGMA = 6.0  # standard deviation, in tokens, of the Gaussian length penalty
 NgramWeights = dict[tuple[str, ...], float]
 
 
@@ -19,18 +19,18 @@ def cider_d(
     """Return `CIDEr`, 0 to 10: cosine of tf-idf n-gram vectors, mean over images (1411.5726).
 
     This is the paper's CIDEr-D. The document frequency of an n-gram is the number of images that
-    have it in a reference, so the score depends on the set of images, and it is 0 for a single
-    image. Weights are clipped to those of the reference; the length penalty compares the numbers
-    of bigrams. Equal to pycocoevalcap 1.2, whose `Cider` is CIDEr-D.
+    have it in a reference. The score therefore depends on the set of images; for a single image, it
+    is 0. The candidate's weights are clipped to the reference's weights, and the length penalty
+    compares the numbers of bigrams. Equal to pycocoevalcap 1.2, whose `Cider` is CIDEr-D.
     """
     frequency: Counter[tuple[str, ...]] = Counter()
     for image_references in references:
         frequency.update(
             {
-                g
+                ngram
                 for reference in image_references
                 for n in NGRAM_ORDERS
-                for g in ngrams(reference, n)
+                for ngram in ngrams(reference, n)
             }
         )
     log_images = math.log(len(references))
