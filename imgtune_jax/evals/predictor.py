@@ -19,8 +19,8 @@ from imgtune_jax.partition import Partitioner
 from imgtune_jax.types import Batch, Params
 
 BATCH_SIZE = 128  # rounded up to a multiple of the number of batch shards
-MAX_LOGITS_BYTES = 1 << 28  # of all devices together, when texts are scored
-MAX_MEMO_BYTES = 1 << 30  # per source; a source with more image tokens is encoded on each use
+MAX_LOGITS_BYTES = 1 << 28  # of one block of texts to score, over all devices
+MAX_MEMO_BYTES = 1 << 30  # of a source's image tokens; larger sources are encoded on each use
 EmbeddingRows = Float[np.ndarray, "n d"]
 
 
@@ -119,7 +119,7 @@ class ModelPredictor:
         return self._run_batched("head", (features,)), valid
 
     def image_features(self, source: Source, /) -> tuple[EmbeddingRows, Bool[np.ndarray, " n"]]:
-        """Return the image tower's pooled output, before the head, and the image mask."""
+        """Return pooled image features, before the head, and the mask of readable images."""
         if self.feature_memo is None:
             return self._compute_image_features(source)
         key = "features", source.fingerprint

@@ -76,7 +76,7 @@ class Predictor(Protocol):
     def image_features(
         self, source: Source, /
     ) -> tuple[Float[np.ndarray, "n d"], Bool[np.ndarray, " n"]]:
-        """Return the image tower's pooled output, before the head, and the image mask."""
+        """Return pooled image features, before the head, and the mask of readable images."""
         ...
 
     def text_features(self, texts: Sequence[str], /) -> Float[np.ndarray, "n d"]:

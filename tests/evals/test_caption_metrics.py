@@ -1,4 +1,4 @@
-"""BLEU, ROUGE-L and CIDEr-D equal pycocoevalcap 1.2; properties of the other metrics."""
+"""BLEU, ROUGE-L and CIDEr-D equal pycocoevalcap 1.2; the other metrics have stated properties."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GOLDEN = json.loads((Path(__file__).parents[1] / "golden/evals_captions.json").r
 COCO_METRICS = ("bleu", "rouge_l", "cider")
 needs_java = pytest.mark.skipif(
     not (importlib.util.find_spec("pycocoevalcap") and shutil.which("java")),
-    reason="the extra [java] is not installed",
+    reason="needs Java and the extra [java]",
 )
 
 
