@@ -12,9 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 LANGUAGES = ("en", "zh", "de", "es", "fr", "ar", "hi", "sw", "ja", "ru")
-PREFIXES = {
-    language: f"<{language}>" for language in LANGUAGES
-}  # start a caption, select its language
+PREFIXES = {language: f"<{language}>" for language in LANGUAGES}  # of captions; select a language
 TEST_SETS = {
     "emoji_s": ("seen", "fluent"),
     "emoji_g": ("heldout", "google"),

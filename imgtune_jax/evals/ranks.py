@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from imgtune_jax.evals.checks import check_finite
 
-NO_INDEX = 2**31 - 1
+NO_INDEX = 2**31 - 1  # of a query without a positive; the largest int32, so that it loses every tie
 
 
 class Ranks(NamedTuple):

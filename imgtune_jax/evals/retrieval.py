@@ -65,6 +65,7 @@ def curve_names(metrics: Mapping[str, float], *, prefix: str = "val/") -> dict[s
 def _rank_summary(
     name: str, ranks: Int[np.ndarray, " n"], ks: Sequence[int], *, candidates: int
 ) -> dict[str, float]:
+    """Return recalls, median and mean rank; `ranks` count from 0, the metrics from 1."""
     recalls = {f"{name}_recall@{k}": float((ranks < k).mean()) for k in ks if k <= candidates}
     return recalls | {
         f"{name}_median_rank": float(np.median(ranks)) + 1,
