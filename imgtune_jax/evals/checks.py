@@ -9,7 +9,7 @@ from imgtune_jax.data import Source, read_metadata
 
 
 def check_finite(rows: Float[np.ndarray, "n d"], name: str) -> None:
-    """Raise ValueError, which names `name`, if a row has a NaN or an infinity.
+    """Raise ValueError for a row with a NaN or an infinity; `name` describes the rows in it.
 
     No score compares greater than a NaN, so a positive with a NaN would have the best rank.
     """

@@ -101,7 +101,7 @@ def _loss_and_gradient(
     *,
     l2: float,
 ) -> tuple[Float[Array, ""], Float[Array, "e c"]]:
-    """Return the loss with its l2 penalty and the gradient, summed over the blocks of `_blocks`."""
+    """Return the loss, with its l2 penalty, and the gradient, as sums over k blocks."""
 
     def block_loss(params, x, y, w):
         logits = jnp.matmul(x, params, precision=jax.lax.Precision.HIGHEST)

@@ -76,7 +76,7 @@ def compute_metrics(
 def _tokenize(
     predictions: Sequence[str], references: Sequence[Sequence[str]], tokenization: str
 ) -> tuple[list[list[str]], list[list[list[str]]]]:
-    """Tokenize all texts in one call, because the PTB tokenizer starts a slow Java process."""
+    """Tokenize all texts in one call, since PTB's Java process is slow to start."""
     texts = [*predictions, *(text for row in references for text in row)]
     tokens = iter(TOKENIZATIONS[tokenization](texts))
     candidates = [next(tokens) for _ in predictions]
