@@ -3,12 +3,11 @@
 python train.py --config=configs/base.py --workdir=runs/base \
     --config.data.source.path='data/{00000..09999}.tar' --config.tokenizer.path=clip_bpe.txt.gz
 
-Runtime and scores: not measured; it needs web data and accelerators. The other configs start from
-this one and set only what differs.
+Runtime and scores: not measured; this config needs web data and accelerators. The other configs
+start from this one and set only what differs.
 
-Keys are documented where they are checked: in the dataclasses of `imgtune_jax/config.py` and, for
-components, in the fields of their classes (towers in `imgtune_jax/models/`, sources in
-`imgtune_jax/data/`, …).
+The dataclasses of `imgtune_jax/config.py` document and check the keys. The keys of a component are
+the fields of its class: towers in `imgtune_jax/models/`, sources in `imgtune_jax/data/`, ….
 """
 
 import math
@@ -19,19 +18,19 @@ from ml_collections.config_dict import placeholder
 
 
 class Settings(ConfigDict):
-    """A ConfigDict whose attribute `lock` is the config group, not the method `ConfigDict.lock`.
+    """A ConfigDict whose attribute `lock` is the key `lock`, not the method `ConfigDict.lock`.
 
     Command-line flags such as `--config.lock.image=True` need this.
     """
 
     @property
     def lock(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The parameters that do not train."""
+        """The settings that select parameters that do not train."""
         return self["lock"]
 
 
 def duration(steps=None, epochs=None, examples=None) -> Any:
-    """Return a duration in steps, epochs or examples; if all three are None, it means never."""
+    """Return a duration in steps, epochs or examples; all None means never."""
     d: Any = ConfigDict()
     d.steps = placeholder(int) if steps is None else steps
     d.epochs = placeholder(float) if epochs is None else float(epochs)
@@ -82,8 +81,8 @@ def get_config() -> Any:
     c.data.source = ConfigDict(dict(name="webdataset", path=""))
     c.data.caption_weights = ConfigDict(dict(caption=1.0))
     c.data.prefixes = ConfigDict()
-    c.data.length_buckets = ()  # shorter lengths that batches of short texts are padded to
-    c.data.transforms = ()  # (): only `preprocess`
+    c.data.length_buckets = ()  # lengths to pad batches of short texts to, below tokenizer.length
+    c.data.transforms = ()  # (): training images are transformed by `preprocess` only
     c.data.num_threads = 4
     c.data.num_workers = 0
     c.data.prefetch = 4

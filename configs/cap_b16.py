@@ -3,12 +3,14 @@
 python train.py --config=configs/cap_b16.py --workdir=runs/cap \
     --config.data.source.path='data/{00000..09999}.tar' --config.tokenizer.path=t5_tokenizer
 
-Runtime and scores: not measured; it needs web data and accelerators. The settings are those of the
-authors (big_vision, configs/proj/cappa/pretrain.py): 224 pixels, ViT-B/16 without a class token, a
-decoder of 6 layers as wide as the encoder, 64 tokens, a vocabulary of 32 000, batch 8192 for
-366 500 steps, Adafactor, learning rate 1e-3 with 10 000 warmup steps and cosine decay, weight decay
-1e-4, gradients clipped at 1, no dropout, no label smoothing. One difference: the authors limit
-Adafactor's second-moment decay to 0.999; here it is 1 - t^-0.8 at every step.
+Runtime and scores: not measured; this config needs web data and accelerators.
+
+The settings are those of the authors (big_vision, configs/proj/cappa/pretrain.py). Model: ViT-B/16
+at 224 pixels without a class token; a decoder of 6 layers as wide as the encoder; 64 tokens; a
+vocabulary of 32 000. Training: batch 8192 for 366 500 steps, Adafactor, learning rate 1e-3 with
+10 000 warmup steps and cosine decay, weight decay 1e-4, gradients clipped at norm 1, no dropout, no
+label smoothing. One difference: the authors limit Adafactor's second-moment decay to 0.999; here it
+is 1 - t^-0.8 at every step t.
 """
 
 from typing import Any
@@ -17,7 +19,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 
-LENGTH = 64
+LENGTH = 64  # tokens per caption
 
 
 def get_config() -> Any:
@@ -25,8 +27,8 @@ def get_config() -> Any:
     c = base.get_config()
     c.name = "cap_b16"
     c.model.image = ConfigDict(dict(name="vit", variant="B/16", class_token=False, pool="mean"))
-    for part in ("text", "text_head", "image_head", "embed_dim"):
-        del c.model[part]
+    for component in ("text", "text_head", "image_head", "embed_dim"):
+        del c.model[component]
     c.model.decoder = ConfigDict(
         dict(name="transformer", variant="B", depth=6, vocab_size=32000, max_length=LENGTH)
     )

@@ -3,8 +3,8 @@
 python train.py --config=configs/cappa_b16.py --workdir=runs/cappa \
     --config.data.source.path='data/{00000..09999}.tar' --config.tokenizer.path=t5_tokenizer
 
-Runtime and scores: not measured; it needs web data and accelerators. 75 % is the fraction that the
-authors use. All other settings are those of configs/cap_b16.py.
+Runtime and scores: not measured; this config needs web data and accelerators. The authors use the
+same fraction. All other settings are those of configs/cap_b16.py.
 """
 
 from typing import Any

@@ -2,9 +2,9 @@
 
 python train.py --config=configs/caption_emoji.py --workdir=runs/captions
 
-Runtime: 20 minutes on two CPU cores. Expected: exact match of 29 to 31 % for English on emoji_s,
+Runtime: 20 minutes on two CPU cores. Expected on emoji_s: exact match of 29 to 31 % for English,
 less for other languages (docs/results.md). The decoder attends to the 16 tokens of the tower's last
-feature map. A caption's first token is its language; half of the sampled captions are English.
+feature map. A caption's first token selects its language; half of the sampled captions are English.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from configs import base, emoji, lit_emoji
 
-LENGTH = 28  # tokens, prefix included; the longest name in the corpus has 26
+LENGTH = 28  # tokens per caption, with its prefix; the longest name in the corpus has 26
 
 
 def get_config() -> Any:
@@ -29,8 +29,8 @@ def get_config() -> Any:
 
     # The tower runs in float32: on a CPU, bfloat16 convolutions are three times slower.
     c.model.image = ConfigDict(dict(name="efficientnet_lite", variant="lite0", dtype="float32"))
-    for part in ("text", "text_head", "image_head", "embed_dim"):
-        del c.model[part]
+    for component in ("text", "text_head", "image_head", "embed_dim"):
+        del c.model[component]
     c.model.dtype = "bfloat16"
     c.model.decoder = ConfigDict(
         dict(
@@ -51,7 +51,7 @@ def get_config() -> Any:
     c.cache.update(image_views=4, text_views=0)
 
     c.objectives = ConfigDict(dict(captioning=dict(weight=1.0, label_smoothing=0.1)))
-    c.batch_size = 64  # trained from scratch: many small steps learn faster than few large ones
+    c.batch_size = 64  # from scratch, many small steps learn faster than few large ones
     c.total = base.duration(epochs=40)
     c.optim.update(lr=3e-3, weight_decay=0.01)
     c.optim.warmup = base.duration(epochs=3)

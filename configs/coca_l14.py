@@ -3,11 +3,13 @@
 python train.py --config=configs/coca_l14.py --workdir=runs/coca \
     --config.data.source.path='data/{00000..09999}.tar' --config.tokenizer.path=clip_bpe.txt.gz
 
-Runtime and scores: not measured; it needs web data and accelerators. Sizes are those of open_clip's
-`coca_ViT-L-14` (text tower and decoder of 12 layers and width 768, 256 queries), so that weights
-convert in both directions. Training follows the paper (Yu et al., 2205.01917, section 4.1 and table
-8): captioning weight 2, contrastive weight 1, batch 65 536, 500 000 steps, 288 pixels, Adafactor
-with b1 = 0.9, b2 = 0.999, decoupled weight decay 0.01, 2 % warmup to 8e-4, linear decay.
+Runtime and scores: not measured; this config needs web data and accelerators.
+
+Sizes are those of open_clip's `coca_ViT-L-14`, so that weights convert in both directions: text
+tower and decoder have 12 layers of width 768, and the attentional pooler has 256 queries. Training
+follows the paper (Yu et al., 2205.01917, section 4.1 and table 8): captioning weight 2, contrastive
+weight 1, batch 65 536, 500 000 steps, 288 pixels, Adafactor with b1 = 0.9, b2 = 0.999, decoupled
+weight decay 0.01, 2 % warmup to 8e-4, linear decay.
 """
 
 from typing import Any
@@ -16,7 +18,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 
-LENGTH = 76
+LENGTH = 76  # tokens per text
 
 
 def get_config() -> Any:
@@ -41,7 +43,9 @@ def get_config() -> Any:
     )
     for component in (c.model.image, c.model.text, c.model.decoder):
         component.update(scan=True, remat=True)
-    c.model.image_size = 280  # multiple of the patch size 14; the paper has 288 with patches of 18
+    c.model.image_size = (
+        280  # a multiple of the patch size 14; the paper uses 288 and patch size 18
+    )
     c.model.dtype = "bfloat16"
     c.preprocess = (ConfigDict(dict(name="resize", size=c.model.image_size, mode="squash")),)
     c.tokenizer.length = LENGTH

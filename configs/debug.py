@@ -3,7 +3,7 @@
 python train.py --config=configs/debug.py --workdir=runs/debug
 
 Runtime: less than a minute on two CPU cores. Expected: the loss falls from 4.2 to about 3.9. If the
-run is killed and started again, metrics.jsonl equals that of an uninterrupted run, byte for byte.
+run is killed and resumed, its metrics.jsonl is byte-identical to that of an uninterrupted run.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from configs import base, emoji
 
 
 def get_config(variant: str = "") -> Any:
-    """Return the debug config, for variant "coca" with a decoder."""
+    """Return the debug config; the variant "coca" adds a decoder."""
     c = base.get_config()
     c.name = "debug"
     c.model.image = ConfigDict(dict(name="vit", variant="mu/16", pool="attention", dropout=0.1))

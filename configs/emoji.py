@@ -1,7 +1,9 @@
 """Settings shared by the configs on the emoji corpus: sources, three test sets, ridge baseline.
 
-The test sets are emoji_s (seen concepts by an unseen artist, 1573-way), emoji_g (held-out concepts
-by a seen artist, 279-way) and emoji_f (held-out concepts by the unseen artist, 279-way).
+An artist is a vendor of emoji images. Training uses the seen concepts by google and twitter. The
+test sets are emoji_s (seen concepts by fluent, an unseen artist; 1573 candidates), emoji_g
+(held-out concepts by google; 279 candidates) and emoji_f (held-out concepts by fluent; 279
+candidates).
 """
 
 from collections.abc import Mapping
@@ -10,17 +12,17 @@ from typing import Any
 from ml_collections import ConfigDict
 
 LANGUAGES = ("en", "zh", "de", "es", "fr", "ar", "hi", "sw", "ja", "ru")
-PREFIXES = {language: f"<{language}>" for language in LANGUAGES}  # select a captioner's language
+PREFIXES = {language: f"<{language}>" for language in LANGUAGES}  # of captions; select a language
 TEST_SETS = {
     "emoji_s": ("seen", "fluent"),
     "emoji_g": ("heldout", "google"),
     "emoji_f": ("heldout", "fluent"),
 }
-MAX_TOKENS = 12  # of the longest English name, with begin and end token
+MAX_TOKENS = 12  # tokens of the longest English name, with begin and end token
 
 
 def source(split: str, *vendors: str) -> Any:
-    """Return the source of the images by `vendors` of the "seen" or the "heldout" concepts."""
+    """Return the images by `vendors` of one split of the concepts, "seen" or "heldout"."""
     return ConfigDict(
         dict(
             name="webdataset",
@@ -33,7 +35,7 @@ def source(split: str, *vendors: str) -> Any:
 
 
 def captions_source(split: str, *vendors: str) -> Any:
-    """Return the same source with one caption set per language, the concept's name in it."""
+    """Return `source` with one caption set per language: the concept's name in that language."""
     c = source(split, *vendors)
     c.captions = ConfigDict({language: ("name", language) for language in LANGUAGES})
     return c
@@ -63,9 +65,9 @@ def caption_evals(prefixes: Mapping[str, str]) -> dict[str, Any]:
 
 
 def configure(c: Any) -> None:
-    """Set training on the seen concepts of two artists, and retrieval on the three test sets.
+    """Set the training data, the tokenizer, and retrieval on the three test sets.
 
-    Captions are the English names.
+    Training captions are the English names.
     """
     c.data.source = source("seen", "google", "twitter")
     c.data.caption_weights = ConfigDict(dict(name=1.0))
@@ -76,7 +78,7 @@ def configure(c: Any) -> None:
 
 
 def ridge_evals(c: Any) -> Any:
-    """Return the ridge baseline for each test set, with the same towers and training data."""
+    """Return the ridge baseline for each test set, fitted to the training data of `c`."""
     fields = dict(
         name="ridge_retrieval", train_source=c.data.source, caption_set="name", standardize=False
     )

@@ -2,8 +2,8 @@
 
 python train.py --config=configs/lit_emoji.py --workdir=runs/demo      (or: make demo)
 
-Runtime: 2 to 4 minutes on two CPU cores. Expected on emoji_s, image → text / text → image: R@1 of
-39.5 / 40.6 %, R@5 of 65.7 / 68.0 % (docs/results.md).
+Runtime: 2 to 4 minutes on two CPU cores. Expected on emoji_s (docs/results.md): R@1 of 39.5 % and
+R@5 of 65.7 % for image → text, R@1 of 40.6 % and R@5 of 68.0 % for text → image.
 """
 
 import math

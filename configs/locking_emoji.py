@@ -1,13 +1,14 @@
-"""Effect of locking: the demo's task with the image tower locked, unlocked or from scratch.
+"""Effect of locking: the demo (lit_emoji) with the image tower locked, unlocked or from scratch.
 
 python train.py --config=configs/locking_emoji.py:unlocked --workdir=runs/unlocked
 python train.py --config=configs/locking_emoji.py:unlocked-full --workdir=runs/unlocked_full
 
-All variants have the same data, text tower, steps and schedule. Runtime on two CPU cores: 2 to 3
-minutes for the short form, which has images at their native 64 pixels and 3 epochs; up to half an
-hour for the full one, which is the demo's task. Expected R@1 on emoji_s, image → text, short form:
-locked 9.5 %, unlocked 11.5 %, scratch 0.9 %; docs/results.md has the full one.
-benchmarks/locking.py runs all variants with several seeds.
+All variants have the same data, text tower, steps and schedule. The short form has 3 epochs of
+images at their native 64 pixels; the full form (`-full`) has the demo's length and image size.
+Runtime on two CPU cores: 2 to 3 minutes for the short form, up to half an hour for the full form.
+Expected R@1 on emoji_s, image → text, short form: locked 9.5 %, unlocked 11.5 %, scratch 0.9 %.
+docs/results.md has the full form's results. benchmarks/locking.py runs all variants with several
+seeds.
 """
 
 from typing import Any
@@ -20,7 +21,7 @@ VARIANTS = ("locked", "unlocked", "scratch")
 
 
 def get_config(variant: str = "locked") -> Any:
-    """Return the config of one of VARIANTS; the suffix `-full` selects the demo's length."""
+    """Return the config of one of VARIANTS; the suffix `-full` selects the full form."""
     tower, _, length = variant.partition("-")
     if tower not in VARIANTS or length not in ("", "full"):
         known = ", ".join(VARIANTS)

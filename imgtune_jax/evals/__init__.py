@@ -1,4 +1,4 @@
-"""Evaluators: frozen dataclasses that score a model, `evaluator(predictor) -> {metric: value}`.
+"""Evaluators: frozen dataclasses that compute metrics, `evaluator(predictor) -> {metric: value}`.
 
 To add an evaluator, add a file and a line in `EVALUATORS`.
 """
@@ -55,13 +55,13 @@ EVALUATORS: dict[str, type] = {
 def build_evaluators(
     cfg: Mapping[str, Mapping[str, Any]], *, mesh: Mesh | None = None
 ) -> dict[str, Evaluator]:
-    """Build evaluators from config: {"coco": {"name": "retrieval", "source": {...}, **fields}}.
+    """Build {"coco": Retrieval(...)} from {"coco": {"name": "retrieval", "source": {...}, …}}.
 
-    Returns {"coco": Retrieval(...)}. Fields whose names end in `source` are built by
-    `data.build_source`, and the field `objective` of a validation loss, which has the format of
-    `config.objectives`, by `objectives.build_objective`. Evaluators that have a field `mesh` get
-    `mesh` and split their work over its devices. Raises ValueError that lists all unknown names
-    and all unknown and missing fields.
+    Keys other than `name` are fields of the evaluator. `data.build_source` builds fields whose
+    names end in `source`. `objectives.build_objective` builds the field `objective` of a validation
+    loss, which has the format of `config.objectives`. An evaluator that has a field `mesh` gets
+    `mesh` and splits its work over the devices. Raises ValueError that lists all unknown names and
+    all unknown and missing fields.
     """
     errors = [error for key, fields in cfg.items() for error in _field_errors(key, fields)]
     if errors:
@@ -70,11 +70,11 @@ def build_evaluators(
 
 
 def _build_evaluator(fields: Mapping[str, Any], mesh: Mesh | None) -> Evaluator:
-    kind = EVALUATORS[fields["name"]]
+    evaluator_class = EVALUATORS[fields["name"]]
     built = {name: _build_field(name, value) for name, value in fields.items() if name != "name"}
-    if "mesh" in _dataclass_fields(kind):
+    if "mesh" in _dataclass_fields(evaluator_class):
         built["mesh"] = mesh
-    return kind(**built)
+    return evaluator_class(**built)
 
 
 def _build_field(name: str, value: Any) -> Any:
@@ -85,8 +85,8 @@ def _build_field(name: str, value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _dataclass_fields(kind: type) -> dict[str, dataclasses.Field]:
-    return {f.name: f for f in dataclasses.fields(kind)}
+def _dataclass_fields(evaluator_class: type) -> dict[str, dataclasses.Field]:
+    return {field.name: field for field in dataclasses.fields(evaluator_class)}
 
 
 def _field_errors(key: str, fields: Mapping[str, Any]) -> list[str]:
@@ -96,12 +96,15 @@ def _field_errors(key: str, fields: Mapping[str, Any]) -> list[str]:
     known = _dataclass_fields(EVALUATORS[name])
     configured = set(fields) - {"name"}
     required = {
-        f.name
-        for f in known.values()
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        field.name
+        for field in known.values()
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     }
     settable = sorted(set(known) - {"mesh"})
     unknown = [
-        f"{key}.{f} is unknown; known: {', '.join(settable)}" for f in configured - set(settable)
+        f"{key}.{field} is unknown; known: {', '.join(settable)}"
+        for field in configured - set(settable)
     ]
-    return sorted(unknown) + [f"{key}.{f} is missing" for f in sorted(required - configured)]
+    return sorted(unknown) + [
+        f"{key}.{field} is missing" for field in sorted(required - configured)
+    ]

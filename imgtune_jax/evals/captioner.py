@@ -18,10 +18,10 @@ from imgtune_jax.types import Params
 
 @dataclass(frozen=True)
 class Captioner:
-    """Generates captions after a prompt: a pure function of parameters, image tokens, prompt, key.
+    """Generates captions: a pure function of parameters, image tokens, a prompt, and a random key.
 
-    It is hashable: predictors compile one function per model and settings, and use it for all
-    prompts of one length.
+    Instances are hashable. A predictor compiles one function per model and settings, and reuses it
+    for all prompts of the same length.
     """
 
     model: models.ImageTextModel
@@ -57,14 +57,14 @@ class Captioner:
         if max_new_tokens > capacity:
             raise ValueError(
                 f"max_new_tokens = {max_new_tokens}; this model generates at most {capacity} "
-                f"tokens after a prompt of {prompt_length}; lower it"
+                f"tokens after a prompt of {prompt_length} tokens; lower max_new_tokens"
             )
-        built = decoding.build_generation_config(
+        config = decoding.build_generation_config(
             {**settings, "max_new_tokens": max_new_tokens},
             stop_ids=tokenizer.eos_ids[:1],
             pad_id=tokenizer.pad_id,
         )
-        return cls(model, built)
+        return cls(model, config)
 
     def __call__(
         self,
@@ -73,7 +73,10 @@ class Captioner:
         prompt: Int[Array, " p"],
         key: Array,
     ) -> decoding.GeneratedTokens:
-        """Generate `n` sequences per image; `key` is used by sampling only."""
+        """Generate `settings.method.n` sequences for each of b images with m tokens of width e.
+
+        All images have the same prompt of p token ids. Only sampling uses `key`.
+        """
         prompts = jnp.broadcast_to(prompt, (len(image_tokens), len(prompt)))
         generator = decoding.Generator(
             self.model.decoder_cache,
@@ -82,19 +85,19 @@ class Captioner:
             max_positions=self.model.decoder.max_length,
             constrain=self.model.constrain,
         )
-        samples = isinstance(self.settings.method, decoding.Sampling)
+        uses_key = isinstance(self.settings.method, decoding.Sampling)
         return generator(
             params,
             image_tokens,
             prompts,
             np.ones(prompts.shape, bool),
-            key=key if samples else None,
+            key=key if uses_key else None,
         )
 
     def to_captions(
         self, generated: decoding.GeneratedTokens, tokenizer: data.Tokenizer
     ) -> list[list[GeneratedCaption]]:
-        """Decode the sequences of each row, without empty hypotheses (score -inf) of a beam."""
+        """Return each row's captions, without the empty sequences of beam search (score -inf)."""
         tokens, mask, scores = jax.device_get((generated.tokens, generated.mask, generated.score))
         return [
             [

@@ -1,4 +1,4 @@
-"""Captioning: generated captions compared with reference captions."""
+"""Captioning: compare generated captions with reference captions."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Captioning:
     """Caption a source's images; the references of an image are its captions in `caption_set`.
 
     `prefix` is the start of every caption, such as a language token (config.data.prefixes).
-    `decoding` has the settings for `decoding.build_generation_config`; {} is greedy. `metrics` and
-    `tokenization` are names in the tables of `caption_metrics`. Metrics that count words are
-    comparable under one tokenization and for one set of images only. A caption of fewer than n
-    tokens has no n-gram matches, which lowers BLEU-n and CIDEr. `limit` is the number of images,
-    evenly spaced in the source, that are evaluated during training; `imgtune eval` uses all.
-    Images without a reference are excluded. So are unreadable ones, which `num_broken` counts.
+    `decoding` has the settings that `decoding.build_generation_config` takes; {} is greedy
+    decoding. `metrics` and `tokenization` are names in the tables of `caption_metrics`. Compare
+    metrics that count words only for the same tokenization and images. A caption of fewer than n
+    tokens has no n-gram matches, which lowers BLEU-n and CIDEr. Training evaluates `limit` images,
+    evenly spaced in the source; `imgtune eval` evaluates all. Images without a reference are
+    excluded. Unreadable images are excluded too, and counted by `num_broken`.
     """
 
     task: ClassVar[str] = "captioning"
@@ -40,22 +40,24 @@ class Captioning:
     language: str = "en"
 
     def __post_init__(self) -> None:
-        """Raise ValueError for an unknown name or setting now, not after hours of training."""
+        """Raise ValueError for an unknown name or setting, before training starts."""
         caption_metrics.check_metrics(self._text_metrics, self.tokenization)
         decoding.build_generation_config(self.decoding, stop_ids=(0,), pad_id=0)
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit = {self.limit}; expected None (all images) or at least 1")
 
     def __call__(self, predictor: Predictor) -> dict[str, float]:
-        """Return `Bleu_1` to `Bleu_4`, `ROUGE_L`, `CIDEr`, …, under pycocoevalcap's names.
+        """Return the metrics under pycocoevalcap's names: `Bleu_1` to `Bleu_4`, `ROUGE_L`, `CIDEr`.
 
-        `perplexity` is that of the first reference of each image.
+        `perplexity` is the model's perplexity on the first reference of each image.
         """
         images = self.selected_images()
         captions, valid = self.generate_captions(predictor, images)
         readable = np.flatnonzero(valid).tolist()
         if not readable:
-            raise ValueError(f"none of the {len(valid)} images could be read")
+            raise ValueError(
+                f"none of the {len(valid)} images could be read; check the source's files"
+            )
         references = [self.references(images, i) for i in range(len(images))]
         metrics = caption_metrics.compute_metrics(
             [captions[i][0].text for i in readable],
@@ -64,20 +66,21 @@ class Captioning:
             tokenization=self.tokenization,
         )
         if "perplexity" in self.metrics:
-            first = [texts[0] for texts in references]
-            metrics["perplexity"] = self._perplexity(predictor, images, first)
+            first_references = [texts[0] for texts in references]
+            metrics["perplexity"] = self._perplexity(predictor, images, first_references)
         return metrics | {"num_images": float(len(readable)), "num_broken": float((~valid).sum())}
 
     def selected_images(self, *, ignore_limit: bool = False) -> Subset:
-        """Return the images to evaluate: those with a reference, at most `limit` of them.
+        """Return the images that have a reference, at most `limit` of them, evenly spaced.
 
         Raises ValueError if no image has a reference.
         """
         captioned = [i for i in range(len(self.source)) if self.references(self.source, i)]
         if not captioned:
             raise ValueError(
-                f"no record of {len(self.source)} has a caption in the set {self.caption_set!r}; "
-                f"the first has {sorted(read_metadata(self.source, 0).captions)}"
+                f"none of the {len(self.source)} records has a caption in the set "
+                f"{self.caption_set!r}; the first record has the sets "
+                f"{sorted(read_metadata(self.source, 0).captions)}; set caption_set to one of them"
             )
         limit = None if ignore_limit else self.limit
         return Subset(
@@ -95,10 +98,10 @@ class Captioning:
         return predictor.generate_captions(source, prefix=self.prefix, decoding=self.decoding)
 
     def _perplexity(self, predictor: Predictor, images: Subset, captions: list[str]) -> float:
-        scored = predictor.caption_scores(images, captions, self.prefix)
-        assert scored is not None, "a model that generates captions can score them"
-        counted = scored.target_mask[:, 1:] & scored.valid[:, None]
-        return float(np.exp(-scored.scores.log_prob[counted].mean(dtype=np.float64)))
+        caption_scores = predictor.caption_scores(images, captions, self.prefix)
+        assert caption_scores is not None, "a model that generates captions can score them"
+        is_scored = caption_scores.target_mask[:, 1:] & caption_scores.valid[:, None]
+        return float(np.exp(-caption_scores.scores.log_prob[is_scored].mean(dtype=np.float64)))
 
     @property
     def _text_metrics(self) -> tuple[str, ...]:

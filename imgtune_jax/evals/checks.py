@@ -8,15 +8,15 @@ from jaxtyping import Bool, Float, Int
 from imgtune_jax.data import Source, read_metadata
 
 
-def check_finite(rows: Float[np.ndarray, "n d"], what: str) -> None:
-    """Raise ValueError for a row with a NaN or an infinity.
+def check_finite(rows: Float[np.ndarray, "n d"], name: str) -> None:
+    """Raise ValueError for a row with a NaN or an infinity; `name` describes the rows in it.
 
-    No score compares greater than a NaN, so a NaN would rank first.
+    No score compares greater than a NaN, so a positive with a NaN would have the best rank.
     """
     bad = np.flatnonzero(~np.isfinite(rows).all(1))
     if bad.size:
         raise ValueError(
-            f"{bad.size} of {len(rows)} {what} are not finite (the first is row {bad[0]}); "
+            f"{bad.size} of {len(rows)} {name} are not finite (the first is row {bad[0]}); "
             "mask unreadable images, or look for an overflow in the model"
         )
 
@@ -31,6 +31,8 @@ def checked_labels(
     labels = [read_metadata(source, int(i)).label for i in np.flatnonzero(valid)]
     bad = [label for label in labels if label is None or not 0 <= label < num_classes]
     if bad or not labels:
-        got = f"{len(bad)} of {len(labels)} records have a label such as {bad[:1]}"
-        raise ValueError(f"{got}; every record needs one from 0 to {num_classes - 1}")
+        got = (
+            f"{len(bad)} of {len(labels)} readable records have an invalid label, such as {bad[:1]}"
+        )
+        raise ValueError(f"{got}; expected one or more records, labeled 0 to {num_classes - 1}")
     return np.asarray(labels, np.int64)

@@ -15,15 +15,15 @@ from imgtune_jax.evals.linear_probe import labeled_features
 from imgtune_jax.evals.protocol import Predictor
 from imgtune_jax.evals.ridge import Ridge
 
-BIAS = 100.0  # a constant feature this large is barely regularized
+BIAS = 100.0  # value of the constant feature; so large that its weight is barely regularized
 
 
 def sample_shots(
     labels: Int[np.ndarray, " n"], *, shots: int, num_classes: int, seed: int
 ) -> Int[np.ndarray, " k"]:
-    """Sample the rows of `shots` examples of every class.
+    """Sample `shots` examples of every class; return their row numbers.
 
-    For one seed, a larger sample contains the smaller ones. Raises ValueError that names the
+    With the same seed, a larger sample contains the smaller ones. Raises ValueError that names the
     classes with fewer than `shots` examples.
     """
     rng = np.random.default_rng(seed)
@@ -47,8 +47,8 @@ def fewshot_predictions(
 ) -> Int[np.ndarray, " m"]:
     """Predict classes by ridge regression from standardized features to targets in {-1, 1}.
 
-    The predicted class is the one with the largest output. Features are standardized by the mean
-    and standard deviation of `train`. Computed in float64.
+    The class with the largest output is predicted. Features are standardized by the mean and
+    standard deviation of `train`. All computations are in float64.
     """
     check_finite(test, "test features")
     mean, std = train.mean(0, dtype=np.float64), train.std(0, dtype=np.float64) + 1e-5
@@ -66,8 +66,8 @@ def fewshot_predictions(
 class FewShot:
     """Accuracy after training on a few labeled images per class.
 
-    The features are the image tower's pooled output. For each number in `shots`, reports the
-    accuracy of each of `seeds` random samples (`…_seed0`, …) and their mean.
+    The features are the image tower's pooled output. For each number in `shots`, `seeds` random
+    samples are evaluated. The metrics are the accuracy of each sample (`…_seed0`, …) and the mean.
     """
 
     task: ClassVar[str] = "few_shot"

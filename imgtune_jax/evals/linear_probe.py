@@ -43,8 +43,8 @@ def fit_logistic(
     """Minimize mean cross-entropy + l2/2 · ‖weight‖² by L-BFGS; the bias is not regularized.
 
     scikit-learn's `LogisticRegression(C=1 / (n * l2))` has the same minimum and the same default
-    `tol`. The sum over the data runs on the default device, `chunk` rows at a time. `initial` is
-    where the search starts (None: zero). In float32, gradients below about 5e-5 are rounding
+    `tol`. The search starts from `initial` (None: zero). Loss and gradient are computed on the
+    default device, `chunk` rows at a time. In float32, gradients below about 5e-5 are rounding
     noise; a lower `tol` needs float64, which is slow or missing on accelerators.
     """
     shape = (features.shape[1] + 1, num_classes)
@@ -65,7 +65,7 @@ def fit_logistic(
                 "maxiter": max_iterations,
                 "maxfun": 2 * max_iterations,
                 "gtol": tol,
-                "ftol": 0.0,  # stop by `gtol`, or when rounding noise lets the line search fail
+                "ftol": 0.0,  # stop by `gtol`, or when the line search fails on rounding noise
             },
         )
     params = result.x.reshape(shape)
@@ -74,8 +74,11 @@ def fit_logistic(
 
 def _blocks(
     features: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"], chunk: int
-) -> tuple[Float[np.ndarray, "k c d"], Int[np.ndarray, "k c"], Float[np.ndarray, "k c"]]:
-    """Split into blocks: rows with a 1 appended, labels, and weights 1/n (0 for padding)."""
+) -> tuple[Float[np.ndarray, "k b e"], Int[np.ndarray, "k b"], Float[np.ndarray, "k b"]]:
+    """Split into k blocks of b rows: features, labels, and weights 1/n (0 for padding).
+
+    A 1 is appended to the features of each row (e = d + 1); it multiplies the bias.
+    """
     n = len(features)
     size = min(chunk, n)
     pad = -n % size
@@ -91,13 +94,15 @@ def _blocks(
 
 @jax.jit
 def _loss_and_gradient(
-    params: Float[Array, "d c"],
-    rows: Float[Array, "k n d"],
-    labels: Int[Array, "k n"],
-    weights: Float[Array, "k n"],
+    params: Float[Array, "e c"],
+    rows: Float[Array, "k b e"],
+    labels: Int[Array, "k b"],
+    weights: Float[Array, "k b"],
     *,
     l2: float,
-) -> tuple[Float[Array, ""], Float[Array, "d c"]]:
+) -> tuple[Float[Array, ""], Float[Array, "e c"]]:
+    """Return the loss, with its l2 penalty, and the gradient, as sums over k blocks."""
+
     def block_loss(params, x, y, w):
         logits = jnp.matmul(x, params, precision=jax.lax.Precision.HIGHEST)
         label_logit = jnp.take_along_axis(logits, y[:, None], axis=1)[:, 0]
@@ -106,13 +111,13 @@ def _loss_and_gradient(
     def add_block(total, block):
         return jax.tree.map(jnp.add, total, jax.value_and_grad(block_loss)(params, *block)), None
 
-    weight = params.at[-1].set(0)  # the last row is the bias
+    weight = params.at[-1].set(0)  # without the bias, which is the last row
     penalty = l2 / 2 * jnp.sum(weight**2), l2 * weight
     return jax.lax.scan(add_block, penalty, (rows, labels, weights))[0]
 
 
 class Scaling(enum.StrEnum):
-    """Scaling of the features: none, rows of unit norm, or columns of mean 0 and variance 1."""
+    """Scaling of features: none, unit norm per row, or mean 0 and variance 1 per column."""
 
     NONE = "none"
     UNIT = "unit"
@@ -122,7 +127,7 @@ class Scaling(enum.StrEnum):
 def scale_features(
     train: Float[np.ndarray, "n d"], *others: Float[np.ndarray, "m d"], scaling: Scaling
 ) -> list[Float[np.ndarray, "m d"]]:
-    """Return all feature arrays, scaled; mean and deviation are those of `train`."""
+    """Return all arrays, scaled. The mean and standard deviation are those of `train`."""
     check_finite(train, "training features")
     if scaling is Scaling.UNIT:
         return [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (train, *others)]
@@ -142,7 +147,7 @@ def sweep_l2(
 ) -> dict[float, float]:
     """Return the validation accuracy of every l2.
 
-    Fits from the strongest l2 to the weakest; each fit starts from the previous solution.
+    The largest l2 is fitted first, and each fit starts from the solution of the previous one.
     """
     accuracy, fit = {}, None
     for l2 in sorted(l2s, reverse=True):
@@ -156,10 +161,10 @@ def sweep_l2(
 class LinearProbe:
     """Logistic regression on the image tower's pooled output, before the head.
 
-    The l2 strength is the one of `l2s` with the best accuracy on `val_source` or, without it, on
-    a `val_fraction` of the training images, sampled with `seed`; ties go to the strongest. The
-    final fit uses training and validation images, and the metrics are those of `source`. Metric
-    names are CLIP_benchmark's.
+    Of `l2s`, the l2 with the best validation accuracy is selected; ties go to the largest. The
+    validation images are those of `val_source`. If it is None, they are a random `val_fraction` of
+    the training images, sampled with `seed`. The final fit uses training and validation images.
+    It is tested on `source`. Metric names are CLIP_benchmark's.
     """
 
     task: ClassVar[str] = "linear_probe"
@@ -185,11 +190,11 @@ class LinearProbe:
             )
 
     def __call__(self, predictor: Predictor) -> dict[str, float]:
-        """Return lp_acc1, lp_acc5, lp_mean_per_class_recall, …, the selected l2, its val_acc1."""
-        load = functools.partial(
+        """Return `lp_acc1`, `lp_acc5`, …, the selected `l2`, and its accuracy `val_acc1`."""
+        load_features = functools.partial(
             labeled_features, predictor=predictor, num_classes=self.num_classes
         )
-        x_train, y_train = load(self.train_source)
+        x_train, y_train = load_features(self.train_source)
         if self.val_source is None:
             order = np.random.default_rng(self.seed).permutation(len(x_train))
             val_rows, train_rows = np.split(order, [max(1, round(self.val_fraction * len(order)))])
@@ -198,25 +203,25 @@ class LinearProbe:
                 (x_train[train_rows], y_train[train_rows]),
             )
         else:
-            x_val, y_val = load(self.val_source)
-        x_test, y_test = load(self.source)
+            x_val, y_val = load_features(self.val_source)
+        x_test, y_test = load_features(self.source)
         x_train, x_val, x_test = scale_features(x_train, x_val, x_test, scaling=self.scaling)
         fit = functools.partial(fit_logistic, num_classes=self.num_classes)
         accuracy = sweep_l2(
             (x_train, y_train), (x_val, y_val), num_classes=self.num_classes, l2s=self.l2s
         )
-        best = max(accuracy, key=lambda l2: (accuracy[l2], l2))
-        both = np.concatenate([x_train, x_val]), np.concatenate([y_train, y_val])
-        final = fit(*both, l2=best)
+        best_l2 = max(accuracy, key=lambda l2: (accuracy[l2], l2))
+        train_and_val = np.concatenate([x_train, x_val]), np.concatenate([y_train, y_val])
+        final_fit = fit(*train_and_val, l2=best_l2)
         predicted, ranks = true_class_ranks(
-            _with_ones(x_test), np.vstack([final.weight, final.bias]).T, y_test
+            _with_ones(x_test), np.vstack([final_fit.weight, final_fit.bias]).T, y_test
         )
         metrics = classification_metrics(predicted, ranks, y_test, num_classes=self.num_classes)
         return {f"lp_{name}": value for name, value in metrics.items()} | {
-            "l2": best,
-            "val_acc1": accuracy[best],
-            "converged": float(final.converged),
-            "num_train": float(len(both[0])),
+            "l2": best_l2,
+            "val_acc1": accuracy[best_l2],
+            "converged": float(final_fit.converged),
+            "num_train": float(len(train_and_val[0])),
             "num_images": float(len(x_test)),
         }
 
@@ -224,10 +229,11 @@ class LinearProbe:
 def labeled_features(
     source: Source, *, predictor: Predictor, num_classes: int
 ) -> tuple[Float[np.ndarray, "n d"], Int[np.ndarray, " n"]]:
-    """Return features and labels of the readable records."""
+    """Return the image features and labels of the readable records."""
     features, valid = predictor.image_features(source)
     return features[valid], checked_labels(source, valid, num_classes=num_classes)
 
 
 def _with_ones(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n e"]:
+    """Append a 1, which multiplies the bias, to each row."""
     return np.pad(x, [(0, 0), (0, 1)], constant_values=1)

@@ -18,20 +18,21 @@ from imgtune_jax.evals.protocol import CaptionScores, GeneratedCaption, Source, 
 from imgtune_jax.partition import Partitioner
 from imgtune_jax.types import Batch, Params
 
-BATCH_SIZE = 128
-MAX_LOGITS_BYTES = 1 << 28  # bytes, over all devices
-MAX_MEMO_BYTES = 1 << 30  # bytes; a source with more image tokens is encoded again on each use
+BATCH_SIZE = 128  # rounded up to a multiple of the number of batch shards
+MAX_LOGITS_BYTES = 1 << 28  # of one block of texts to score, over all devices
+MAX_MEMO_BYTES = 1 << 30  # of a source's image tokens; larger sources are encoded on each use
 EmbeddingRows = Float[np.ndarray, "n d"]
 
 
 @dataclass(frozen=True)
 class ModelPredictor:
-    """Runs a model in sharded batches of one size; rows that pad the last batch are dropped.
+    """Runs a model in sharded batches of one size and drops the rows that pad the last batch.
 
-    Two memos, None where disabled, save repeated work. `feature_memo` has the image side's
-    features and tokens per source. It is valid across changes of parameters if the whole image
-    side is frozen; an evaluation during training then runs only the head or the decoder. `memo`
-    has what evaluators share through `memoize`, and is cleared when the parameters change.
+    Two dicts avoid repeated work; both are None if memoization is disabled. `feature_memo` has the
+    image features and image tokens of each source. If the image tower and its pooler are frozen
+    (`image_side_is_frozen`), these stay valid when the parameters change, and an evaluation during
+    training runs only the head or the decoder. `memo` has the values that evaluators share through
+    `memoize`. It is cleared when the parameters change.
     """
 
     model: models.ImageTextModel
@@ -56,7 +57,7 @@ class ModelPredictor:
         image_side_is_frozen: bool,
         use_memo: bool,
     ) -> ModelPredictor:
-        """Create a predictor. Functions compile on first use and are reused by `with_params`."""
+        """Create a predictor. Functions compile on first use; `with_params` reuses them."""
         functions = {
             "head": model.project_image_features,
             "features": model.image_features,
@@ -86,7 +87,7 @@ class ModelPredictor:
     def with_params(self, params: Params) -> ModelPredictor:
         """Return a predictor with other parameters and the same compiled functions.
 
-        If the image side is frozen, its parameters must be the same as before.
+        If `image_side_is_frozen`, the parameters of image tower and pooler must be the same.
         """
         if self.feature_memo is None:
             return dataclasses.replace(self, params=params)
@@ -103,22 +104,22 @@ class ModelPredictor:
 
     @property
     def logit_scale(self) -> float | None:
-        """The factor of the cosine similarities, after exp; None for a captioner-only model."""
+        """The factor of cosine similarities (after exp); None for a captioner-only model."""
         scale = self.model.logit_scale(self.params)
         return None if scale is None else float(scale)
 
     @property
     def logit_bias(self) -> float | None:
-        """The constant added to the scaled similarities; None for a model without a bias."""
+        """The constant added to the scaled similarities; None for a model without one."""
         return float(self.params["logit_bias"]) if "logit_bias" in self.params else None
 
     def embed_images(self, source: Source, /) -> tuple[EmbeddingRows, Bool[np.ndarray, " n"]]:
-        """Return unit-norm image embeddings, and a mask of the images that could be read."""
+        """Return unit-norm image embeddings, and the mask of readable images."""
         features, valid = self.image_features(source)
         return self._run_batched("head", (features,)), valid
 
     def image_features(self, source: Source, /) -> tuple[EmbeddingRows, Bool[np.ndarray, " n"]]:
-        """Return the image tower's pooled output, before the head, and the mask of valid rows."""
+        """Return pooled image features, before the head, and the mask of readable images."""
         if self.feature_memo is None:
             return self._compute_image_features(source)
         key = "features", source.fingerprint
@@ -143,11 +144,11 @@ class ModelPredictor:
         decoding: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> tuple[list[list[GeneratedCaption]], Bool[np.ndarray, " n"]]:
-        """Generate captions that follow `prefix` for each image, in source order; and the mask.
+        """Return captions generated after `prefix` for each image, and the mask of readable images.
 
-        `decoding` has the settings for `decoding.build_generation_config`; None is greedy. `seed`
-        is used by sampling. An image that could not be read has an empty list. Raises ValueError
-        for a model without a decoder and for settings that the model does not support.
+        `decoding` has the settings that `decoding.build_generation_config` takes; None is greedy
+        decoding. Only sampling uses `seed`. An unreadable image has an empty list. Raises
+        ValueError for a model without a decoder and for settings that the model does not support.
         """
         prompt = np.array(self.tokenizer.prompt_ids(prefix), np.int32)
         captioner = Captioner.build(
@@ -170,7 +171,7 @@ class ModelPredictor:
     def caption_scores(
         self, source: Source, texts: Sequence[str], prefix: str = "", /
     ) -> CaptionScores | None:
-        """Score texts[i], after `prefix`, as caption of image i; None without a decoder."""
+        """Score texts[i], after `prefix`, as the caption of image i; None without a decoder."""
         if self.model.decoder is None:
             return None
         ids, mask, targets = self.tokenizer.encode_with_prefix([prefix] * len(texts), texts)
@@ -195,10 +196,10 @@ class ModelPredictor:
         prefix: str = "",
         normalize_length: bool = False,
     ) -> tuple[EmbeddingRows, Bool[np.ndarray, " n"]]:
-        """Return log p(text | image, prefix) in nats, [image, text]; and the mask of valid images.
+        """Return log p(text | image, prefix) in nats [n m], and the mask of readable images.
 
-        With `normalize_length`, it is divided by the text's number of tokens. Raises ValueError
-        for a model without a decoder.
+        With `normalize_length`, each log probability is divided by the text's number of tokens.
+        Raises ValueError for a model without a decoder.
         """
         if self.model.decoder is None:
             raise ValueError(
@@ -237,7 +238,7 @@ class ModelPredictor:
         return np.concatenate(features)[:n], np.concatenate(masks)[:n]
 
     def _image_tokens(self, source: Source) -> Iterator[tuple[jax.Array, np.ndarray]]:
-        """Yield, per batch, the tokens that the decoder attends to, and the mask of valid rows."""
+        """Yield, per batch, the image tokens for the decoder and the mask of readable images."""
         if self.feature_memo is None:
             yield from self._compute_image_tokens(source)
             return
@@ -262,14 +263,14 @@ class ModelPredictor:
             yield self.compiled_fns["tokens"](self.params, batch.image), mask
 
     def _batches(self, source: Source) -> Iterator[tuple[Batch, np.ndarray]]:
-        """Yield sharded batches of one size, and on every host the mask of all their rows."""
+        """Yield sharded batches of one size, each with the mask of all its rows, on every host."""
         pipeline = data.Pipeline(
             source=source,
             transform=self.preprocess,
             batch_size=self._batch_size,
             host_index=jax.process_index(),
             host_count=jax.process_count(),
-            max_bad_fraction=1.0,  # an evaluator counts unreadable images and does not stop
+            max_bad_fraction=1.0,  # unreadable images are masked; they do not stop an evaluation
         )
         for host_batch in pipeline.one_pass():
             batch = self.partitioner.put_batch(host_batch)
@@ -277,13 +278,13 @@ class ModelPredictor:
             yield batch, np.asarray(mask)
 
     def _run_on_texts(self, name: str, texts: Sequence[str]) -> EmbeddingRows:
-        """Run a compiled function on each distinct text once; return a row per text."""
+        """Run a compiled function once per distinct text; return one row per text."""
         row_of = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         rows = self._run_batched(name, self.tokenizer(list(row_of)))
         return rows[[row_of[text] for text in texts]]
 
     def _run_batched(self, name: str, arrays: tuple[np.ndarray, ...]) -> EmbeddingRows:
-        """Run a compiled function on rows that every host has, padded to full batches."""
+        """Run a compiled function on arrays that all hosts have, in batches padded to one size."""
         n, size = len(arrays[0]), self._batch_size
         outputs = []
         for start in range(0, n, size):
@@ -305,7 +306,7 @@ def _score_texts(
     text_mask: jax.Array,
     target_mask: jax.Array,
 ) -> jax.Array:
-    """Score texts in blocks whose logits fit in MAX_LOGITS_BYTES."""
+    """Score every text for every image, in blocks whose logits fit in MAX_LOGITS_BYTES."""
     positions = min(model.decoder.chunk, text.shape[1])
     bytes_per_text = 4 * len(tokens) * positions * model.decoder.vocab_size
     return decoding.score_texts(

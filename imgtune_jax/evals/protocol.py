@@ -1,4 +1,7 @@
-"""Interfaces of this package: `Evaluator`, and `Predictor`, the model that it evaluates."""
+"""Interfaces of this package: an `Evaluator` computes metrics of a `Predictor` (a trained model).
+
+Axis letters: n images or texts, m texts, d features, l tokens.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ T = TypeVar("T")
 class CaptionScores(NamedTuple):
     """Token scores of one given caption per image, as NumPy arrays in source order.
 
-    `valid` is False for images that could not be read.
+    `text_mask` is False for padding, `target_mask` also for the begin token and the prefix, which
+    are not scored. `valid` is False for images that could not be read.
     """
 
     scores: TokenScores
@@ -29,9 +33,9 @@ class CaptionScores(NamedTuple):
 class GeneratedCaption(NamedTuple):
     """A generated caption and its score in nats.
 
-    For beam search, which returns an image's captions best first, `score` is the summed log
-    probability of the tokens divided by length ** length_penalty. For greedy decoding and
-    sampling it is the mean log probability of the tokens, and samples are not sorted.
+    For greedy decoding and sampling, `score` is the mean log probability of the tokens. For beam
+    search, it is their summed log probability divided by length ** length_penalty. Beam search
+    sorts an image's captions by score, best first; samples are not sorted.
     """
 
     text: str
@@ -41,18 +45,18 @@ class GeneratedCaption(NamedTuple):
 class Predictor(Protocol):
     """A trained model as evaluators use it: images and texts in, NumPy arrays out.
 
-    Rows are in the order of the inputs. Every host gets all rows. An image that cannot be read
-    has a row too, and the mask that is returned with the rows is False there.
+    Methods return one row per input, in order; every host gets all rows. An unreadable image also
+    has a row. Methods that take images return a mask too, which is False for unreadable images.
     """
 
     @property
     def logit_scale(self) -> float | None:
-        """The factor of the cosine similarities, after exp; None for a captioner-only model."""
+        """The factor of cosine similarities (after exp); None for a captioner-only model."""
         ...
 
     @property
     def logit_bias(self) -> float | None:
-        """The constant added to the scaled similarities; None for a model without a bias."""
+        """The constant added to the scaled similarities; None for a model without one."""
         ...
 
     def memoize(self, key: tuple[Any, ...], compute: Callable[[], T], /) -> T:
@@ -62,7 +66,7 @@ class Predictor(Protocol):
     def embed_images(
         self, source: Source, /
     ) -> tuple[Float[np.ndarray, "n d"], Bool[np.ndarray, " n"]]:
-        """Return unit-norm image embeddings, and a mask of the images that could be read."""
+        """Return unit-norm image embeddings, and the mask of readable images."""
         ...
 
     def embed_texts(self, texts: Sequence[str], /) -> Float[np.ndarray, "n d"]:
@@ -72,7 +76,7 @@ class Predictor(Protocol):
     def image_features(
         self, source: Source, /
     ) -> tuple[Float[np.ndarray, "n d"], Bool[np.ndarray, " n"]]:
-        """Return the image tower's pooled output, before the head, and the mask of valid rows."""
+        """Return pooled image features, before the head, and the mask of readable images."""
         ...
 
     def text_features(self, texts: Sequence[str], /) -> Float[np.ndarray, "n d"]:
@@ -82,16 +86,16 @@ class Predictor(Protocol):
     def caption_scores(
         self, source: Source, texts: Sequence[str], prefix: str = "", /
     ) -> CaptionScores | None:
-        """Score texts[i], after `prefix`, as caption of image i; None without a decoder."""
+        """Score texts[i], after `prefix`, as the caption of image i; None without a decoder."""
         ...
 
     def generate_captions(
         self, source: Source, /, *, prefix: str = "", decoding: Mapping[str, Any] | None = None
     ) -> tuple[list[list[GeneratedCaption]], Bool[np.ndarray, " n"]]:
-        """Generate captions that follow `prefix` for each image, and return the mask of valid rows.
+        """Return captions generated after `prefix` for each image, and the mask of readable images.
 
-        `decoding` has the settings for `decoding.build_generation_config`; None is greedy. Raises
-        ValueError for a model without a decoder.
+        `decoding` has the settings that `decoding.build_generation_config` takes; None is greedy
+        decoding. Raises ValueError for a model without a decoder.
         """
         ...
 
@@ -104,10 +108,10 @@ class Predictor(Protocol):
         prefix: str = "",
         normalize_length: bool = False,
     ) -> tuple[Float[np.ndarray, "n m"], Bool[np.ndarray, " n"]]:
-        """Return log p(text | image, prefix) in nats, for every image and text; and the mask.
+        """Return log p(text | image, prefix) in nats [n m], and the mask of readable images.
 
-        With `normalize_length`, it is divided by the text's number of tokens. Raises ValueError
-        for a model without a decoder.
+        With `normalize_length`, each log probability is divided by the text's number of tokens.
+        Raises ValueError for a model without a decoder.
         """
         ...
 
@@ -121,7 +125,7 @@ class Evaluator(Protocol):
 
     @property
     def task(self) -> str:
-        """The task's name in `results.jsonl`, which is CLIP_benchmark's if it has one."""
+        """The task's name in `results.jsonl`: CLIP_benchmark's name if it has this task."""
         ...
 
     @property

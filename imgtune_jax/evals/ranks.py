@@ -1,4 +1,7 @@
-"""Exact ranks in image-text retrieval, counted in blocks of scores on any number of devices."""
+"""Exact ranks in image-text retrieval, counted in blocks of scores on any number of devices.
+
+Axis letters: n images, m texts, d features; in one block, c rows, t texts, i images.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from imgtune_jax.evals.checks import check_finite
 
-NO_INDEX = 2**31 - 1
+NO_INDEX = 2**31 - 1  # of a query without a positive; the largest int32, so that it loses every tie
 
 
 class Ranks(NamedTuple):
@@ -42,15 +45,16 @@ def retrieval_ranks(
 
     A query's rank is the number of negatives that a stable descending sort would put before its
     best positive: those with a greater score, and those with an equal score and a lower index. A
-    model whose embeddings have collapsed to one point therefore scores chance, not 100 %.
+    model whose embeddings have collapsed to one point therefore scores at chance, not 100 %.
 
-    `image_of_text[j]` is the index of the image that text j belongs to. With `image_group`, the
-    images of one group share their captions, as positives in both directions (such as three
-    drawings of one concept). Texts are sharded over all devices of `mesh`. Only one `chunk` x
-    `chunk` block of scores is in memory at a time; images are replicated (4 n d bytes per device).
+    `image_of_text[j]` is the index of the image that text j belongs to. With `image_group`, every
+    caption of a group is a positive of every image of the group, in both directions (a group is,
+    for example, three drawings of one concept). Texts are sharded over all devices of `mesh`, and
+    images are replicated (4 n d bytes per device). Only one `chunk` x `chunk` block of scores is in
+    memory at a time.
 
-    Raises ValueError for embeddings of mismatched shapes, and for values that are not finite
-    (every comparison with a NaN is false, so it would count as rank 0).
+    Raises ValueError for mismatched shapes and for values that are not finite. (Every comparison
+    with a NaN is false, so a query with a NaN would have rank 0.)
     """
     groups = _checked_groups(image_emb, text_emb, image_of_text, image_group)
     devices = 1 if mesh is None else mesh.size
@@ -63,10 +67,12 @@ def retrieval_ranks(
     text_ranks = np.zeros(texts.group.shape, np.int64)
     for t, block in enumerate(texts.blocks()):
         text_block = fns.put_texts(block)
-        best = fns.put_texts(best_text[t])
+        text_best = fns.put_texts(best_text[t])
         counts = [
-            fns.count(fns.scores(text_block, image_block), text_block, image_block, best, b)
-            for image_block, b in zip(image_blocks, best_image, strict=True)
+            fns.count(
+                fns.scores(text_block, image_block), text_block, image_block, text_best, image_best
+            )
+            for image_block, image_best in zip(image_blocks, best_image, strict=True)
         ]
         for i, (per_text, per_image) in enumerate(jax.device_get(counts)):
             text_ranks[t] += per_text
@@ -81,7 +87,7 @@ def _checked_groups(
     image_of_text: np.ndarray,
     image_group: np.ndarray | None,
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]:
-    """Return the group numbers, from 0, of images and texts. Raises ValueError for bad shapes."""
+    """Return a group number from 0 for each image and text. Raises ValueError for bad shapes."""
     if image_emb.ndim != 2 or text_emb.ndim != 2 or image_emb.shape[1] != text_emb.shape[1]:
         raise ValueError(
             f"image embeddings have shape {image_emb.shape} and text embeddings {text_emb.shape}; "
@@ -105,18 +111,20 @@ def _checked_groups(
         raise ValueError(
             f"image_group has shape {np.shape(image_group)}; expected one group per image: {(n,)}"
         )
-    dense = np.unique(image_group, return_inverse=True)[1]
-    return dense, dense[image_of_text]
+    image_number = np.unique(image_group, return_inverse=True)[1]
+    return image_number, image_number[image_of_text]
 
 
 class _Block(NamedTuple):
+    """One block of images or of texts."""
+
     emb: Float[Any, "c d"]
     group: Int[Any, " c"]  # -1: padding
     index: Int[Any, " c"]  # the row's index in the caller's order, which breaks ties
 
 
 class _BestMatch(NamedTuple):
-    """The best positive of each query: its score (-inf if there is none) and its index."""
+    """Per query, the score and index of its best positive (-inf and NO_INDEX if it has none)."""
 
     score: Float[Any, " c"]
     index: Int[Any, " c"]
@@ -134,12 +142,17 @@ class _SortedBlocks:
     def from_rows(
         cls, emb: np.ndarray, group: np.ndarray, *, chunk: int, multiple: int
     ) -> _SortedBlocks:
-        """Sort, and split into blocks of `chunk` rows rounded up to a multiple of `multiple`."""
-        rows = len(emb)
-        size = -(-rows // -(-rows // chunk))  # equal blocks, so that the last is not mostly padding
+        """Sort, and split into equal blocks of at most `chunk` rows.
+
+        The size of the blocks is rounded up to a multiple of `multiple`.
+        """
+        num_rows = len(emb)
+        size = -(
+            -num_rows // -(-num_rows // chunk)
+        )  # equal, so that the last is not mostly padding
         size = -(-size // multiple) * multiple
         order = np.argsort(group, kind="stable").astype(np.int32)
-        pad = -rows % size
+        pad = -num_rows % size
 
         def split(x: np.ndarray, fill: int) -> np.ndarray:
             x = np.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1), constant_values=fill)
@@ -160,19 +173,19 @@ class _SortedBlocks:
     def unsort(self, x: np.ndarray) -> np.ndarray:
         """Drop padding and restore the caller's order."""
         valid = self.group >= 0
-        out = np.empty(valid.sum(), x.dtype)
-        out[self.index[valid]] = x[valid]
-        return out
+        unsorted = np.empty(valid.sum(), x.dtype)
+        unsorted[self.index[valid]] = x[valid]
+        return unsorted
 
 
 def _best_positives(
     fns: _CompiledFns, images: _SortedBlocks, texts: _SortedBlocks, image_blocks: list[_Block]
 ) -> tuple[list[_BestMatch], list[_BestMatch]]:
-    """Return the best positives of the image blocks and of the text blocks.
+    """Return the best positives of each image block and of each text block.
 
-    Their scores come from the same function as the scores that are counted later, so that equal
-    embeddings have equal scores and tie. Only pairs of blocks with a common group are computed.
-    Images and texts are sorted by group, so these pairs are near the diagonal.
+    The same compiled function computes their scores and the scores that are counted later, so that
+    equal embeddings have exactly equal scores and tie. Images and texts are sorted by group, so
+    only pairs of blocks whose ranges of groups overlap are computed.
     """
     best_image = [_no_match(images.group.shape[1]) for _ in image_blocks]
     best_text = []
@@ -196,7 +209,7 @@ def _no_match(size: int) -> _BestMatch:
 
 
 def _better(a: _BestMatch, b: _BestMatch) -> _BestMatch:
-    """Select, per query, the match that a stable descending sort puts first."""
+    """Select, per query, the match that comes first in a stable descending sort."""
     ahead = (a.score > b.score) | ((a.score == b.score) & (a.index < b.index))
     return _BestMatch(np.where(ahead, a.score, b.score), np.where(ahead, a.index, b.index))
 
@@ -236,7 +249,7 @@ def _count_in_block(
     best_text: _BestMatch,
     best_image: _BestMatch,
 ) -> tuple[Int[Array, " t"], Int[Array, " i"]]:
-    """Count the negatives in the block that come before the best positive, per text and image."""
+    """Count, per text and per image, the block's negatives that come before the best positive."""
     negative = _as_column(texts.group) != _as_row(images.group)
 
     def is_ahead(best_score: Array, best_index: Array, index: Array) -> Bool[Array, "t i"]:
@@ -252,7 +265,7 @@ def _count_in_block(
 
 
 class _CompiledFns(NamedTuple):
-    """The compiled block functions of one mesh: texts are sharded, all else is replicated."""
+    """Compiled functions for one mesh. Texts and scores are sharded, all else is replicated."""
 
     put_texts: Callable[[Any], Any]
     put_images: Callable[[Any], Any]

@@ -23,14 +23,14 @@ def make_result(
     language: str = "en",
     **extra: Any,
 ) -> dict[str, Any]:
-    """Return one line of `results.jsonl`; `extra` keys come after CLIP_benchmark's six.
+    """Return one line of `results.jsonl`: CLIP_benchmark's six keys, then the `extra` keys.
 
     Raises ValueError for a NaN or an infinity, which strict JSON cannot represent.
     """
     not_finite = {name: value for name, value in metrics.items() if not math.isfinite(value)}
     if not_finite:
         raise ValueError(
-            f"metrics of {dataset} are not finite: {not_finite}; omit metrics that are undefined"
+            f"metrics of {dataset} are not finite: {not_finite}; omit undefined metrics"
         )
     floats = {name: float(value) for name, value in metrics.items()}
     values = (dataset, model, pretrained, task, floats, language)
@@ -46,7 +46,7 @@ def evaluator_result(
     step: int,
     **extra: Any,
 ) -> dict[str, Any]:
-    """Return the result of one evaluator, called `name` in the config, at a training step."""
+    """Return the result, at a training step, of the evaluator with the config key `name`."""
     return make_result(
         dataset=name,
         model=model,
@@ -60,11 +60,11 @@ def evaluator_result(
 
 
 def append_result(path: str | Path, record: Mapping[str, Any]) -> None:
-    """Append one line. Raises ValueError for a missing key and for a number that is not finite."""
+    """Append a result. Raises ValueError for a missing key or a number that is not finite."""
     missing = [key for key in REQUIRED_KEYS if key not in record]
     if missing:
         raise ValueError(
-            f"a result needs {missing} in addition to {sorted(record)}; use `make_result`"
+            f"a result needs {missing}, but has only {sorted(record)}; use `make_result`"
         )
     line = json.dumps(record, allow_nan=False)
     with Path(path).open("a", encoding="utf-8") as file:

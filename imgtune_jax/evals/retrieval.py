@@ -1,4 +1,4 @@
-"""Image-text retrieval: recall at k and ranks, in both directions, with any number of captions."""
+"""Image-text retrieval in both directions: recall at k, median and mean rank."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def retrieval_metrics(
     """Return recall at k in [0, 1], median and mean rank (1 is best), with CLIP_benchmark's names.
 
     `image_retrieval_*` is text to image. `text_retrieval_*` is image to text, where any caption of
-    the image is a hit. Values of k above the number of candidates are omitted. See
-    `retrieval_ranks` for the arguments and for ties.
+    the image is a hit. Values of k above the number of candidates are omitted. `retrieval_ranks`
+    documents the arguments and the order of ties.
     """
     ranks = retrieval_ranks(
         image_emb, text_emb, image_of_text, image_group=image_group, chunk=chunk, mesh=mesh
@@ -43,19 +43,21 @@ def retrieval_metrics(
 
 
 def curve_names(metrics: Mapping[str, float], *, prefix: str = "val/") -> dict[str, float]:
-    """Rename retrieval metrics to the names of training curves; other names only get the prefix.
+    """Rename retrieval metrics to the names of training curves; add `prefix` to all names.
 
     `text_retrieval_recall@1` becomes `val/image_to_text_R@1`, and `image_retrieval_median_rank`
     becomes `val/text_to_image_median_rank`.
     """
-    words = {
+    replacements = {
         "text_retrieval_": "image_to_text_",
         "image_retrieval_": "text_to_image_",
         "recall@": "R@",
     }
 
     def rename(name: str) -> str:
-        return prefix + functools.reduce(lambda s, w: s.replace(w, words[w]), words, name)
+        return prefix + functools.reduce(
+            lambda s, w: s.replace(w, replacements[w]), replacements, name
+        )
 
     return {rename(name): value for name, value in metrics.items()}
 
@@ -63,6 +65,7 @@ def curve_names(metrics: Mapping[str, float], *, prefix: str = "val/") -> dict[s
 def _rank_summary(
     name: str, ranks: Int[np.ndarray, " n"], ks: Sequence[int], *, candidates: int
 ) -> dict[str, float]:
+    """Return recalls, median and mean rank; `ranks` count from 0, the metrics from 1."""
     recalls = {f"{name}_recall@{k}": float((ranks < k).mean()) for k in ks if k <= candidates}
     return recalls | {
         f"{name}_median_rank": float(np.median(ranks)) + 1,
@@ -74,10 +77,10 @@ def _rank_summary(
 class Retrieval:
     """Zero-shot retrieval over a source, in both directions.
 
-    The texts are all captions of `caption_set` (or the first `max_captions` of each image). An
-    unreadable image is excluded with its captions, and counted by `num_broken`. An image without
-    a caption is a candidate for the texts, but not a query. With `use_groups`, the images of one
-    `group` share their captions.
+    The texts are the captions in `caption_set`: all of them, or the first `max_captions` of each
+    image. An unreadable image is excluded with its captions, and counted by `num_broken`. An image
+    without a caption is a candidate, but not a query. With `use_groups`, the captions of a record's
+    `group` are positives of all images of the group.
     """
 
     task: ClassVar[str] = "zeroshot_retrieval"
@@ -92,7 +95,7 @@ class Retrieval:
     mesh: Mesh | None = None
 
     def __call__(self, predictor: Predictor) -> dict[str, float]:
-        """Return recalls, median and mean ranks, and the numbers of images and texts."""
+        """Return `retrieval_metrics`, `num_images`, `num_texts` and `num_broken`."""
         image_emb, valid = predictor.embed_images(self.source)
         captions, image_of_text, image_group = self.captions_and_groups(valid)
         metrics = retrieval_metrics(
@@ -114,9 +117,9 @@ class Retrieval:
     def captions_and_groups(
         self, valid: Bool[np.ndarray, " n"]
     ) -> tuple[list[str], Int[np.ndarray, " m"], Int[np.ndarray, " n"] | None]:
-        """Return captions, the index of each one's image among the valid ones, and image groups.
+        """Return captions, `image_of_text` (the index among valid images), and image groups.
 
-        The groups are None unless `use_groups`. Raises ValueError if there is no caption.
+        The groups are None unless `use_groups`. Raises ValueError if no valid image has a caption.
         """
         captions: list[str] = []
         image_of_text: list[int] = []
@@ -131,7 +134,8 @@ class Retrieval:
             existing = sorted(read_metadata(self.source, 0).captions)
             raise ValueError(
                 f"none of the {len(groups)} readable records has a caption in the set "
-                f"{self.caption_set!r}; the first has {existing}"
+                f"{self.caption_set!r}; the first record has the sets {existing}; set caption_set "
+                "to one of them"
             )
         return captions, np.asarray(image_of_text), _group_numbers(groups, self.use_groups)
 

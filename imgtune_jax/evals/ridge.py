@@ -1,4 +1,4 @@
-"""Ridge regression in closed form, and a retrieval baseline based on it."""
+"""Ridge regression in closed form, and a retrieval baseline that uses it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from imgtune_jax.evals.retrieval import retrieval_metrics
 class Ridge:
     """argmin_w ‖x w - y‖² + λ ‖w‖² for every λ > 0, in float64, from one eigendecomposition.
 
-    The decomposed matrix is xᵀx, for w = (xᵀx + λ)⁻¹ xᵀy (primal), or x xᵀ if x has fewer rows
-    than columns, for w = xᵀ (x xᵀ + λ)⁻¹ y (dual). Both have the form
-    w = left (values + λ)⁻¹ right. Means are subtracted from inputs and added to predictions.
+    The primal form w = (xᵀx + λ)⁻¹ xᵀy decomposes xᵀx. If x [n d] has fewer rows than columns, the
+    dual form w = xᵀ (x xᵀ + λ)⁻¹ y decomposes x xᵀ. With the eigenvalues `values`, both forms are
+    w = left diag(1 / (values + λ)) right. `mean_x` is subtracted from inputs, and `mean_y` is added
+    to predictions. Axis letters: d features, c targets, r eigenvalues.
     """
 
     mean_x: Float[np.ndarray, " d"]
@@ -33,7 +34,7 @@ class Ridge:
     def fit(
         cls, x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "n c"], *, intercept: bool
     ) -> Ridge:
-        """Decompose. `intercept` centers x and y, which is a bias without regularization."""
+        """Decompose. With `intercept`, x and y are centered: the bias is not regularized."""
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         check_finite(x, "training features")
         check_finite(y, "training targets")
@@ -48,12 +49,12 @@ class Ridge:
     def predictions(
         self, x: Float[np.ndarray, "m d"], lambdas: Sequence[float]
     ) -> Iterator[Float[np.ndarray, "m c"]]:
-        """Yield the predictions for new rows under each λ. Raises ValueError unless λ > 0."""
+        """Yield the predictions for new rows, for each λ. Raises ValueError unless λ > 0."""
         projected = (x - self.mean_x) @ self.left
-        for value in lambdas:
-            if value <= 0:
-                raise ValueError(f"λ = {value}; expected a positive number")
-            yield (projected / (self.values + value)) @ self.right + self.mean_y
+        for lam in lambdas:
+            if lam <= 0:
+                raise ValueError(f"λ = {lam}; expected a positive number")
+            yield (projected / (self.values + lam)) @ self.right + self.mean_y
 
 
 class RidgeBaseline(NamedTuple):
@@ -78,9 +79,10 @@ def ridge_baseline(
 ) -> RidgeBaseline:
     """Evaluate retrieval with a regression from image features to text embeddings.
 
-    A test image's embedding is its predicted text embedding, and the score is the cosine
-    similarity. `image_of_text` is as in `retrieval_metrics`; by default, text i belongs to image i.
-    The λ with the best metric `select` on the test data is selected, which favors the baseline.
+    The embedding of a test image is its predicted text embedding. Images and texts are compared by
+    cosine similarity. `image_of_text` is as in `retrieval_metrics`; by default, text i belongs to
+    image i. The λ with the best value of the metric `select` on the test data is selected, which
+    favors the baseline. Axis letters: m test images, d features, k texts, e embedding width.
     """
     check_finite(test_features, "test features")
     check_finite(test_text_emb, "test text embeddings")
@@ -88,11 +90,11 @@ def ridge_baseline(
         image_of_text = np.arange(len(test_text_emb))
     text_emb = _normalize_rows(test_text_emb)
     by_lambda = {}
-    for value, emb in zip(lambdas, ridge.predictions(test_features, lambdas), strict=True):
-        by_lambda[float(value)] = retrieval_metrics(
+    for lam, emb in zip(lambdas, ridge.predictions(test_features, lambdas), strict=True):
+        by_lambda[float(lam)] = retrieval_metrics(
             _normalize_rows(emb), text_emb, image_of_text, ks=ks, image_group=image_group, mesh=mesh
         )
-    best = max(by_lambda, key=lambda value: by_lambda[value][select])
+    best = max(by_lambda, key=lambda lam: by_lambda[lam][select])
     return RidgeBaseline(best, by_lambda[best], by_lambda)
 
 

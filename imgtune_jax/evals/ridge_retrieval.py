@@ -18,11 +18,11 @@ from imgtune_jax.evals.ridge import Ridge, ridge_baseline
 class RidgeRetrieval:
     """Fit a ridge regression from image to text features on `train_source`; retrieve in `source`.
 
-    It uses the towers' pooled features with the current parameters, without heads; text features
-    are scaled to unit norm. Training texts are the first caption of `caption_set` of each image,
-    and test texts are all of them. `standardize` divides each image feature by its standard
-    deviation over the training images. The best of `lambdas` is selected on `source` itself, which
-    favors the baseline.
+    Features are the towers' pooled outputs with the current parameters, before the heads. Text
+    features are scaled to unit norm. The regression is fitted to the first caption of each training
+    image in `caption_set`; retrieval uses all captions of that set. `standardize` divides each
+    image feature by its standard deviation over the training images. The best of `lambdas` is
+    selected on `source` itself, which favors the baseline.
     """
 
     task: ClassVar[str] = "zeroshot_retrieval"
@@ -46,7 +46,7 @@ class RidgeRetrieval:
         return baseline.metrics | {"best_lambda": baseline.best_lambda}
 
     def _fit(self, predictor: Predictor) -> tuple[np.ndarray, Ridge]:
-        """Return the divisor of the features and the regression; all test sets share them."""
+        """Return the divisors of the image features, and the regression."""
         x, y, image_of_text = self._features(predictor, self.train_source, max_captions=1)
         std = np.ones(x.shape[1])
         if self.standardize:
@@ -57,7 +57,7 @@ class RidgeRetrieval:
     def _features(
         self, predictor: Predictor, source: Source, max_captions: int | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return features of the readable images, unit-norm text features, each text's image."""
+        """Return the readable images' features, unit-norm text features, image_of_text."""
         features, valid = predictor.image_features(source)
         retrieval = Retrieval(source, caption_set=self.caption_set, max_captions=max_captions)
         captions, image_of_text, _ = retrieval.captions_and_groups(valid)

@@ -1,4 +1,4 @@
-"""Classification by a captioner: the class whose prompts are the likeliest captions."""
+"""Classification with a captioner: predict the class whose prompts are the likeliest captions."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from imgtune_jax.evals.zeroshot import Templates, ZeroShot, class_prompts, ranks
 class ScoringClassifier(ZeroShot):
     """Zero-shot classification by log p(prompt | image), as in CapPa (2306.07915).
 
-    A class with several prompts is scored by their mean probability. `prefix` is the start of
+    The score of a class with several prompts is their mean probability. `prefix` is the start of
     every caption, such as a language token. With `normalize_length`, log p is divided by the
-    number of tokens, so that classes with long names are not penalized. The cost is that of
-    scoring (number of images) x (number of prompts) captions. Other fields are as in `ZeroShot`.
+    number of tokens, so that classes with long names are not penalized. The model scores (number
+    of images) x (number of prompts) captions. Other fields are as in `ZeroShot`.
     """
 
     templates: str | Templates = ("{}",)
@@ -27,7 +27,7 @@ class ScoringClassifier(ZeroShot):
     normalize_length: bool = False
 
     def __call__(self, predictor: Predictor) -> dict[str, float]:
-        """Return acc1, acc5, mean_per_class_recall, …, and the numbers of images."""
+        """Return `acc1`, `acc5`, `mean_per_class_recall`, …, `num_images` and `num_broken`."""
         prompts = [class_prompts(name, self.resolved_templates) for name in self.names]
         distinct = list(dict.fromkeys(prompt for row in prompts for prompt in row))
         scores, valid = predictor.score_texts(

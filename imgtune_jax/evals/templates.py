@@ -1,8 +1,7 @@
 """Prompt templates for zero-shot classification; `{}` is replaced by the class name.
 
-The two lists of ImageNet prompts are OpenAI's (github.com/openai/CLIP, MIT, Copyright (c) 2021
-OpenAI), and so are the class names. Both are copied from open_clip 3.3.0 (MIT); see
-LICENSE.prompts.
+The two lists of ImageNet prompts and the class names are OpenAI's (github.com/openai/CLIP, MIT,
+Copyright (c) 2021 OpenAI). They are copied from open_clip 3.3.0 (MIT); see LICENSE.prompts.
 """
 
 from __future__ import annotations

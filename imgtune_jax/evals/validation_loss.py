@@ -30,18 +30,20 @@ def evaluation_loss(
 ) -> dict[str, float]:
     """Return `loss` and the metrics of the objective, over fixed batches in order.
 
-    A batch has `batch_size` consecutive rows (None: one batch of all rows); the last one is padded
-    with masked rows. A metric is the sum of its sums over the sum of its counts, so it is a mean
-    over the units that the objective counts. `loss` is the mean of the batch losses, weighted by
-    the numbers of valid examples. Arguments that the model does not produce are None.
+    A batch has `batch_size` consecutive rows (None: one batch of all rows). The last batch is
+    padded with masked rows. The objective returns each metric as a sum and a count; both are added
+    over all batches before the division. `loss` is the mean of the batch losses, weighted by the
+    number of valid examples. Pass None for outputs that the model lacks.
 
-    A contrastive loss depends on the batch, whose other examples are the negatives: compare values
-    of one `batch_size` only, and expect a lower loss in a smaller last batch. Raises ValueError if
-    no example is valid.
+    The negatives of a contrastive loss are the other examples of the batch. Compare such losses
+    only if they have the same `batch_size`; a smaller last batch has a lower loss. Raises
+    ValueError if no example is valid.
     """
     n = len(example_mask)
     if not example_mask.any():
-        raise ValueError(f"none of the {n} examples is valid, so the loss is undefined")
+        raise ValueError(
+            f"none of the {n} examples is valid; expected at least one image that has a caption"
+        )
     size = n if batch_size is None else batch_size
     compiled_objective = jax.jit(objective)
     batch_fields: dict[str, Any] = dict(example_mask=example_mask, group=group)
@@ -56,11 +58,11 @@ def evaluation_loss(
     for start in range(0, n, size):
         rows = slice(start, start + size)
 
-        def select(x: np.ndarray, rows: slice = rows) -> jax.Array:
+        def select_and_pad(x: np.ndarray, rows: slice = rows) -> jax.Array:
             pad = size - len(x[rows])
             return jnp.asarray(np.pad(x[rows], [(0, pad)] + [(0, 0)] * (x.ndim - 1)))
 
-        batch, outputs = jax.tree.map(select, all_rows)
+        batch, outputs = jax.tree.map(select_and_pad, all_rows)
         loss, metrics = jax.device_get(compiled_objective(outputs.replace(**scalars), batch))
         count = example_mask[rows].sum()
         if count:  # a batch without a valid example has no loss
@@ -83,11 +85,11 @@ def _add_metrics(total: Metric | None, metric: Metric) -> Metric:
 
 @dataclass(frozen=True)
 class ValidationLoss:
-    """The training objective on a source; an image's text is its first caption in `caption_set`.
+    """The training objective on a source. An image's text is its first caption in `caption_set`.
 
-    `prefix` is the prefix that training adds before captions of that set (config.data.prefixes).
-    Records that cannot be read or have no such caption are masked and counted by `num_masked`.
-    `evaluation_loss` documents the averages.
+    `prefix` is the prefix that training adds to captions of that set (config.data.prefixes).
+    Records that are unreadable or have no such caption are masked and counted by `num_masked`.
+    `evaluation_loss` documents how batches are averaged.
     """
 
     task: ClassVar[str] = "loss"
@@ -102,15 +104,15 @@ class ValidationLoss:
     def __call__(self, predictor: Predictor) -> dict[str, float]:
         """Return `loss` and the objective's metrics by name."""
         records = [read_metadata(self.source, i) for i in range(len(self.source))]
-        captions = [next(iter(r.captions.get(self.caption_set, ())), None) for r in records]
-        texts, groups = [c or "" for c in captions], [r.group for r in records]
+        captions = [next(iter(x.captions.get(self.caption_set, ())), None) for x in records]
+        texts, groups = [c or "" for c in captions], [x.group for x in records]
         caption_scores = predictor.caption_scores(self.source, texts, self.prefix)
         image_emb = text_emb = None
         if predictor.logit_scale is not None:
             image_emb, readable = predictor.embed_images(self.source)
             text_emb = predictor.embed_texts([self.prefix + text for text in texts])
         else:
-            assert caption_scores is not None, "a model has a text tower, a decoder, or both"
+            assert caption_scores is not None, "every model has a text tower or a decoder"
             readable = caption_scores.valid
         valid = readable & np.array([c is not None for c in captions])
         metrics = evaluation_loss(

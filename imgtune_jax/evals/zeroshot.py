@@ -1,4 +1,4 @@
-"""Zero-shot classification: the class whose prompts are most similar to the image."""
+"""Zero-shot classification: predict the class whose prompts are most similar to the image."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def true_class_ranks(
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
     """Return the predicted classes, and the number of classes ranked before the true one.
 
-    Ties go to the lower class, as in an argmax. Only `chunk` rows of scores are in memory at a
+    Ties go to the lower label, as in an argmax. Only `chunk` rows of scores are in memory at a
     time.
     """
     predicted, ranks = np.empty(len(emb), np.int64), np.empty(len(emb), np.int64)
@@ -58,7 +58,7 @@ def true_class_ranks(
 def ranks_from_scores(
     scores: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " n"]
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """Return predicted classes and ranks of the true classes, like `true_class_ranks`."""
+    """Return what `true_class_ranks` returns, from the scores of all c classes."""
     label = labels[:, None]
     label_score = np.take_along_axis(scores, label, 1)
     is_lower = np.arange(scores.shape[1]) < label
@@ -125,10 +125,10 @@ class ZeroShot:
     """Zero-shot classification of a labeled source.
 
     `classnames` are the names in the order of the labels, or a key of `CLASSNAMES`. `templates`
-    are the prompts (see `class_prompts`), or a key of `TEMPLATES`. With `per_class`, the F1,
-    precision, recall and support of each class are reported as `f1/<name>`, …; if two classes have
-    the same name, their labels are appended. Unreadable images are excluded and counted by
-    `num_broken`.
+    are as in `class_prompts`, or a key of `TEMPLATES`. With `per_class`, the F1, precision, recall
+    and support of each class are reported too, as `f1/<name>` and so on. Classes that have the same
+    name are reported with their label, as `f1/<name> (<label>)`. Unreadable images are excluded and
+    counted by `num_broken`.
     """
 
     task: ClassVar[str] = "zeroshot_classification"
@@ -153,17 +153,17 @@ class ZeroShot:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The class names, looked up in `CLASSNAMES` if given by key."""
+        """The class names; a key is looked up in `CLASSNAMES`."""
         names = self.classnames
         return CLASSNAMES[names]() if isinstance(names, str) else tuple(names)
 
     @property
     def resolved_templates(self) -> Templates:
-        """The prompt templates, looked up in `TEMPLATES` if given by key."""
+        """The prompt templates; a key is looked up in `TEMPLATES`."""
         return TEMPLATES[self.templates] if isinstance(self.templates, str) else self.templates
 
     def __call__(self, predictor: Predictor) -> dict[str, float]:
-        """Return acc1, acc5, mean_per_class_recall, …, and the numbers of images."""
+        """Return `acc1`, `acc5`, `mean_per_class_recall`, …, `num_images` and `num_broken`."""
         image_emb, valid = predictor.embed_images(self.source)
         labels = checked_labels(self.source, valid, num_classes=len(self.names))
         class_emb = class_embeddings(predictor, self.names, self.resolved_templates)
@@ -177,7 +177,7 @@ class ZeroShot:
         labels: Int[np.ndarray, " n"],
         valid: Bool[np.ndarray, " m"],
     ) -> dict[str, float]:
-        """Return the metrics of predictions and ranks for the valid images."""
+        """Return the metrics of n valid images; `valid` is the mask over all m images."""
         names = self.names
         metrics = classification_metrics(predicted, ranks, labels, num_classes=len(names))
         metrics |= {"num_images": float(len(labels)), "num_broken": float((~valid).sum())}
@@ -200,9 +200,9 @@ def _per_class_metrics(scores: PerClassScores, names: Sequence[str]) -> dict[str
 def class_prompts(name: str, templates: Templates) -> list[str]:
     """Return the prompts of a class.
 
-    A sequence of templates has `{}` or `{c}` for the class name. A mapping has the complete
-    prompts of each class by class name (CuPL, 2209.03320). Raises ValueError for a class without a
-    prompt, and for templates that omit the name or are not distinct.
+    In a sequence of templates, `{}` or `{c}` is replaced by the class name. A mapping has the
+    complete prompts of each class, by class name (as in CuPL, 2209.03320). Raises ValueError for a
+    class without a prompt, and for templates that omit the name or are not distinct.
     """
     if isinstance(templates, Mapping):
         prompts = list(templates.get(name, ()))

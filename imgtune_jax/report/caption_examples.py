@@ -14,17 +14,17 @@ from imgtune_jax.evals.captioning import Captioning
 from imgtune_jax.evals.protocol import Predictor
 from imgtune_jax.report.retrieval_examples import EmbeddedImage, data_uri
 
-NUM_IMAGES = 12  # per data set
+NUM_IMAGES = 12  # examples per data set
 
 
 @dataclass(frozen=True)
 class CaptionLine:
-    """A generated caption in one language and the image's references."""
+    """A generated caption of an image in one language, and the image's references."""
 
     language: str
     prediction: str
     references: tuple[str, ...]
-    hit: bool  # equal to a reference
+    hit: bool  # the caption equals a reference, up to case and punctuation
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class CaptionExample:
 
 @dataclass(frozen=True)
 class CaptionExamples:
-    """Captions of the images sampled from one data set."""
+    """Captions of images sampled from the `num_images` of a data set that have references."""
 
     dataset: str
     num_images: int
@@ -51,25 +51,28 @@ def sample_caption_examples(
     thumbnail: Callable[[object], bytes],
     seed: int = 0,
 ) -> list[CaptionExamples]:
-    """Return examples for every source; evaluators of one source, in any language, share them.
+    """Return caption examples for every source that `evaluators` use.
 
-    The images are sampled with `seed` from those that have references for all of its evaluators.
+    Evaluators of one source, such as one per language, share the same example images. These are
+    sampled with `seed` from the images that have references for all of the source's evaluators.
     """
     by_source: dict[str, dict[str, Captioning]] = {}
     for name, evaluator in evaluators.items():
         by_source.setdefault(evaluator.source.fingerprint, {})[name] = evaluator
-    return [_caption_images(group, predictor, thumbnail, seed) for group in by_source.values()]
+    return [_sample_from_source(group, predictor, thumbnail, seed) for group in by_source.values()]
 
 
-def _caption_images(
+def _sample_from_source(
     evaluators: Mapping[str, Captioning],
     predictor: Predictor,
     thumbnail: Callable[[object], bytes],
     seed: int,
 ) -> CaptionExamples:
     source = next(iter(evaluators.values())).source
-    captioned = set.intersection(*(set(_captioned_indices(e)) for e in evaluators.values()))
-    indices = np.random.default_rng(seed).permutation(sorted(captioned))[:NUM_IMAGES]
+    captioned_indices = set.intersection(
+        *(set(_captioned_indices(evaluator)) for evaluator in evaluators.values())
+    )
+    indices = np.random.default_rng(seed).permutation(sorted(captioned_indices))[:NUM_IMAGES]
     images = Subset(source, tuple(indices.tolist()))
     lines: list[list[CaptionLine]] = [[] for _ in indices]
     valid = np.ones(len(indices), bool)
@@ -84,7 +87,7 @@ def _caption_images(
         for i in np.flatnonzero(valid).tolist()
         if lines[i]
     ]
-    return CaptionExamples(_common_name(list(evaluators)), len(captioned), examples)
+    return CaptionExamples(_common_name(list(evaluators)), len(captioned_indices), examples)
 
 
 def _captioned_indices(evaluator: Captioning) -> Sequence[int]:
@@ -102,7 +105,7 @@ def _alt_text(lines: Sequence[CaptionLine]) -> str:
 
 
 def _common_name(names: Sequence[str]) -> str:
-    """Return the common prefix, `emoji_s` for `emoji_s_en` and `emoji_s_zh`, or else all names."""
+    """Return the names' common prefix, such as `emoji_s` for `emoji_s_en`, `emoji_s_zh`, or all."""
     columns = zip(*names, strict=False)
     prefix = "".join(letters[0] for letters in takewhile(lambda x: len(set(x)) == 1, columns))
     return names[0] if len(names) == 1 else prefix.rstrip("_-/ ") or ", ".join(names)

@@ -1,4 +1,4 @@
-"""Curves as SVG whose colors are CSS variables of the page, for light and dark mode."""
+"""Charts as SVG. Their colors are CSS variables of the page, for light and dark mode."""
 
 from __future__ import annotations
 
@@ -17,26 +17,21 @@ from matplotlib.figure import Figure
 from imgtune_jax.report.run_data import Series
 from imgtune_jax.report.tables import metric_label
 
-# matplotlib needs literal colors: these are placeholders, replaced by the page's CSS variables.
+# matplotlib needs literal colors. These are placeholders that `_inline_svg` replaces by variables.
 INK, GRID = "#010101", "#020202"
 LINES = tuple(f"#0303{i:02x}" for i in range(6))
 VARIABLES = {INK: "var(--muted)", GRID: "var(--line)"} | {
     color: f"var(--series-{i + 1})" for i, color in enumerate(LINES)
 }
-DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
-MAX_POINTS = 600
-CAPTION_SCORES = (
-    "Bleu_4",
-    "ROUGE_L",
-    "CIDEr",
-    "METEOR",
-    "exact_match",
-)  # the table has all of them
+DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))  # line styles
+MAX_POINTS = 600  # per curve; longer curves are averaged
+# Caption metrics in the chart; the result table has all of them.
+CAPTION_SCORES = ("Bleu_4", "ROUGE_L", "CIDEr", "METEOR", "exact_match")
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a panel: its points, color number and index into DASHES."""
+    """One line of a panel; `color` and `dash` are indices into LINES and DASHES."""
 
     label: str
     points: Series
@@ -46,7 +41,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """One small chart."""
+    """One chart; with `percent`, the values are fractions and the axis is in percent."""
 
     title: str
     curves: list[Curve]
@@ -54,7 +49,7 @@ class Panel:
 
 
 def panels(series: Mapping[str, Series]) -> list[Panel]:
-    """Return the charts of a run: losses, then those of each evaluator, then all other metrics."""
+    """Return the charts of a run: losses, each evaluator's metrics, then all other metrics."""
     remaining = dict(series)
 
     def take(condition: Callable[[str], Any]) -> dict[str, Series]:
@@ -74,7 +69,7 @@ def panels(series: Mapping[str, Series]) -> list[Panel]:
 
 
 def svg(panel: Panel, *, ident: str) -> str:
-    """Render a panel; `ident` makes its element ids unique in the page."""
+    """Render a panel as SVG; `ident` makes its element ids unique in the page."""
     settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": ident,
@@ -102,8 +97,8 @@ def svg(panel: Panel, *, ident: str) -> str:
             axes.set_ylim(bottom=0)
         axes.set_xlabel("step")
         file = io.StringIO()
-        empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=empty)
+        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
     return _inline_svg(file.getvalue(), alt_text(panel))
 
 
@@ -141,24 +136,32 @@ def _metric_title(metric: str) -> str:
 def _evaluator_panels(name: str, series: Mapping[str, Series]) -> list[Panel]:
     """Return panels of recalls, accuracies, captions and ranks, and one per other metric.
 
-    Recalls have one color per k. The curves of text → image are dashed. Metrics that never change,
-    such as the size of a data set, have no panel.
+    Recalls have one color per k; curves of text → image are dashed. Metrics that never change, such
+    as the size of a data set, have no panel.
     """
     by_metric = {n.rsplit("/", 1)[-1]: points for n, points in series.items()}
     by_metric = dict(sorted(by_metric.items(), key=lambda item: _is_text_to_image(item[0])))
-    recalls = {n: p for n, p in by_metric.items() if re.search(r"(recall|R)@\d+$", n)}
-    fractions = {n: p for n, p in by_metric.items() if n not in recalls and _is_fraction(n)}
-    ranks = {n: p for n, p in by_metric.items() if n.endswith("median_rank")}
+    recalls = {n: points for n, points in by_metric.items() if re.search(r"(recall|R)@\d+$", n)}
+    fractions = {
+        n: points for n, points in by_metric.items() if n not in recalls and _is_fraction(n)
+    }
+    ranks = {n: points for n, points in by_metric.items() if n.endswith("median_rank")}
     captions = {n: by_metric[n] for n in CAPTION_SCORES if n in by_metric}
     grouped = recalls | fractions | ranks | captions
-    others = {n: p for n, p in by_metric.items() if n not in grouped and not _is_in_table_only(n)}
+    others = {
+        n: points
+        for n, points in by_metric.items()
+        if n not in grouped and not _is_in_table_only(n)
+    }
     k_of = {n: int(n.rsplit("@", 1)[1]) for n in recalls}
     color_of_k = {k: i % len(LINES) for i, k in enumerate(sorted(set(k_of.values())))}
     recall_curves = [
-        Curve(metric_label(n), p, color=color_of_k[k_of[n]], dash=_is_text_to_image(n))
-        for n, p in recalls.items()
+        Curve(metric_label(n), points, color=color_of_k[k_of[n]], dash=_is_text_to_image(n))
+        for n, points in recalls.items()
     ]
-    rank_curves = [Curve(metric_label(n), p, dash=_is_text_to_image(n)) for n, p in ranks.items()]
+    rank_curves = [
+        Curve(metric_label(n), points, dash=_is_text_to_image(n)) for n, points in ranks.items()
+    ]
     return [
         Panel(f"{name}: retrieval", recall_curves, percent=True),
         Panel(f"{name}: accuracy", _numbered_curves(fractions), percent=True),
@@ -173,6 +176,7 @@ def _evaluator_panels(name: str, series: Mapping[str, Series]) -> list[Panel]:
 
 
 def _numbered_curves(series: Mapping[str, Series]) -> list[Curve]:
+    """Return one curve per metric, each in another color."""
     return [
         Curve(metric_label(name), points, color=i % len(LINES))
         for i, (name, points) in enumerate(series.items())
@@ -192,6 +196,7 @@ def _is_text_to_image(metric: str) -> int:
 
 
 def _plot_curve(axes, curve: Curve) -> None:
+    """Plot a curve. A long one is plotted as the mean of each bin over a band from min to max."""
     steps, values = (np.array(column, float) for column in zip(*curve.points, strict=True))
     style = {"color": LINES[curve.color], "linestyle": DASHES[curve.dash], "linewidth": 1.6}
     if len(steps) > MAX_POINTS:
@@ -211,7 +216,7 @@ def _plot_curve(axes, curve: Curve) -> None:
 
 
 def _inline_svg(text: str, description: str) -> str:
-    """Convert to inline SVG without prolog and fixed size, with CSS variables and a description."""
+    """Remove the prolog and the fixed size; insert CSS variables and a description."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
@@ -224,5 +229,5 @@ def _inline_svg(text: str, description: str) -> str:
 
 
 def legend(panel: Panel) -> Sequence[tuple[str, int, int]]:
-    """Return (label, color number from 1, dash) of each curve, for the page's legend."""
+    """Return (label, color number from 1, index into DASHES) of each curve."""
     return [(curve.label, curve.color + 1, curve.dash) for curve in panel.curves]

@@ -25,7 +25,7 @@ from imgtune_jax.report.retrieval_examples import RetrievalData, sample_examples
 from imgtune_jax.report.run_data import RunData, read_run_data
 from imgtune_jax.report.tables import key_numbers, result_tables
 
-THUMBNAIL_SIZE = 96  # pixels of the longer side; sharp at 48 CSS pixels on a phone
+THUMBNAIL_SIZE = 96  # pixels of the longer side; sharp at 48 CSS pixels on a 2x display
 
 
 def write_report(
@@ -37,9 +37,9 @@ def write_report(
 ) -> Path:
     """Write `workdir/report.html` from the files in `workdir`, and return its path.
 
-    The queries that are shown are sampled from `retrieval` with `seed`, which should also be the
-    seed of `captions`. For a missing section (such as results before the first evaluation), the
-    page has a line that says so.
+    The example queries are sampled from `retrieval` with `seed`. The page names `seed` for the
+    caption examples too, so sample `captions` with the same seed. Instead of a section without data
+    (such as results before the first evaluation), the page has a line that names what is missing.
     """
     workdir = Path(workdir)
     run = read_run_data(workdir)
@@ -70,7 +70,7 @@ def write_report(
 def write_run_report(workdir: str | Path, predictor: evals.Predictor) -> Path:
     """Write the report with examples from the run's retrieval and captioning evaluators.
 
-    Call it on every host, since encoding is sharded over all of them; only the first one writes.
+    Call it on every host, since encoding is sharded over all hosts. Only the first host writes.
     """
     workdir = Path(workdir)
     config = config_lib.load_config(workdir / "config.json")
@@ -94,7 +94,7 @@ def write_run_report(workdir: str | Path, predictor: evals.Predictor) -> Path:
 
 
 def retrieval_data(name: str, evaluator: Retrieval, predictor: evals.Predictor) -> RetrievalData:
-    """Embed the images and captions of a retrieval evaluator, without unreadable images."""
+    """Embed the readable images and the captions of a retrieval evaluator."""
     image_emb, valid = predictor.embed_images(evaluator.source)
     captions, image_of_text, image_group = evaluator.captions_and_groups(valid)
     return RetrievalData(
@@ -111,7 +111,7 @@ def retrieval_data(name: str, evaluator: Retrieval, predictor: evals.Predictor) 
 
 @dataclass(frozen=True)
 class Thumbnails(Sequence[bytes]):
-    """WebP thumbnails of a source's images, created on access."""
+    """WebP thumbnails of a source's images at `indices`, created on access."""
 
     source: Source
     indices: tuple[int, ...]
@@ -124,7 +124,7 @@ class Thumbnails(Sequence[bytes]):
 
 
 def thumbnail(image: Any) -> bytes:
-    """Return the decoded image as WebP, at most 96 pixels wide and high."""
+    """Return the image as a WebP file, at most THUMBNAIL_SIZE pixels wide and high."""
     opened = Image.fromarray(decode_image(image))
     opened.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
     file = io.BytesIO()
@@ -134,7 +134,7 @@ def thumbnail(image: Any) -> bytes:
 
 @dataclass(frozen=True)
 class Chart:
-    """A rendered panel and its legend."""
+    """A rendered panel and its legend, which is as in `figures.legend`."""
 
     title: str
     svg: Markup

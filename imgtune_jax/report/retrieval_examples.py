@@ -1,4 +1,4 @@
-"""Retrieval examples: randomly sampled queries with the candidates that the model ranks first."""
+"""Retrieval examples: random queries, each with the candidates that the model ranks first."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ IMAGE_SIGNATURES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp"}
 class RetrievalData:
     """Images and captions of one data set with the model's embeddings.
 
-    `thumbnails` are PNG, JPEG or WebP files. Only those that are shown are read, so a sequence may
-    create them on access. `image_of_text` and `image_group` are as in `retrieval_metrics`.
+    `thumbnails` are PNG, JPEG or WebP files. Only the thumbnails that the page shows are accessed,
+    so the sequence may create them on access. `image_of_text` and `image_group` are as in
+    `retrieval_metrics`. Axis letters: n images, m captions, d features.
     """
 
     dataset: str
@@ -41,16 +42,17 @@ class RetrievalData:
         if lengths != (n, m, m):
             raise ValueError(
                 f"retrieval data {self.dataset!r} has {n} image and {m} text embeddings, but "
-                f"{lengths[0]} thumbnails, {lengths[1]} captions, {lengths[2]} image_of_text"
+                f"{lengths[0]} thumbnails, {lengths[1]} captions, {lengths[2]} image_of_text; "
+                "expected one thumbnail per image, and one caption and image_of_text per text"
             )
 
     def groups(self) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]:
-        """Return the groups of images and captions; those of one group match each other."""
-        of_image = np.arange(len(self.image_emb)) if self.image_group is None else self.image_group
-        return np.asarray(of_image), np.asarray(of_image)[self.image_of_text]
+        """Return the group of each image and of each caption; equal groups match."""
+        group = np.arange(len(self.image_emb)) if self.image_group is None else self.image_group
+        return np.asarray(group), np.asarray(group)[self.image_of_text]
 
     def image(self, index: int) -> EmbeddedImage:
-        """Return a thumbnail, with the image's first caption as alternative text."""
+        """Return the thumbnail of image `index`; the alternative text is its first caption."""
         texts = np.flatnonzero(np.asarray(self.image_of_text) == index)
         alt = self.captions[int(texts[0])] if texts.size else "an image without a caption"
         return EmbeddedImage(data_uri(self.thumbnails[int(index)]), alt)
@@ -77,7 +79,10 @@ class RetrievedItem:
 
 @dataclass(frozen=True)
 class Query:
-    """A query, the candidates ranked first, and the best positive if it is not one of them."""
+    """A query with the candidates that are ranked first (`answers`).
+
+    `first_positive` is the best-ranked positive if it comes after the answers, else None.
+    """
 
     answers: list[RetrievedItem]
     first_positive: RetrievedItem | None
@@ -86,7 +91,7 @@ class Query:
 
     @property
     def rank(self) -> int:
-        """The rank of the best positive, from 1; 0 if there is none."""
+        """The rank of the best positive, from 1; 0 if the query has no positive."""
         return next(
             (a.rank for a in self.answers if a.hit),
             self.first_positive.rank if self.first_positive else 0,
@@ -95,24 +100,27 @@ class Query:
 
 @dataclass(frozen=True)
 class HeatCell:
-    """One similarity: its color, a legible text color, and whether the pair matches."""
+    """One similarity, with its background color and a text color (`ink`) that is legible on it."""
 
     value: float
     color: str
     ink: str
-    positive: bool
+    positive: bool  # image and caption match
 
 
 @dataclass(frozen=True)
 class Heatmap:
-    """Cosine similarities of sampled pairs; the caption of row i is that of image i."""
+    """Cosine similarities of sampled pairs: one row per caption, one column per image.
+
+    Caption i belongs to image i. `low` and `high` are the smallest and the largest similarity.
+    """
 
     images: list[EmbeddedImage]
     captions: list[str]
     cells: list[list[HeatCell]]
     low: float
     high: float
-    gradient: str  # CSS colors from low to high
+    gradient: str  # comma-separated CSS colors from `low` to `high`
 
 
 @dataclass(frozen=True)
@@ -132,20 +140,21 @@ class RetrievalExamples:
 def sample_examples(
     data: RetrievalData, *, queries: int = 10, answers: int = 5, pairs: int = 20, seed: int = 0
 ) -> RetrievalExamples:
-    """Sample `queries` texts and images, each with its top `answers`, and `pairs` for a heat map.
+    """Sample `queries` texts and as many images as queries, and `pairs` pairs for a heat map.
 
-    Images without a caption are not sampled.
+    Each query has the `answers` candidates that are ranked first. Images without a caption are not
+    sampled.
     """
     rng = np.random.default_rng(seed)
-    of_image, of_text = data.groups()
+    image_group, text_group = data.groups()
     captioned = np.unique(data.image_of_text)
-    texts = rng.permutation(len(of_text))[:queries]
+    texts = rng.permutation(len(text_group))[:queries]
     images = rng.permutation(captioned)[:queries]
     return RetrievalExamples(
         dataset=data.dataset,
         language=data.language,
-        num_images=len(of_image),
-        num_texts=len(of_text),
+        num_images=len(image_group),
+        num_texts=len(text_group),
         recalls=retrieval_metrics(
             data.image_emb, data.text_emb, data.image_of_text, image_group=data.image_group
         ),
@@ -156,30 +165,30 @@ def sample_examples(
 
 
 def data_uri(file: bytes) -> str:
-    """Return an image file as a data URI. Raises ValueError unless it is PNG, JPEG or WebP."""
+    """Return the data URI of an image file. Raises ValueError unless it is PNG, JPEG or WebP."""
     for signature, kind in IMAGE_SIGNATURES.items():
         if file.startswith(signature):
             return f"data:image/{kind};base64,{base64.b64encode(file).decode()}"
     raise ValueError(f"a thumbnail starts with {file[:8]!r}; expected a PNG, JPEG or WebP file")
 
 
-def _text_query(data: RetrievalData, text: int, k: int) -> Query:
-    of_image, of_text = data.groups()
+def _text_query(data: RetrievalData, text: int, num_answers: int) -> Query:
+    image_group, text_group = data.groups()
     answers, first_positive = _retrieve(
         data.image_emb @ data.text_emb[text],
-        of_image == of_text[text],
-        k,
+        image_group == text_group[text],
+        num_answers,
         lambda index: {"image": data.image(index)},
     )
     return Query(answers, first_positive, caption=data.captions[text])
 
 
-def _image_query(data: RetrievalData, image: int, k: int) -> Query:
-    of_image, of_text = data.groups()
+def _image_query(data: RetrievalData, image: int, num_answers: int) -> Query:
+    image_group, text_group = data.groups()
     answers, first_positive = _retrieve(
         data.text_emb @ data.image_emb[image],
-        of_text == of_image[image],
-        k,
+        text_group == image_group[image],
+        num_answers,
         lambda index: {"caption": data.captions[index]},
     )
     return Query(answers, first_positive, image=data.image(image))
@@ -188,31 +197,32 @@ def _image_query(data: RetrievalData, image: int, k: int) -> Query:
 def _retrieve(
     scores: Float[np.ndarray, " n"],
     positive: Bool[np.ndarray, " n"],
-    k: int,
-    content: Callable[[int], Mapping[str, Any]],
+    num_answers: int,
+    shown_fields: Callable[[int], Mapping[str, Any]],
 ) -> tuple[list[RetrievedItem], RetrievedItem | None]:
-    """Return the `k` candidates with the best scores, and the best positive if it comes later.
+    """Return the `num_answers` candidates with the highest scores.
 
-    `content` returns the fields that show a candidate, by its index.
+    The second result is the best positive if it comes after them, else None. `shown_fields` returns
+    the fields `image` or `caption` of the `RetrievedItem` for a candidate's index.
     """
     order = np.argsort(-scores, kind="stable")
     hits = positive[order]
 
-    def item(position: int) -> RetrievedItem:
+    def retrieved_item(position: int) -> RetrievedItem:
         index = int(order[position])
         score, hit = float(scores[index]), bool(hits[position])
-        return RetrievedItem(position + 1, score, hit, **content(index))
+        return RetrievedItem(position + 1, score, hit, **shown_fields(index))
 
     first = int(hits.argmax())
-    items = [item(position) for position in range(min(k, len(hits)))]
-    return items, None if first < k else item(first)
+    items = [retrieved_item(position) for position in range(min(num_answers, len(hits)))]
+    return items, None if first < num_answers else retrieved_item(first)
 
 
 def _heatmap(data: RetrievalData, images: Int[np.ndarray, " k"]) -> Heatmap:
-    of_image, of_text = data.groups()
+    image_group, text_group = data.groups()
     texts = [int(np.flatnonzero(data.image_of_text == i)[0]) for i in images]
     scores = data.text_emb[texts] @ data.image_emb[images].T
-    positive = of_text[texts][:, None] == of_image[images][None, :]
+    positive = text_group[texts][:, None] == image_group[images][None, :]
     low, high = float(scores.min()), float(scores.max())
     colormap = matplotlib.colormaps["viridis"]
 

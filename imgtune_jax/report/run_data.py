@@ -20,12 +20,12 @@ class RunData:
 
     name: str
     config: dict[str, Any]  # by dotted key
-    series: dict[str, Series]
+    series: dict[str, Series]  # by metric name
     results: list[dict[str, Any]]
 
     @property
     def last_step(self) -> int | None:
-        """The last step that has a metric; None without metrics."""
+        """The last step that has a metric; None if there are no metrics."""
         return max((points[-1][0] for points in self.series.values()), default=None)
 
 
@@ -36,8 +36,7 @@ def read_run_data(workdir: Path) -> RunData:
     """
     if not workdir.is_dir():
         raise FileNotFoundError(
-            f"workdir = {workdir}: no run in this folder, because it does not exist; pass the "
-            "--workdir of a training run"
+            f"workdir = {workdir} does not exist; expected the --workdir of a training run"
         )
     path = workdir / "config.json"
     config = json.loads(path.read_text("utf-8")) if path.exists() else {}
@@ -62,7 +61,7 @@ def _series_by_metric(lines: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
 def _read_json_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    # A running or killed run may leave an incomplete last line, without a line break.
+    # The last line may be incomplete, without a line break, if the run is active or was killed.
     complete = path.read_text("utf-8").split("\n")[:-1]
     records = []
     for number, line in enumerate(complete, 1):

@@ -1,4 +1,4 @@
-"""Tables of results, one per task, and the key numbers at the top of the page."""
+"""Result tables, one per task, and the key numbers at the top of the page."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from imgtune_jax.report.run_data import RunData
 
-# Metrics whose names contain one of these are shown in percent, as papers do for caption metrics.
+# Metrics whose names contain one of these strings are shown in percent, as in captioning papers.
 FRACTIONS = ("recall", "R@", "acc", "f1", "precision", "Bleu", "ROUGE", "METEOR", "CIDEr", "exact")
 
 
 class MetricColumn:
-    """Label, number format and direction of a metric in a table."""
+    """Label and number format of a metric in a table, and whether higher is better."""
 
     def __init__(self, metric: str) -> None:
         self.metric = metric
@@ -21,7 +21,7 @@ class MetricColumn:
 
     @property
     def sign(self) -> int:
-        """1 if higher is better, -1 if lower is better, 0 if neither."""
+        """1 if higher is better, -1 if lower is better, 0 for counts and settings."""
         if self.metric.startswith("num_") or self.metric in ("l2", "best_lambda", "converged"):
             return 0
         lower_is_better = "rank" in self.metric or not (
@@ -30,7 +30,7 @@ class MetricColumn:
         return -1 if lower_is_better else 1
 
     def format(self, value: float) -> str:
-        """Format fractions (and chrF, which goes to 100) in percent, and counts as integers."""
+        """Format fractions in percent, chrF (0 to 100) like a percentage, and integers as such."""
         if self._is_fraction() or self.metric == "chrF":
             return f"{value if self.metric == 'chrF' else 100 * value:.1f}"
         return f"{value:,.0f}" if value == int(value) and abs(value) >= 1 else f"{value:.4g}"
@@ -40,7 +40,7 @@ class MetricColumn:
 
 
 def metric_label(metric: str) -> str:
-    """Return a metric's name for readers: `image_retrieval_recall@5` is `text → image R@5`."""
+    """Return a readable name: `text → image R@5` for `image_retrieval_recall@5`."""
     if metric == "lr":
         return "learning rate"
     replacements = {
@@ -82,13 +82,13 @@ class Row:
     pretrained: str
     language: str
     is_run: bool  # False: a baseline
-    continues: bool  # the row above has the same data set
+    continues: bool  # the previous row has the same data set
     cells: list[Cell | None]
 
 
 @dataclass(frozen=True)
 class Table:
-    """The newest results of one task, grouped by data set, with the best ones marked."""
+    """The newest results of one task, grouped by data set; the best values are marked."""
 
     task: str
     columns: list[str]
@@ -96,15 +96,15 @@ class Table:
 
     @property
     def title(self) -> str:
-        """The task's name for readers."""
+        """The task as a heading, such as `Zero-shot retrieval`."""
         return self.task.replace("zeroshot", "zero-shot").replace("_", " ").capitalize()
 
 
 def result_tables(results: Sequence[Mapping[str, Any]], *, model: str) -> list[Table]:
     """Return one table per task, with the last result of each model on each data set.
 
-    `model` is the run's name; all other models are baselines. Metrics per class and per sample
-    (`f1/cat`, `5shot_acc1_seed0`) are omitted; `results.jsonl` has them.
+    `model` is the run's name; all other models are baselines. Mean ranks and metrics per class and
+    per sample (`f1/cat`, `5shot_acc1_seed0`) are omitted; `results.jsonl` has them.
     """
     newest: dict[tuple[str, str, str, str], Mapping[str, Any]] = {}
     for result in results:
@@ -145,7 +145,10 @@ def _task_table(task: str, results: Sequence[Mapping[str, Any]], *, model: str) 
 def _cell(
     column: MetricColumn, result: Mapping[str, Any], group: Sequence[Mapping[str, Any]]
 ) -> Cell | None:
-    """Return the cell of a result; `group` has all results on its data set."""
+    """Return the cell of a result, marked if it is the best of `group` and another one is worse.
+
+    `group` has all results on the same data set.
+    """
     value = result["metrics"].get(column.metric)
     if value is None:
         return None
@@ -156,16 +159,19 @@ def _cell(
 
 
 def _column_order(metric: str) -> tuple[int, int]:
-    """Sort key: recalls, ranks, sizes; in each, image → text, text → image, other metrics."""
-    family = 0 if metric.startswith(("text_retrieval", "image_to_text")) else 1
-    family = 2 if not metric.startswith(("text_", "image_")) else family
+    """Return a sort key: first scores, then ranks, then counts and settings.
+
+    In each kind, the order is image → text, text → image, other metrics.
+    """
+    direction = 0 if metric.startswith(("text_retrieval", "image_to_text")) else 1
+    direction = 2 if not metric.startswith(("text_", "image_")) else direction
     kind = 3 if MetricColumn(metric).sign == 0 else 1 if "rank" in metric else 0
-    return kind, family
+    return kind, direction
 
 
 @dataclass(frozen=True)
 class KeyNumber:
-    """A number shown at the top of the page."""
+    """A number at the top of the page; `note` is the value of a baseline."""
 
     label: str
     value: str
@@ -173,9 +179,10 @@ class KeyNumber:
 
 
 def key_numbers(run: RunData, tables: Sequence[Table], *, limit: int = 8) -> list[KeyNumber]:
-    """Return steps, training loss, and the run's R@1, accuracy, CIDEr or exact match per data set.
+    """Return at most `limit` numbers: steps, training loss, and the run's main results.
 
-    Results in English, the default language of results, come before other languages.
+    The main results are R@1, accuracy, CIDEr and exact match on each data set. English results come
+    before those in other languages.
     """
     numbers = [] if run.last_step is None else [KeyNumber("training steps", f"{run.last_step:,}")]
     if "train/loss" in run.series:
@@ -192,11 +199,13 @@ def key_numbers(run: RunData, tables: Sequence[Table], *, limit: int = 8) -> lis
 def _key_number(table: Table, row: Row, column: int) -> KeyNumber:
     unit = "" if table.columns[column] == "CIDEr" else " %"
 
-    def text(r: Row) -> str:
+    def format_cell(r: Row) -> str:
         cell = r.cells[column]
         return f"{cell.text}{unit}" if cell else "–"
 
-    data = row.dataset, row.language
-    baselines = [r for r in table.rows if not r.is_run and (r.dataset, r.language) == data]
-    note = ", ".join(f"{r.model}: {text(r)}" for r in baselines[:1])
-    return KeyNumber(f"{row.dataset}: {table.columns[column]}", text(row), note)
+    dataset_and_language = row.dataset, row.language
+    baselines = [
+        r for r in table.rows if not r.is_run and (r.dataset, r.language) == dataset_and_language
+    ]
+    note = ", ".join(f"{r.model}: {format_cell(r)}" for r in baselines[:1])
+    return KeyNumber(f"{row.dataset}: {table.columns[column]}", format_cell(row), note)

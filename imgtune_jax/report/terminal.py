@@ -11,7 +11,7 @@ HIDDEN_COLUMNS = ("images", "texts", "broken")
 
 
 def summary(workdir: str | Path) -> str:
-    """Return a run's results and its baselines as aligned text; a star marks the best ones."""
+    """Return the results of a run and its baselines as aligned text; stars mark the best values."""
     run = read_run_data(Path(workdir))
     return "\n\n".join(_format_table(t) for t in result_tables(run.results, model=run.name))
 

@@ -1,4 +1,4 @@
-"""Fakes for evaluators: sources that are lists of records, and a predictor with fixed outputs."""
+"""Fakes for tests of evaluators: sources that are lists of records, and a fake predictor."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def unit(x):
 class FakePredictor:
     """A predictor whose image embedding is the record's `image` (None: unreadable).
 
-    Text embeddings are looked up in `text_emb`. `calls` records the arguments of calls.
+    Text embeddings are looked up in `text_emb`. `calls` records the arguments that are passed to
+    `embed_texts`, `generate_captions` and `score_texts`.
     """
 
     text_emb: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -71,7 +72,7 @@ class FakePredictor:
         return features @ np.stack([self.text_emb[prefix + t] for t in texts], 1), valid
 
     def caption_scores(self, source, texts, prefix=""):
-        """Return log probabilities -1, -2, … for texts with one token per letter."""
+        """Return log probabilities -1, -2, … of the tokens of each text, one token per letter."""
         if not isinstance(source[0].image, str):
             return None
         length = 1 + max(map(len, texts))
@@ -83,7 +84,7 @@ class FakePredictor:
 
 
 class FakeSource(list):
-    """A list of records with a fingerprint of its identity."""
+    """A list of records whose fingerprint is the list's id."""
 
     @property
     def fingerprint(self):
@@ -91,14 +92,14 @@ class FakeSource(list):
 
 
 def record(image, *captions, label=None, group=None, **sets):
-    """Return a record; `captions` are its caption set `caption`, `sets` are further sets."""
+    """Return a record; `captions` are its caption set `caption`, `sets` are other caption sets."""
     named = {"caption": captions} if captions else {}
     return SimpleNamespace(image=image, captions=named | sets, label=label, group=group)
 
 
 @pytest.fixture
 def golden():
-    """Loader of a stored case's arrays: `golden("evals_clip_benchmark", "retrieval")`."""
+    """Return a function that loads a golden case: `golden("evals_clip_benchmark", "retrieval")`."""
 
     def load(name: str, case: str) -> dict[str, np.ndarray]:
         with np.load(GOLDEN / f"{name}.npz") as file:
@@ -109,5 +110,5 @@ def golden():
 
 @pytest.fixture
 def fakes():
-    """The fakes of this file, by name."""
+    """Return the fakes and helpers of this file."""
     return SimpleNamespace(Predictor=FakePredictor, Source=FakeSource, record=record, unit=unit)

@@ -46,7 +46,7 @@ def test_config_builds_sources_objectives_tuples_and_mesh(monkeypatch):
     assert got["c"].train_source == ("built", "y")
 
 
-def test_error_lists_all_invalid_fields():
+def test_error_lists_all_invalid_names_and_fields():
     with pytest.raises(ValueError) as error:
         evals.build_evaluators(
             {

@@ -1,4 +1,4 @@
-"""BLEU, ROUGE-L and CIDEr-D equal pycocoevalcap 1.2; properties of the other metrics."""
+"""BLEU, ROUGE-L and CIDEr-D equal pycocoevalcap 1.2; the other metrics have stated properties."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GOLDEN = json.loads((Path(__file__).parents[1] / "golden/evals_captions.json").r
 COCO_METRICS = ("bleu", "rouge_l", "cider")
 needs_java = pytest.mark.skipif(
     not (importlib.util.find_spec("pycocoevalcap") and shutil.which("java")),
-    reason="the extra [java] is not installed",
+    reason="needs Java and the extra [java]",
 )
 
 
@@ -51,7 +51,7 @@ def test_simple_tokens_equal_ptb_tokens_on_plain_captions():
         ("e\u0301t\u00e9", ["été"]),
     ],
 )
-def test_simple_tokens_of_other_scripts(text, tokens):
+def test_simple_tokens_of_many_scripts(text, tokens):
     assert simple_tokens([text]) == [tokens]
 
 
@@ -105,7 +105,7 @@ def test_exact_match_ignores_only_case_and_punctuation(prediction, reference, eq
 
 
 def test_unknown_names_and_mismatched_lengths_raise():
-    with pytest.raises(ValueError, match=r"no caption metric \['blue'\]; known: bleu"):
+    with pytest.raises(ValueError, match=r"unknown caption metrics \['blue'\]; known: bleu"):
         compute_metrics(["a"], [["a"]], metrics=["blue"])
     with pytest.raises(ValueError, match="tokenization = 'x'; known: simple, ptb"):
         compute_metrics(["a"], [["a"]], metrics=["bleu"], tokenization="x")
@@ -114,7 +114,7 @@ def test_unknown_names_and_mismatched_lengths_raise():
             compute_metrics(predictions, references, metrics=["bleu"])
 
 
-def test_tables_have_every_metric():
+def test_tables_have_a_metric_from_every_file():
     files = {
         Path(f.__code__.co_filename).name
         for table in (caption_metrics.TOKEN_METRICS, caption_metrics.STRING_METRICS)

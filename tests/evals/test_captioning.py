@@ -11,7 +11,7 @@ from imgtune_jax.evals.results import evaluator_result
 
 
 def toy_source(fakes):
-    """Five records: one without a German reference, one unreadable, three to evaluate."""
+    """Return five records: one has no German reference, one is unreadable, three are evaluated."""
     record = fakes.record
     return Records(
         [
@@ -35,12 +35,14 @@ def test_metrics_use_all_references_of_the_caption_set(fakes):
     )
     got = evaluator(predictor)
     assert got["exact_match"] == pytest.approx(2 / 3)
-    assert got["Bleu_1"] == pytest.approx(math.exp(1 - 5 / 4), rel=1e-6)  # "eine" is missing
+    assert got["Bleu_1"] == pytest.approx(
+        math.exp(1 - 5 / 4), rel=1e-6
+    )  # brevity penalty: "eine" is missing
     assert (got["num_images"], got["num_broken"]) == (3, 1)
     assert predictor.calls == [("", {"max_new_tokens": 4}, ["ein Hund", None, "Katze", "rot"])]
 
 
-def test_perplexity_is_that_of_first_references(fakes):
+def test_perplexity_is_computed_on_first_references(fakes):
     got = Captioning(toy_source(fakes), caption_set="de", metrics=("perplexity",))(
         fakes.Predictor()
     )
@@ -83,9 +85,9 @@ def test_results_have_the_clip_benchmark_schema(fakes):
 
 
 def test_invalid_settings_and_empty_sources_raise(fakes):
-    with pytest.raises(ValueError, match="no record of 5 has a caption in the set 'fr'"):
+    with pytest.raises(ValueError, match="none of the 5 records has a caption in the set 'fr'"):
         Captioning(toy_source(fakes), caption_set="fr")(fakes.Predictor())
-    with pytest.raises(ValueError, match=r"no caption metric \['spice'\]"):
+    with pytest.raises(ValueError, match=r"unknown caption metrics \['spice'\]"):
         Captioning(toy_source(fakes), metrics=("spice",))
     with pytest.raises(ValueError, match="decoding method 'bean' is unknown"):
         Captioning(toy_source(fakes), decoding={"method": {"name": "bean"}})

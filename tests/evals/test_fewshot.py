@@ -7,7 +7,7 @@ from imgtune_jax.evals import fewshot
 from imgtune_jax.evals.fewshot import FewShot
 
 
-@pytest.mark.parametrize("shots", [1, 40])  # fewer rows than columns, and more
+@pytest.mark.parametrize("shots", [1, 40])  # fewer rows than columns; more rows than columns
 def test_prediction_solves_the_normal_equations(shots):
     rng = np.random.default_rng(shots)
     num_classes, d = 4, 8
@@ -16,9 +16,9 @@ def test_prediction_solves_the_normal_equations(shots):
     test = rng.normal(size=(200, d))
     got = fewshot.fewshot_predictions(x, y, test, num_classes=num_classes, l2=5.0)
     mean, std = x.mean(0), x.std(0) + 1e-5
-    a = np.c_[(x - mean) / std, np.full(len(x), 100.0)]
+    inputs = np.c_[(x - mean) / std, np.full(len(x), 100.0)]
     targets = np.where(np.arange(num_classes) == y[:, None], 1.0, -1.0)
-    w = np.linalg.solve(a.T @ a + 5.0 * np.eye(d + 1), a.T @ targets)
+    w = np.linalg.solve(inputs.T @ inputs + 5.0 * np.eye(d + 1), inputs.T @ targets)
     expected = (np.c_[(test - mean) / std, np.full(200, 100.0)] @ w).argmax(1)
     np.testing.assert_array_equal(got, expected)
 

@@ -8,40 +8,44 @@ from imgtune_jax.evals.linear_probe import LinearProbe, fit_logistic
 
 
 def softmax(logits):
-    p = np.exp(logits - logits.max(1, keepdims=True))
-    return p / p.sum(1, keepdims=True)
+    exponentials = np.exp(logits - logits.max(1, keepdims=True))
+    return exponentials / exponentials.sum(1, keepdims=True)
 
 
 @pytest.mark.parametrize("case", ["weak", "strong"])
 @pytest.mark.parametrize("chunk", [10_000, 32])
 def test_logistic_regression_equals_scikit_learn(golden, case, chunk):
-    g = golden("evals_sklearn", case)
+    stored = golden("evals_sklearn", case)
     got = fit_logistic(
-        g["features"],
-        g["labels"],
-        num_classes=len(g["bias"]),
-        l2=float(g["l2"]),
+        stored["features"],
+        stored["labels"],
+        num_classes=len(stored["bias"]),
+        l2=float(stored["l2"]),
         tol=1e-8,
         dtype=np.float64,
         chunk=chunk,
     )
     assert got.converged
-    np.testing.assert_allclose(got.weight, g["weight"], rtol=1e-5, atol=1e-6)
-    # The bias is determined up to a constant, which stays 0 when L-BFGS starts from 0.
-    np.testing.assert_allclose(got.bias - got.bias.mean(), g["bias"] - g["bias"].mean(), atol=1e-6)
+    np.testing.assert_allclose(got.weight, stored["weight"], rtol=1e-5, atol=1e-6)
+    # The loss does not change if a constant is added to all biases, so compare centered biases.
+    np.testing.assert_allclose(
+        got.bias - got.bias.mean(), stored["bias"] - stored["bias"].mean(), atol=1e-6
+    )
 
 
 def test_float32_reaches_the_same_probabilities(golden):
-    g = golden("evals_sklearn", "strong")
-    fit = fit_logistic(g["features"], g["labels"], num_classes=3, l2=float(g["l2"]))
-    got = softmax(g["features"] @ fit.weight + fit.bias)
+    stored = golden("evals_sklearn", "strong")
+    fit = fit_logistic(stored["features"], stored["labels"], num_classes=3, l2=float(stored["l2"]))
+    got = softmax(stored["features"] @ fit.weight + fit.bias)
     # 1e-3: the default tol stops at gradients of 1e-4, near the rounding noise of float32.
-    np.testing.assert_allclose(got, g["probabilities"], atol=1e-3)
+    np.testing.assert_allclose(got, stored["probabilities"], atol=1e-3)
 
 
 def test_converged_is_false_after_too_few_iterations(golden):
-    g = golden("evals_sklearn", "weak")
-    fit = fit_logistic(g["features"], g["labels"], num_classes=5, l2=1e-4, max_iterations=2)
+    stored = golden("evals_sklearn", "weak")
+    fit = fit_logistic(
+        stored["features"], stored["labels"], num_classes=5, l2=1e-4, max_iterations=2
+    )
     assert not fit.converged
 
 
@@ -76,13 +80,15 @@ def test_l2_does_not_depend_on_the_test_source(fakes):
 def test_scaling_uses_statistics_of_the_training_features():
     rng = np.random.default_rng(0)
     train, test = rng.normal(3, 2, (50, 4)), rng.normal(-1, 5, (20, 4))
-    a, b = linear_probe.scale_features(train, test, scaling=linear_probe.Scaling.STANDARD)
-    np.testing.assert_allclose([a.mean(), a.std()], [0, 1], atol=1e-5)
-    np.testing.assert_allclose(b, (test - train.mean(0)) / (train.std(0) + 1e-6))
+    scaled_train, scaled_test = linear_probe.scale_features(
+        train, test, scaling=linear_probe.Scaling.STANDARD
+    )
+    np.testing.assert_allclose([scaled_train.mean(), scaled_train.std()], [0, 1], atol=1e-5)
+    np.testing.assert_allclose(scaled_test, (test - train.mean(0)) / (train.std(0) + 1e-6))
     unit, _ = linear_probe.scale_features(train, test, scaling=linear_probe.Scaling.UNIT)
     np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1)
 
 
-def test_probe_without_validation_data_raises(fakes):
+def test_probe_without_validation_images_raises(fakes):
     with pytest.raises(ValueError, match="val_fraction = 0"):
         LinearProbe([], [], 3, val_fraction=0.0)

@@ -8,7 +8,7 @@ from imgtune_jax.evals.results import append_result, evaluator_result, make_resu
 from imgtune_jax.evals.retrieval import Retrieval
 
 
-def test_line_has_clip_benchmark_keys_in_order(tmp_path):
+def test_results_line_has_clip_benchmark_keys_in_order(tmp_path):
     record = evaluator_result(
         "emoji", Retrieval([], language="de"), {"text_retrieval_recall@1": 1}, model="lit", step=7
     )

@@ -32,15 +32,15 @@ def integer_embeddings(rng, n, m, d=3):
 
 @pytest.mark.parametrize("case", ["retrieval_small", "retrieval"])
 def test_recalls_equal_clip_benchmark_with_several_captions_per_image(golden, fakes, case):
-    g = golden("evals_clip_benchmark", case)
+    stored = golden("evals_clip_benchmark", case)
     got = retrieval_metrics(
-        fakes.unit(g["image_emb"]), fakes.unit(g["text_emb"]), g["image_of_text"]
+        fakes.unit(stored["image_emb"]), fakes.unit(stored["text_emb"]), stored["image_of_text"]
     )
-    names = [name for name in g if "recall" in name]
+    names = [name for name in stored if "recall" in name]
     assert len(names) == 6
     for name in names:
         # CLIP_benchmark averages in float32; the hits themselves are the same.
-        np.testing.assert_allclose(got[name], g[name], rtol=2e-7, err_msg=name)
+        np.testing.assert_allclose(got[name], stored[name], rtol=2e-7, err_msg=name)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 7, 64])
@@ -48,10 +48,10 @@ def test_recalls_equal_clip_benchmark_with_several_captions_per_image(golden, fa
 def test_ranks_equal_a_stable_sort_for_any_block_size(chunk, grouped):
     rng = np.random.default_rng(chunk)
     image, text = integer_embeddings(rng, 17, 41)
-    owner = rng.integers(0, 17, 41)
+    image_of_text = rng.integers(0, 17, 41)
     group = rng.integers(0, 9, 17) if grouped else None
-    expected = sort_ranks(image, text, owner, group)
-    got = retrieval_ranks(image, text, owner, image_group=group, chunk=chunk)
+    expected = sort_ranks(image, text, image_of_text, group)
+    got = retrieval_ranks(image, text, image_of_text, image_group=group, chunk=chunk)
     np.testing.assert_array_equal(got.image_to_text, expected[0])
     np.testing.assert_array_equal(got.text_to_image, expected[1])
 
@@ -62,10 +62,10 @@ def test_ranks_do_not_depend_on_the_number_of_devices():
         pytest.skip("one device; run with --xla_force_host_platform_device_count=8")
     rng = np.random.default_rng(0)
     image, text = integer_embeddings(rng, 13, 29)  # neither is a multiple of the number of devices
-    owner = rng.integers(0, 13, 29)
+    image_of_text = rng.integers(0, 13, 29)
     mesh = jax.make_mesh((2, len(devices) // 2), ("data", "fsdp"))
-    expected = retrieval_ranks(image, text, owner)
-    got = retrieval_ranks(image, text, owner, mesh=mesh, chunk=10)
+    expected = retrieval_ranks(image, text, image_of_text)
+    got = retrieval_ranks(image, text, image_of_text, mesh=mesh, chunk=10)
     np.testing.assert_array_equal(got.image_to_text, expected.image_to_text)
     np.testing.assert_array_equal(got.text_to_image, expected.text_to_image)
 
@@ -89,15 +89,16 @@ def test_no_block_of_scores_is_larger_than_a_chunk(monkeypatch):
     assert shapes and all(max(shape) <= 16 for shape in shapes)
 
 
-def test_ranks_without_ties_do_not_depend_on_the_order():
+def test_ranks_without_ties_do_not_depend_on_the_order_of_images_and_texts():
     rng = np.random.default_rng(3)
     image, text = rng.normal(size=(20, 5)), rng.normal(size=(50, 5))
-    owner = np.r_[np.arange(20), rng.integers(0, 20, 30)]
-    base = retrieval_ranks(image, text, owner, chunk=8)
-    p, q = rng.permutation(20), rng.permutation(50)
-    got = retrieval_ranks(image[p], text[q], np.argsort(p)[owner[q]], chunk=8)
-    np.testing.assert_array_equal(got.image_to_text, base.image_to_text[p])
-    np.testing.assert_array_equal(got.text_to_image, base.text_to_image[q])
+    image_of_text = np.r_[np.arange(20), rng.integers(0, 20, 30)]
+    base = retrieval_ranks(image, text, image_of_text, chunk=8)
+    image_order, text_order = rng.permutation(20), rng.permutation(50)
+    permuted_image_of_text = np.argsort(image_order)[image_of_text[text_order]]
+    got = retrieval_ranks(image[image_order], text[text_order], permuted_image_of_text, chunk=8)
+    np.testing.assert_array_equal(got.image_to_text, base.image_to_text[image_order])
+    np.testing.assert_array_equal(got.text_to_image, base.text_to_image[text_order])
 
 
 def test_collapsed_embeddings_score_chance():
@@ -138,10 +139,10 @@ def test_embeddings_that_are_not_finite_raise():
         retrieval_metrics(image, text, np.arange(3))
 
 
-@pytest.mark.parametrize("owner", [[0, 1], [0, 1, 3], [0, 1, -1]])
-def test_invalid_image_of_text_raises(owner):
+@pytest.mark.parametrize("image_of_text", [[0, 1], [0, 1, 3], [0, 1, -1]])
+def test_invalid_image_of_text_raises(image_of_text):
     with pytest.raises(ValueError, match="index of one of the 3 images"):
-        retrieval_metrics(np.eye(3), np.eye(3), np.array(owner))
+        retrieval_metrics(np.eye(3), np.eye(3), np.array(image_of_text))
 
 
 def test_k_above_the_number_of_candidates_is_omitted():
@@ -150,7 +151,7 @@ def test_k_above_the_number_of_candidates_is_omitted():
     assert "text_retrieval_recall@5" not in got
 
 
-def test_curve_names():
+def test_curve_names_state_the_direction():
     got = curve_names({"text_retrieval_recall@1": 0.25, "image_retrieval_mean_rank": 3.0})
     assert got == {"val/image_to_text_R@1": 0.25, "val/text_to_image_mean_rank": 3.0}
 
@@ -167,11 +168,10 @@ def test_evaluator_excludes_unreadable_images_and_their_captions(fakes):
 
 
 def test_evaluator_uses_groups_only_if_set(fakes):
-    v = np.eye(4)
-    source = [fakes.record(v[i], f"c{i}", group=i // 2) for i in range(4)]
-    swapped = {
-        f"c{i}": v[i ^ 1] for i in range(4)
-    }  # each caption matches the other image of its group
+    vectors = np.eye(4)
+    source = [fakes.record(vectors[i], f"c{i}", group=i // 2) for i in range(4)]
+    # Each caption's embedding is that of the other image of its group.
+    swapped = {f"c{i}": vectors[i ^ 1] for i in range(4)}
     assert Retrieval(source)(fakes.Predictor(swapped))["image_retrieval_recall@1"] == 0
     grouped = Retrieval(source, use_groups=True)(fakes.Predictor(swapped))
     assert grouped["image_retrieval_recall@1"] == grouped["text_retrieval_recall@1"] == 1
@@ -179,5 +179,5 @@ def test_evaluator_uses_groups_only_if_set(fakes):
 
 def test_missing_caption_set_error_lists_the_existing_ones(fakes):
     source = [fakes.record(np.ones(2), en=("one",))]
-    with pytest.raises(ValueError, match=r"set 'caption'; the first has \['en'\]"):
+    with pytest.raises(ValueError, match=r"set 'caption'; the first record has the sets \['en'\]"):
         Retrieval(source)(fakes.Predictor())

@@ -8,7 +8,7 @@ from imgtune_jax.evals.ridge import Ridge, ridge_baseline
 from imgtune_jax.evals.ridge_retrieval import RidgeRetrieval
 
 
-@pytest.mark.parametrize("n", [7, 40])  # dual, primal
+@pytest.mark.parametrize("n", [7, 40])  # rows: fewer than the 12 columns (dual form), or more
 def test_solution_satisfies_the_normal_equations_for_every_lambda(n):
     rng = np.random.default_rng(n)
     x, y = rng.normal(size=(n, 12)), rng.normal(size=(n, 3))
@@ -28,8 +28,8 @@ def test_lambda_that_is_not_positive_raises():
 def test_row_that_is_not_finite_raises():
     x = np.eye(3)
     x[1, 2] = np.nan
-    for features, targets, what in ((x, np.eye(3), "features"), (np.eye(3), x, "targets")):
-        with pytest.raises(ValueError, match=f"1 of 3 training {what} are not finite"):
+    for features, targets, name in ((x, np.eye(3), "features"), (np.eye(3), x, "targets")):
+        with pytest.raises(ValueError, match=f"1 of 3 training {name} are not finite"):
             Ridge.fit(features, targets, intercept=True)
 
 
@@ -37,7 +37,7 @@ def test_baseline_recovers_a_linear_map_and_reports_the_best_lambda():
     rng = np.random.default_rng(0)
     w = rng.normal(size=(10, 6))
     x, x_test = rng.normal(2, 1, (200, 10)), rng.normal(2, 1, (30, 10))
-    y, y_test = x @ w + 5, x_test @ w + 5  # an offset that only an intercept can fit
+    y, y_test = x @ w + 5, x_test @ w + 5  # only an intercept can fit the offset 5
     got = ridge_baseline(Ridge.fit(x, y, intercept=True), x_test, y_test, (1e-6, 1e6))
     assert got.best_lambda == 1e-6 and set(got.by_lambda) == {1e-6, 1e6}
     assert got.metrics == got.by_lambda[1e-6]
@@ -48,13 +48,15 @@ def test_baseline_is_retrieval_on_predicted_text_embeddings(fakes):
     rng = np.random.default_rng(1)
     x, y = rng.normal(size=(50, 5)), rng.normal(size=(50, 4))
     x_test, y_test = rng.normal(size=(8, 5)), rng.normal(size=(16, 4))
-    owner = np.repeat(np.arange(8), 2)
+    image_of_text = np.repeat(np.arange(8), 2)
     ridge = Ridge.fit(x, y, intercept=True)
-    got = ridge_baseline(ridge, x_test, y_test, [3.0], image_of_text=owner)
+    got = ridge_baseline(ridge, x_test, y_test, [3.0], image_of_text=image_of_text)
     xc, yc = x - x.mean(0), y - y.mean(0)
     w = np.linalg.solve(xc.T @ xc + 3.0 * np.eye(5), xc.T @ yc)
     predicted = (x_test - x.mean(0)) @ w + y.mean(0)
-    assert got.metrics == retrieval_metrics(fakes.unit(predicted), fakes.unit(y_test), owner)
+    assert got.metrics == retrieval_metrics(
+        fakes.unit(predicted), fakes.unit(y_test), image_of_text
+    )
 
 
 def test_evaluator_fits_on_the_training_source_and_evaluates_on_the_other(fakes):
@@ -72,7 +74,7 @@ def test_evaluator_fits_on_the_training_source_and_evaluates_on_the_other(fakes)
     test[3] = fakes.record(None, "test3")
     predictor = fakes.Predictor(texts)
     got = RidgeRetrieval(train, test, lambdas=(1e-3, 1e9))(predictor)
-    # Unit-norm texts are not exactly linear in the images: most are retrieved, with the small λ.
+    # Unit-norm texts are not exactly linear in the images, so the small λ retrieves most, not all.
     assert got["best_lambda"] == 1e-3 and got["text_retrieval_recall@5"] > 0.9
 
     assert RidgeRetrieval(train, train, lambdas=(1e-3,))(predictor)["text_retrieval_recall@5"] > 0.9

@@ -5,7 +5,7 @@ import pytest
 
 from imgtune_jax.evals.scoring_classifier import ScoringClassifier
 
-# log p for three readable images; the second one shows a dog.
+# log p of each prompt for three readable images; the second image shows a dog.
 LOGP = {"cat": [-1, -3, -2], "a cat": [-9, -3, -1], "dog": [-2, -2.6, -4]}
 
 
@@ -25,8 +25,8 @@ def test_predicted_class_has_the_likeliest_name(fakes):
 
 
 def test_class_score_is_the_mean_probability_of_its_prompts(fakes):
-    # The sum would classify the second image as a cat: 2 e^-3 > e^-2.6 > e^-3. The mean of
-    # logarithms would classify the first one as a dog.
+    # The sum of probabilities would classify the second image as a cat: 2 e^-3 > e^-2.6 > e^-3. The
+    # mean of log probabilities would classify the first image as a dog.
     fake, prompts = fake_predictor(fakes), {"cat": ["cat", "a cat"], "dog": ["dog"]}
     assert ScoringClassifier(source(fakes), ("cat", "dog"), prompts)(fake)["acc1"] == 1.0
     assert fake.calls == [(["cat", "a cat", "dog"], False)]

@@ -9,23 +9,28 @@ from imgtune_jax.evals.zeroshot import ZeroShot
 
 @pytest.mark.parametrize("case", ["classes_12", "classes_4"])
 def test_metrics_equal_clip_benchmark_and_scikit_learn(golden, fakes, case):
-    g = golden("evals_clip_benchmark", case)
-    num_classes, prompts, _ = g["prompt_emb"].shape
+    stored = golden("evals_clip_benchmark", case)
+    num_classes, prompts, _ = stored["prompt_emb"].shape
     names = tuple(f"c{i}" for i in range(num_classes))
     by_class = {c: [f"{c} {p}" for p in range(prompts)] for c in names}
-    texts = {f"c{i} {p}": g["prompt_emb"][i, p] for i in range(num_classes) for p in range(prompts)}
+    texts = {
+        f"c{i} {p}": stored["prompt_emb"][i, p] for i in range(num_classes) for p in range(prompts)
+    }
     predictor = fakes.Predictor(texts)
     class_emb = zeroshot.class_embeddings(predictor, names, by_class)
-    np.testing.assert_allclose(class_emb, g["class_emb"], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(class_emb, stored["class_emb"], rtol=1e-5, atol=1e-7)
     source = [
-        fakes.record(x, label=int(y)) for x, y in zip(g["image_emb"], g["labels"], strict=True)
+        fakes.record(x, label=int(y))
+        for x, y in zip(stored["image_emb"], stored["labels"], strict=True)
     ]
     got = ZeroShot(source, names, by_class, per_class=True)(predictor)
     for name in ("acc1", "acc5", "mean_per_class_recall", "macro_f1", "macro_precision"):
-        assert (name in got) == (name in g), name
-        if name in g:
-            np.testing.assert_allclose(got[name], g[name], rtol=1e-12, err_msg=name)
-    for row, kind in zip(g["per_class"], ("precision", "recall", "f1", "support"), strict=True):
+        assert (name in got) == (name in stored), name
+        if name in stored:
+            np.testing.assert_allclose(got[name], stored[name], rtol=1e-12, err_msg=name)
+    for row, kind in zip(
+        stored["per_class"], ("precision", "recall", "f1", "support"), strict=True
+    ):
         np.testing.assert_allclose([got[f"{kind}/{c}"] for c in names], row, rtol=1e-12)
 
 
@@ -76,7 +81,9 @@ def test_templates_without_the_class_name_raise(fakes, bad_templates):
 def test_label_outside_the_class_names_raises(fakes):
     source = [fakes.record(np.ones(2), label=2)]
     predictor = fakes.Predictor({"a": np.ones(2), "b": np.ones(2)})
-    with pytest.raises(ValueError, match=r"such as \[2\]; every record needs one from 0 to 1"):
+    with pytest.raises(
+        ValueError, match=r"such as \[2\]; expected one or more records, labeled 0 to 1"
+    ):
         ZeroShot(source, ("a", "b"), "name")(predictor)
 
 
@@ -85,7 +92,7 @@ def test_unknown_template_error_lists_the_known_ones():
         ZeroShot([], ("a", "b"), "openai")
 
 
-def test_openai_lists_have_80_prompts_and_1000_names():
+def test_openai_lists_have_80_prompts_and_1000_class_names():
     prompts = templates.TEMPLATES["openai_imagenet"]
     assert len(set(prompts)) == 80 and all(p.count("{}") == 1 for p in prompts)
     assert set(templates.SIMPLE_IMAGENET) <= set(prompts)

@@ -4,7 +4,8 @@
     peers/bin/pip install --no-deps pycocoevalcap==1.2
     peers/bin/python tests/golden/evals_captions.py        (needs Java)
 
-Captions in `scored` are tokens joined by spaces; those in `tokenized` and `whole` are plain text.
+Captions under the key `scored` are tokens joined by spaces. Captions under `tokenized` and `whole`
+are plain text.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def scores(predictions: list[str], references: list[list[str]]) -> dict[str, flo
 
 
 def case(predictions: list[str], references: list[list[str]]) -> dict:
-    """Return the inputs and their scores."""
+    """Return a golden case: the captions, the references and their scores."""
     return {
         "predictions": predictions,
         "references": references,
@@ -82,7 +83,7 @@ def case(predictions: list[str], references: list[list[str]]) -> dict:
 
 
 def random_case(seed: int, images: int, *, empty: float = 0.0) -> dict:
-    """Sample images with one prediction and one to five references that share words with it."""
+    """Sample one prediction and one to five references, which share words, per image."""
     rng = random.Random(seed)
 
     def sentence() -> list[str]:
@@ -100,14 +101,14 @@ def random_case(seed: int, images: int, *, empty: float = 0.0) -> dict:
 
 
 def tokenize(texts: list[str]) -> list[list[str]]:
-    """Return PTB tokens. The last line "end" is needed because trailing empty lines are dropped."""
+    """Return PTB tokens. The last line is not empty, because PTB drops empty lines at the end."""
     lines = dict(enumerate([*texts, "end"]))
     tokens = PTBTokenizer().tokenize({i: [{"caption": t}] for i, t in lines.items()})
     return [tokens[i][0].split() for i in range(len(texts))]
 
 
 def with_meteor() -> dict:
-    """Return CAPTIONS and their scores with METEOR, tokenized by the PTB tokenizer."""
+    """Return CAPTIONS and the scores, with METEOR, of their PTB tokens."""
     predictions = [" ".join(t) for t in tokenize(list(CAPTIONS))]
     references = [[" ".join(t) for t in tokenize(row)] for row in CAPTIONS.values()]
     candidates = {i: [p] for i, p in enumerate(predictions)}

@@ -4,7 +4,7 @@
     peers/bin/pip install --no-deps clip-benchmark==1.6.2
     peers/bin/python tests/golden/evals_clip_benchmark.py
 
-The file has inputs and outputs, so the test needs neither torch nor this script.
+The file has the inputs and the outputs, so the tests need neither torch nor CLIP_benchmark.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sklearn.metrics import precision_recall_fscore_support
 
 
 class Lookup:
-    """A CLIP model whose inputs are embeddings already (not of unit norm)."""
+    """A fake CLIP model: inputs are embeddings, not of unit norm, and are returned unchanged."""
 
     def encode_image(self, images):
         return images
@@ -28,7 +28,7 @@ class Lookup:
 
 
 def retrieval(seed: int, n: int, batch_size: int) -> dict[str, np.ndarray]:
-    """Evaluate retrieval with 1 to 6 captions per image and a smaller last batch."""
+    """Return the inputs and metrics of retrieval; 1 to 6 captions per image, smaller last batch."""
     rng = np.random.default_rng(seed)
     captions = rng.integers(1, 7, n)
     image_of_text = np.repeat(np.arange(n), captions)
@@ -52,7 +52,7 @@ def retrieval(seed: int, n: int, batch_size: int) -> dict[str, np.ndarray]:
 
 
 def classification(seed: int, n: int, num_classes: int, prompts: int) -> dict[str, np.ndarray]:
-    """Evaluate classification with unbalanced classes, the last of them without examples."""
+    """Return the inputs and metrics of classification; the last class has no examples."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, num_classes - 1, n) // rng.integers(1, 3, n)
     text_emb = rng.normal(size=(num_classes, prompts, 10)).astype(np.float32)

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 
 
 def case(seed: int, n: int, d: int, num_classes: int, l2: float) -> dict[str, np.ndarray]:
-    """Fit overlapping clusters whose mean is not the origin, so that the bias matters."""
+    """Fit overlapping clusters whose mean is not 0, so that the bias matters."""
     rng = np.random.default_rng(seed)
     labels = np.r_[np.arange(num_classes), rng.integers(0, num_classes, n - num_classes)]
     features = rng.normal(size=(num_classes, d))[labels] + 1.2 * rng.normal(size=(n, d)) + 0.7

@@ -1,4 +1,4 @@
-"""Write every config, flattened, into configs/ here: `python -m tests.golden.make_configs`."""
+"""Write every config, flattened, to tests/golden/configs: `python -m tests.golden.make_configs`."""
 
 import json
 

@@ -12,7 +12,7 @@ from tests.report.toy_report import UNSAFE
 
 @pytest.fixture
 def workdir(tmp_path):
-    """A run `lit` of five steps, with two results on data set S and one of a baseline."""
+    """Write the files of a run `lit`: five steps, and on data set S two results and a baseline."""
     (tmp_path / "config.json").write_text(
         json.dumps({"name": "lit", "optim": {"lr": 0.1}, "text": UNSAFE})
     )

@@ -27,7 +27,7 @@ def test_losses_share_a_chart_and_colors_are_variables_of_the_page():
     assert rendered == svg(charts[0], ident="x")
 
 
-def test_long_curve_is_thinned_and_its_description_has_both_ends():
+def test_long_curve_is_averaged_and_its_alt_text_has_both_ends():
     points = [(i, 1.0) for i in range(20_000)]
     panel = Panel("Loss", [Curve("training", points)])
     assert len(svg(panel, ident="x")) < 120 * MAX_POINTS

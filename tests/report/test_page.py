@@ -23,7 +23,7 @@ def test_page_loads_nothing_from_the_network_and_has_no_script(workdir):
             if name in attrs:
                 assert attrs[name].startswith(("data:", "#")), (tag, attrs)
     assert "@import" not in text and not re.search(r"url\((?!#)", text)
-    assert not re.search(r"https?://(?!www\.w3\.org/)", text)  # w3.org: names of SVG namespaces
+    assert not re.search(r"https?://(?!www\.w3\.org/)", text)  # w3.org: SVG namespaces, not loaded
 
 
 def test_captions_and_settings_are_escaped(workdir):
@@ -70,7 +70,7 @@ def test_page_of_an_empty_run_names_what_is_missing(tmp_path):
 
 
 def test_missing_workdir_raises(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no run in"):
+    with pytest.raises(FileNotFoundError, match="does not exist; expected the --workdir"):
         write_report(tmp_path / "nowhere")
 
 

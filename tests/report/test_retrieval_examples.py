@@ -10,7 +10,7 @@ from imgtune_jax.report.retrieval_examples import sample_examples
 from tests.report.toy_report import UNSAFE, png, retrieval_data
 
 
-def test_answers_hits_and_first_positives():
+def test_queries_have_hits_ranks_and_first_positives():
     examples = sample_examples(retrieval_data(), queries=3, answers=2)
     by_caption = {q.caption: q for q in examples.text_queries}
     assert [a.hit for a in by_caption["red"].answers] == [True, False]
@@ -62,7 +62,7 @@ def test_only_shown_thumbnails_are_read():
     emb = np.random.default_rng(0).normal(size=(500, 8))
     data = RetrievalData("d", LazyThumbnails(), ["c"] * 500, emb, emb, np.arange(500))
     sample_examples(data, queries=2, pairs=2)
-    assert len(accessed) <= 2 * 6 + 2 + 2
+    assert len(accessed) <= 2 * 6 + 2 + 2  # text queries, image queries, heat map
 
 
 def test_fields_of_different_lengths_raise():

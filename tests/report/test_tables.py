@@ -18,7 +18,7 @@ def test_table_has_the_newest_results_and_marks_the_best_of_a_data_set(workdir):
     assert [c.best for c in baseline.cells] == [False, True, False]  # a lower rank is better
 
 
-def test_key_numbers_have_english_first():
+def test_key_numbers_start_with_english_results():
     common = dict(model="m", pretrained="", task="captioning", metrics={"CIDEr": 0.5})
     records = [make_result(dataset=f"s_{x}", language=x, **common) for x in ("ar", "en", "zh")]
     run = SimpleNamespace(last_step=None, series={})

@@ -22,7 +22,7 @@ def png(color) -> bytes:
 
 
 def retrieval_data(**changes) -> RetrievalData:
-    """Return three images with one caption each; the caption of image 2 is closest to image 0."""
+    """Return three images with one caption each; caption 2 is closest to image 0."""
     eye = np.eye(3, dtype=np.float32)
     data = RetrievalData(
         dataset="toy",
@@ -36,7 +36,7 @@ def retrieval_data(**changes) -> RetrievalData:
 
 
 class Page(html.parser.HTMLParser):
-    """The tags of a page with their attributes, and its text outside of <style>."""
+    """Parses a page into `tags`, with their attributes, and `words`, the text outside <style>."""
 
     def __init__(self, text):
         super().__init__()

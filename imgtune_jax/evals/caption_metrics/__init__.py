@@ -32,10 +32,10 @@ STRING_METRICS: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], Sco
 
 
 def check_metrics(metrics: Collection[str], tokenization: str) -> None:
-    """Raise ValueError for an unknown name, and for one that needs Java where it is missing."""
+    """Raise ValueError for an unknown name, and for one that needs Java if Java is missing."""
     known = [*TOKEN_METRICS, *STRING_METRICS]
     if unknown := [name for name in metrics if name not in known]:
-        raise ValueError(f"no caption metric {unknown}; known: {', '.join(known)}")
+        raise ValueError(f"unknown caption metrics {unknown}; known: {', '.join(known)}")
     if tokenization not in TOKENIZATIONS:
         raise ValueError(f"tokenization = {tokenization!r}; known: {', '.join(TOKENIZATIONS)}")
     if tokenization == "ptb" or "meteor" in metrics:
@@ -49,10 +49,10 @@ def compute_metrics(
     metrics: Collection[str],
     tokenization: str = "simple",
 ) -> Scores:
-    """Compute `metrics` for one prediction per image and its references.
+    """Compute `metrics` of one predicted caption per image, given the references of each image.
 
-    `tokenization` is used by the metrics in `TOKEN_METRICS`, whose values depend on it. Raises
-    ValueError for an unknown name, for an empty list, and for an image without a reference.
+    Only the metrics in `TOKEN_METRICS` use `tokenization`. Raises ValueError for an unknown name,
+    for an empty list, and for an image without a reference.
     """
     check_metrics(metrics, tokenization)
     num_empty = sum(not texts for texts in references)
@@ -76,7 +76,7 @@ def compute_metrics(
 def _tokenize(
     predictions: Sequence[str], references: Sequence[Sequence[str]], tokenization: str
 ) -> tuple[list[list[str]], list[list[list[str]]]]:
-    """Tokenize all texts in one call, because a tokenizer may run in a slow-starting process."""
+    """Tokenize all texts in one call, since PTB's Java process is slow to start."""
     texts = [*predictions, *(text for row in references for text in row)]
     tokens = iter(TOKENIZATIONS[tokenization](texts))
     candidates = [next(tokens) for _ in predictions]

@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from imgtune_jax.evals.caption_metrics.tokens import Tokens, ngrams
 
 NGRAM_ORDERS = (1, 2, 3, 4)
-# Added by pycocoevalcap so that counts of 0 need no special case.
+# pycocoevalcap adds these to numerators and denominators, so that a count of 0 is no special case.
 TINY, SMALL = 1e-15, 1e-9
 
 
 def bleu(predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> dict[str, float]:
     """Return corpus-level `Bleu_1` to `Bleu_4`, in [0, 1] (Papineni et al., P02-1040).
 
-    Clipped n-gram counts are summed over images before the division. The brevity penalty uses the
-    reference length of each image that is closest to the prediction's; ties go to the shorter one.
-    Equal to pycocoevalcap 1.2.
+    Clipped n-gram counts are summed over images before the division. For each image, the brevity
+    penalty uses the reference whose length is closest to the prediction's; ties go to the shorter
+    one. Equal to pycocoevalcap 1.2.
     """
     matched, predicted = dict.fromkeys(NGRAM_ORDERS, 0), dict.fromkeys(NGRAM_ORDERS, 0)
     length = reference_length = 0

@@ -1,6 +1,6 @@
-"""The Penn Treebank tokenizer and METEOR, which need Java; both are run by pycocoevalcap.
+"""The Penn Treebank (PTB) tokenizer and METEOR; pycocoevalcap runs both in Java.
 
-Published COCO scores use this tokenizer. Optional: `pip install imgtune-jax[java]`.
+Published COCO scores use this tokenizer. Both need the extra `pip install imgtune-jax[java]`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from imgtune_jax.evals.caption_metrics.tokens import Tokens
 
 
 def ptb_tokens(texts: Sequence[str]) -> list[list[str]]:
-    """Tokenize by Stanford's PTB tokenizer (CoreNLP 3.4.1).
+    """Tokenize with Stanford's PTB tokenizer (CoreNLP 3.4.1).
 
-    Tokens are lower case, and the tokens on pycocoevalcap's list of punctuation are removed.
+    Tokens are in lower case. The tokens on pycocoevalcap's list of punctuation are removed.
     Raises ValueError that names what to install if pycocoevalcap or Java is missing.
     """
     require_java()
@@ -23,7 +23,7 @@ def ptb_tokens(texts: Sequence[str]) -> list[list[str]]:
         PTBTokenizer,
     )
 
-    # The tokenizer drops empty lines at the end of its input; a last word prevents that.
+    # The tokenizer drops empty lines at the end of its input, so the last line must not be empty.
     lines = dict(enumerate([*texts, "end"]))
     tokens = PTBTokenizer().tokenize({i: [{"caption": t}] for i, t in lines.items()})
     return [tokens[i][0].split() for i in range(len(texts))]
@@ -39,8 +39,10 @@ def meteor(
     require_java()
     from pycocoevalcap.meteor.meteor import Meteor  # pyright: ignore[reportMissingImports]
 
-    joined_references = {i: [" ".join(r) for r in row] for i, row in enumerate(references)}
-    candidates = {i: [" ".join(p)] for i, p in enumerate(predictions)}
+    joined_references = {
+        i: [" ".join(tokens) for tokens in row] for i, row in enumerate(references)
+    }
+    candidates = {i: [" ".join(tokens)] for i, tokens in enumerate(predictions)}
     return {"METEOR": float(Meteor().compute_score(joined_references, candidates)[0])}
 
 

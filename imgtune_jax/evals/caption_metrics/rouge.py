@@ -6,17 +6,18 @@ from collections.abc import Sequence
 
 from imgtune_jax.evals.caption_metrics.tokens import Tokens
 
-BETA = 1.2  # of the F score: weight of recall relative to precision
+BETA = 1.2  # weight of recall relative to precision in the F score
 
 
 def rouge_l(
     predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
 ) -> dict[str, float]:
-    """Return `ROUGE_L` in [0, 1]: F of the longest common subsequence (Lin, W04-1013).
+    """Return `ROUGE_L` in [0, 1]: F score of the longest common subsequence (Lin, W04-1013).
 
-    It is the mean over images. The best precision and the best recall over an image's references
-    are combined, also if they come from different references. A caption without tokens counts as
-    one empty token, which matches another empty caption. Equal to pycocoevalcap 1.2.
+    The score is the mean over images. An image's F score combines its best precision and its best
+    recall over all references, even if they come from different references. A caption without
+    tokens counts as one empty token, which matches another empty caption. Equal to pycocoevalcap
+    1.2.
     """
     scores = [_f_score(p, rs) for p, rs in zip(predictions, references, strict=True)]
     return {"ROUGE_L": sum(scores) / len(scores)}

@@ -8,14 +8,14 @@ from imgtune_jax.evals.caption_metrics.tokens import normalize_text
 
 
 def chrf(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Return `chrF`, 0 to 100: corpus-level F2 of character 1- to 6-grams (W15-3049), by sacrebleu.
+    """Return sacrebleu's `chrF`, 0 to 100: corpus-level F2 of character 1- to 6-grams (W15-3049).
 
-    The best reference of each image is used. Case and white space are ignored (sacrebleu's
-    case:lc, space:no).
+    Each image counts with its best reference. Case and white space are ignored (case:lc and
+    space:no in sacrebleu's signature).
     """
     from sacrebleu.metrics.chrf import CHRF  # imported here because the import is slow
 
-    # sacrebleu expects the same number of references for every image: repeat the last one.
+    # sacrebleu expects the same number of references for every image, so repeat the last one.
     max_references = max(map(len, references))
     streams = [[row[min(i, len(row) - 1)] for row in references] for i in range(max_references)]
     return {"chrF": CHRF(lowercase=True).corpus_score(list(predictions), streams).score}
@@ -24,7 +24,7 @@ def chrf(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dic
 def exact_match(
     predictions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> dict[str, float]:
-    """Return `exact_match`: the fraction of captions equal to a reference, by `normalize_text`."""
+    """Return `exact_match`: the fraction of captions that, normalized, equal a reference."""
     hits = [
         normalize_text(p) in map(normalize_text, row)
         for p, row in zip(predictions, references, strict=True)

@@ -29,25 +29,28 @@ PUNCTUATION = regex.compile(rf"[\p{{P}}--[{SIGNS}]]+", regex.VERSION1)
 
 
 def simple_tokens(texts: Sequence[str]) -> list[list[str]]:
-    """Split into lower-case words like those of the Penn Treebank; needs no Java, any language.
+    """Split texts of any language into lower-case words; similar to `ptb`, but without Java.
 
     Punctuation is dropped. In scripts written without spaces (Han, kana, Thai, Lao, Khmer,
-    Burmese, Tibetan), every letter is a token. Words keep inner hyphens and apostrophes, numbers
-    keep their points. English 's, n't, 'll, 're, 've, 'd and 'm are separate tokens, and so are
-    signs (& % # @ * $ + and emoji). On plain English, the tokens are those of `ptb`, except that
-    brackets are dropped (`-lrb-` in `ptb`), "cannot" is one token, and titles and addresses are
-    split at their points ("Mr." is "mr").
+    Burmese, Tibetan), every letter is a token. Words keep inner hyphens and apostrophes, and
+    numbers keep inner `.`, `,`, `:` and `/`. English 's, n't, 'll, 're, 've, 'd and 'm are separate
+    tokens, and so are signs (& % # @ * $ + and emoji). On plain English, the tokens are those of
+    the tokenization `ptb`, except that brackets are dropped (`-lrb-` in `ptb`), "cannot" is one
+    token, and titles and addresses are split at periods ("Mr." is "mr").
     """
     return [TOKEN.findall(BEFORE_CLITIC.sub(" ", _lower(text))) for text in texts]
 
 
 def normalize_text(text: str) -> str:
-    """Apply NFKC and lower case, replace punctuation but & % # @ *, and collapse white space."""
+    """Apply Unicode NFKC and lower case; replace punctuation and white space by single spaces.
+
+    The signs & % # @ * are not replaced.
+    """
     return " ".join(PUNCTUATION.sub(" ", unicodedata.normalize("NFKC", text).lower()).split())
 
 
 def ngrams(tokens: Tokens, n: int) -> Iterator[tuple[str, ...]]:
-    """Return all sequences of n consecutive tokens, in order."""
+    """Yield all sequences of n consecutive tokens, in order."""
     return zip(*(tokens[i:] for i in range(n)), strict=False)
 
 
