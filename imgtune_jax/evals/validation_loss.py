@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -57,7 +58,7 @@ def evaluation_loss(
     totals: dict[str, Metric] = {}
     for start in range(0, n, size):
         rows = slice(start, start + size)
-        batch, outputs = jax.tree.map(lambda x: _padded_rows(x, rows), all_rows)
+        batch, outputs = jax.tree.map(functools.partial(_padded_rows, rows=rows), all_rows)
         loss, metrics = jax.device_get(compiled_objective(outputs.replace(**scalars), batch))
         count = example_mask[rows].sum()
         if count:  # a batch without a valid example has no loss
@@ -70,7 +71,7 @@ def _scalar(x: float | None) -> jax.Array | None:
     return None if x is None else jnp.float32(x)
 
 
-def _padded_rows(x: np.ndarray, rows: slice) -> jax.Array:
+def _padded_rows(x: np.ndarray, *, rows: slice) -> jax.Array:
     """Return x[rows], with rows of zeros after the end of x."""
     missing = rows.stop - rows.start - len(x[rows])
     return jnp.asarray(np.pad(x[rows], [(0, missing)] + [(0, 0)] * (x.ndim - 1)))
