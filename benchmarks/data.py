@@ -1,23 +1,25 @@
-"""Input: images/s of a training transform on 500x375 JPEGs; ours, PyTorch's and tf.data.
+"""Input speed: images/s from 500x375 JPEGs to training batches, in ours, PyTorch and tf.data.
 
 .venv-peers/bin/python benchmarks/data.py [--tensorflow PYTHON] [--rounds 5] [--output FILE.json]
 
-Random resized crop to 224, bilinear, and flip, to uint8 batches of 64 in host memory:
+Unless stated otherwise, a variant crops images at random, resizes them to 224 pixels with bilinear
+interpolation, flips them at random, and returns uint8 batches of 64 in host memory:
 - ours, with threads and with worker processes;
-- torch DataLoader with torchvision on Pillow, and the same with normalized float32 output, as in
+- torch's DataLoader with torchvision on Pillow, and the same with normalized float32 output, as in
   torchvision's examples (ours normalizes on the device, in the step);
-- open_clip's training transform (windows of at least 0.9 of the area, bicubic, no flip, normalized
-  float32), and ours with the same windows;
+- open_clip's training transform (crops of at least 0.9 of the area, bicubic, no flip, normalized
+  float32), and ours with the same crops;
 - tf.data with the operations of big_vision's decode_jpeg_and_inception_crop, with its default
-  resizing and with antialiasing, which ours and Pillow's have, in the interpreter that --tensorflow
-  names (one with tensorflow-cpu installed);
-- upper bounds of any pipeline with the same decoder, which decode only: libjpeg-turbo full images,
-  in threads, and tf.data the windows that it samples.
+  resizing and with antialiasing, which all variants above have. It runs in the interpreter that
+  --tensorflow names, in which tensorflow-cpu is installed.
 
-Every variant has one thread or process per core, fills its buffers before each round, and is timed
-over the same number of images, in interleaved rounds. The images are 500x375 crops of the
-photographs that scikit-image, scikit-learn and matplotlib contain, as JPEG of quality 95, 4:2:0.
-Ours are read from a WebDataset tar, the peers' from memory.
+Two variants only decode. They are upper bounds for pipelines with the same decoder: libjpeg-turbo
+decodes full images in threads, and tf.data decodes the crops that it samples.
+
+Every variant has one thread or process per core, and fills its buffers before it is timed. A round
+times every variant once, over the same number of images. The images are 500x375 crops of the
+photographs that scikit-image, scikit-learn and matplotlib contain, as JPEG of quality 95 with 4:2:0
+chroma subsampling. Our variants read them from a WebDataset tar, the others from memory.
 """
 
 import io
@@ -51,7 +53,7 @@ FOLDERS = {"skimage": "data", "sklearn": "datasets/images", "matplotlib": "mpl-d
 
 
 def photographs() -> list[Image.Image]:
-    """Return the PHOTOGRAPHS whose package is installed, as RGB."""
+    """Return those of PHOTOGRAPHS whose package is installed, in RGB."""
     paths = []
     for package, names in PHOTOGRAPHS.items():
         spec = find_spec(package)
@@ -77,14 +79,14 @@ def jpegs(count: int) -> list[bytes]:
     return encoded
 
 
-CROP = [
+CROP_AND_FLIP = [
     dict(name="random_resized_crop", size=SIZE, interpolation="bilinear"),
     dict(name="horizontal_flip"),
 ]
-TENSORFLOW = {  # by variant: how the decoded window is resized
+TENSORFLOW = {  # variant: the argument `resizing` of data_tf.py
     "tf.data": "resize",
     "tf.data, antialiased": "antialias",
-    "tf.data, decoding alone": "none",
+    "tf.data, decoding only": "none",
 }
 OPEN_CLIP_CROP = [
     dict(name="random_resized_crop", size=SIZE, interpolation="bicubic", scale=(0.9, 1.0))
@@ -108,12 +110,12 @@ def ours(tar: Path, transforms: list[Any], *, threads: int, workers: int) -> Ite
 class TorchImages:
     """A map-style torch data set of JPEGs, decoded by Pillow.
 
-    `augment` is "uint8" (torchvision's crop and flip), "float32" (the same, normalized as in
+    `augmentation` is "uint8" (torchvision's crop and flip), "float32" (the same, normalized as in
     torchvision's examples) or "open_clip".
     """
 
-    def __init__(self, encoded: Sequence[bytes], augment: str) -> None:
-        self.encoded, self.augment = encoded, augment
+    def __init__(self, encoded: Sequence[bytes], augmentation: str) -> None:
+        self.encoded, self.augmentation = encoded, augmentation
 
     def __len__(self) -> int:
         return 1 << 30  # so an epoch never ends
@@ -136,27 +138,27 @@ class TorchImages:
                 transforms.RandomHorizontalFlip(),
                 transforms.PILToTensor(),
             ]
-            if self.augment == "float32":
+            if self.augmentation == "float32":
                 mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
                 steps += [
                     transforms.ConvertImageDtype(torch.float32),
                     transforms.Normalize(mean, std),
                 ]
             self._transform = transforms.Compose(steps)
-            if self.augment == "open_clip":
+            if self.augmentation == "open_clip":
                 self._transform = peers.open_clip().image_transform(SIZE, is_train=True)
         return self._transform
 
 
-def torch_loader(encoded: Sequence[bytes], augment: str) -> Iterator[Any]:
-    """Yield torch DataLoader's batches without end."""
+def torch_loader(encoded: Sequence[bytes], augmentation: str) -> Iterator[Any]:
+    """Yield the batches of torch's DataLoader without end; `augmentation` as in TorchImages."""
     import torch
 
     def one_thread(_: int) -> None:
         torch.set_num_threads(1)
 
     loader = torch.utils.data.DataLoader(
-        TorchImages(encoded, augment),  # pyright: ignore[reportArgumentType]
+        TorchImages(encoded, augmentation),  # pyright: ignore[reportArgumentType]
         batch_size=BATCH_SIZE,
         num_workers=CORES,
         prefetch_factor=PREFETCH,
@@ -167,7 +169,7 @@ def torch_loader(encoded: Sequence[bytes], augment: str) -> Iterator[Any]:
 
 
 class TensorFlow:
-    """data_tf.py in another interpreter: receives a number of batches, returns seconds."""
+    """A process that runs data_tf.py in another interpreter. Calling it times some batches."""
 
     def __init__(self, python: str, encoded: Sequence[bytes], folder: Path, resizing: str):
         jpeg_file = folder / "jpegs.pickle"
@@ -187,8 +189,8 @@ class TensorFlow:
         return float(self.child.stdout.readline())
 
 
-def decoding(encoded: Sequence[bytes]) -> Callable[[int], float]:
-    """Return a function that times decoding full images in threads, by number of batches."""
+def time_decoding(encoded: Sequence[bytes]) -> Callable[[int], float]:
+    """Return a function that times the decoding, in threads, of some batches of full images."""
 
     def decode_one(index: int) -> None:
         jpeg = open_image(encoded[index % len(encoded)])
@@ -206,7 +208,7 @@ def decoding(encoded: Sequence[bytes]) -> Callable[[int], float]:
 
 
 def time_batches(batches: Iterator[Any]) -> Callable[[int], float]:
-    """Return a function that times a number of batches, after those that may be in buffers."""
+    """Return a function that times a number of batches, after it has skipped the buffered ones."""
 
     def run(count: int) -> float:
         for _ in range(8 * CORES * PREFETCH):
@@ -231,7 +233,7 @@ def write_tar(path: Path, encoded: Sequence[bytes]) -> None:
 def build_variants(
     encoded: Sequence[bytes], folder: Path, tensorflow: str | None
 ) -> dict[str, Callable[[int], float]]:
-    """Return, by variant, a function from a number of batches to their seconds."""
+    """Return, by variant, a function that times a number of batches, in seconds."""
     tar = folder / "photographs.tar"
     write_tar(tar, encoded)
     variants: dict[str, Callable[[int], float]] = {}
@@ -239,48 +241,52 @@ def build_variants(
         variants["torch DataLoader, Pillow"] = time_batches(torch_loader(encoded, "uint8"))
         variants["the same, normalized"] = time_batches(torch_loader(encoded, "float32"))
         variants["open_clip's transform"] = time_batches(torch_loader(encoded, "open_clip"))
-    variants[f"ours, {CORES} threads"] = time_batches(ours(tar, CROP, threads=CORES, workers=0))
-    variants[f"ours, {CORES} workers"] = time_batches(ours(tar, CROP, threads=1, workers=CORES))
-    same_windows = ours(tar, OPEN_CLIP_CROP, threads=CORES, workers=0)
-    variants["ours, open_clip's windows"] = time_batches(same_windows)
-    variants["decoding alone"] = decoding(encoded)
+    variants[f"ours, {CORES} threads"] = time_batches(
+        ours(tar, CROP_AND_FLIP, threads=CORES, workers=0)
+    )
+    variants[f"ours, {CORES} workers"] = time_batches(
+        ours(tar, CROP_AND_FLIP, threads=1, workers=CORES)
+    )
+    same_crops = ours(tar, OPEN_CLIP_CROP, threads=CORES, workers=0)
+    variants["ours, open_clip's crops"] = time_batches(same_crops)
+    variants["decoding only"] = time_decoding(encoded)
     if tensorflow:
         for name, resizing in TENSORFLOW.items():
             variants[name] = TensorFlow(tensorflow, encoded, folder, resizing)
     return variants
 
 
-def interleaved_rates(
+def measure_rates(
     variants: dict[str, Callable[[int], float]], rounds: int, images: int
 ) -> dict[str, list[float]]:
-    """Return images/s of each variant in interleaved rounds; the first round is not counted."""
+    """Return the images/s of each variant in each round; a first, extra round is not counted."""
     rates: dict[str, list[float]] = {name: [] for name in variants}
     num_batches = images // BATCH_SIZE
-    for turn in range(rounds + 1):
+    for round_index in range(rounds + 1):
         for name, run in variants.items():
             seconds = run(num_batches)
-            time.sleep(1.5)  # its buffers fill up, so that it is idle while the next variant runs
-            if turn:
+            time.sleep(1.5)  # its buffers become full, so it is idle while the next variant runs
+            if round_index:
                 rates[name].append(num_batches * BATCH_SIZE / seconds)
     return rates
 
 
 def main() -> None:
-    """Time all variants in interleaved rounds and print images/s."""
+    """Time all variants, one after another in every round, and print images/s."""
     parser = build_parser(__doc__)
     parser.add_argument("--tensorflow", help="an interpreter that has tensorflow-cpu")
     parser.add_argument("--images", type=int, default=1536, help="timed images per round")
-    o = parser.parse_args()
+    args = parser.parse_args()
     encoded = jpegs(1024)
     with tempfile.TemporaryDirectory() as folder:
-        variants = build_variants(encoded, Path(folder), o.tensorflow)
-        rates = interleaved_rates(variants, o.rounds, o.images)
-    kilobytes = float(np.mean([len(x) for x in encoded])) / 1e3
+        variants = build_variants(encoded, Path(folder), args.tensorflow)
+        rates = measure_rates(variants, args.rounds, args.images)
+    kilobytes = float(np.mean([len(jpeg) for jpeg in encoded])) / 1e3
     print(f"\n{len(encoded)} JPEGs of 500x375, {kilobytes:.0f} kB on average; {CORES} cores\n")
     print(format_table(rates, next(iter(rates)), unit="images/s"))
     for variant, rate in medians(rates).items():
         print(f"{variant}: {rate / CORES:.0f} images/s per core")
-    write_results(o.output, images_per_second=rates, kilobytes=kilobytes)
+    write_results(args.output, images_per_second=rates, kilobytes=kilobytes)
 
 
 if __name__ == "__main__":

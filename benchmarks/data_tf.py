@@ -1,7 +1,8 @@
 """The tf.data variants of data.py, which starts this script in an interpreter with TensorFlow.
 
-The operations are big_vision's: decode_jpeg_and_inception_crop, then flip_lr. The decoded window is
-resized ("resize"), resized with antialiasing ("antialias"), or not used further ("none").
+The operations are those of big_vision's decode_jpeg_and_inception_crop and flip_lr. The argument
+`resizing` selects what happens to the decoded crop: "resize" it, resize it with "antialias", or
+"none", which drops it.
 """
 
 import pickle
@@ -15,7 +16,7 @@ NUM_PREFETCHED = 2  # batches
 
 
 def augment(encoded: tf.Tensor, size: int, resizing: str) -> tf.Tensor:
-    """Sample a window, decode only that, resize and flip it."""
+    """Sample a crop of a JPEG, decode only the crop, resize it and flip it at random."""
     begin, extent, _ = tf.image.sample_distorted_bounding_box(
         tf.image.extract_jpeg_shape(encoded),
         tf.zeros([0, 0, 4], tf.float32),
@@ -24,10 +25,10 @@ def augment(encoded: tf.Tensor, size: int, resizing: str) -> tf.Tensor:
         min_object_covered=0,
         use_image_if_no_bounding_boxes=True,
     )
-    window = tf.concat([begin[:2], extent[:2]], axis=0)
-    image = tf.image.decode_and_crop_jpeg(encoded, window, channels=3)
+    crop = tf.concat([begin[:2], extent[:2]], axis=0)
+    image = tf.image.decode_and_crop_jpeg(encoded, crop, channels=3)
     if resizing == "none":
-        return image[:1, :1]  # so that all images of a batch have one shape
+        return image[:1, :1]  # one pixel, so that all images of a batch have the same shape
     image = tf.image.resize(
         image, (size, size), method="bilinear", antialias=resizing == "antialias"
     )
@@ -35,7 +36,7 @@ def augment(encoded: tf.Tensor, size: int, resizing: str) -> tf.Tensor:
 
 
 def main() -> None:
-    """For each line of input, a number of batches, print the seconds that they take."""
+    """Read numbers of batches from standard input, and print the seconds that each takes."""
     path, size, batch_size, threads, resizing = sys.argv[1:]
     dataset = tf.data.Dataset.from_tensor_slices(pickle.loads(Path(path).read_bytes()))
     dataset = dataset.repeat().map(

@@ -1,13 +1,16 @@
-"""Caption generation: with a cache, with the prefix recomputed for every token, and open_clip's.
+"""Caption generation: ours with a cache of keys and values, ours without it, and open_clip's.
 
 .venv-peers/bin/python benchmarks/decode.py [--length 64] [--batch-size 8] [--rounds 5]
     [--variants VARIANT ...] [--output FILE.json]
 
-One process per variant, in interleaved rounds, with the sizes of open_clip's coca_ViT-B-32, random
-weights and float32: from images to `length` new tokens each; no end token stops them early. The
-variants that recompute run the image tower once, and the decoder on the full prefix for every
-token; ours pads the prefix to the next multiple of 8, and computes logits only for its last
-position. If open_clip is not installed (make test-peers installs it), only ours runs.
+Each variant generates `length` tokens for each image; no end token stops it early. The model has
+the sizes of open_clip's coca_ViT-B-32, random weights, and float32. Each variant has a separate
+process, and every round times all variants in turn.
+
+The variants without a cache ("recomputed" and open_clip) run the image tower once, and for every
+new token the decoder on all earlier ones. Ours pads these to the next multiple of 8, and computes
+logits only for the last position. If open_clip is not installed (make test-peers installs it),
+only ours runs.
 """
 
 import functools
@@ -61,7 +64,7 @@ def build_model() -> tuple[models.ImageTextModel, Any]:
 
 
 def cached(batch_size: int, length: int, method: Greedy | BeamSearch) -> Run:
-    """Build our cached generator."""
+    """Build a generator of our model with a cache."""
     model, params = build_model()
     settings = GenerationConfig(
         stop_ids=(END,), max_new_tokens=length, min_new_tokens=length - 1, method=method
@@ -75,13 +78,13 @@ def cached(batch_size: int, length: int, method: Greedy | BeamSearch) -> Run:
 
 
 def recomputed(batch_size: int, length: int) -> Run:
-    """Build a greedy generator of the same model that reads the prefix again for every token."""
+    """Build a greedy generator of the same model that reads all earlier tokens for each new one."""
     model, params = build_model()
     encode, image = jax.jit(model.image_tokens), images(batch_size)
 
     @functools.partial(jax.jit, static_argnames="width")
     def extend(params: Any, tokens: jax.Array, ids: jax.Array, *, width: int) -> jax.Array:
-        """Generate BLOCK tokens, the last of which from a prefix of `width` tokens."""
+        """Generate BLOCK tokens; the last one attends to `width` tokens, begin token included."""
         mask = jnp.ones((batch_size, width), bool)
 
         def append_token(position: jax.Array, ids: jax.Array) -> jax.Array:
@@ -109,7 +112,9 @@ def open_clip_greedy(batch_size: int, length: int) -> Run:
     import transformers
     from open_clip import coca_model
 
-    if not coca_model._has_transformers:  # it needs BeamSearchScorer, which 5.0 removed
+    if not coca_model._has_transformers:
+        # With Transformers 5, open_clip imports none of these classes, because the version has no
+        # BeamSearchScorer. Generation with top_k needs only these.
         for name in (
             *("LogitsProcessorList", "MinLengthLogitsProcessor", "MaxLengthCriteria"),
             *("RepetitionPenaltyLogitsProcessor", "StoppingCriteriaList"),
@@ -125,29 +130,29 @@ def open_clip_greedy(batch_size: int, length: int) -> Run:
 
 
 def main() -> None:
-    """Time all variants in interleaved rounds and print a table."""
+    """Time all variants, one after another in every round, and print a table."""
     parser = build_parser(__doc__)
     parser.add_argument("--length", type=int, default=64, help=f"a multiple of {BLOCK}, up to 72")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
-    o = parser.parse_args()
-    arguments = (o.batch_size, o.length)
+    args = parser.parse_args()
+    arguments = (args.batch_size, args.length)
     variants = {
         "cached, greedy": (cached, (*arguments, Greedy())),
         "cached, beam of 4": (cached, (*arguments, BeamSearch(width=4))),
         "recomputed, greedy": (recomputed, arguments),
         "open_clip, greedy": (open_clip_greedy, arguments),
     }
-    selected = {name: variants[name] for name in VARIANTS if name in o.variants}
-    times = time_in_processes(selected, o.rounds).times
-    rates = {name: o.batch_size * o.length / s for name, s in medians(times).items()}
-    print(f"\ncoca_ViT-B-32, batch {o.batch_size}, {o.length} tokens\n")
+    selected = {name: variants[name] for name in VARIANTS if name in args.variants}
+    times = time_in_processes(selected, args.rounds).times
+    rates = {name: args.batch_size * args.length / s for name, s in medians(times).items()}
+    print(f"\ncoca_ViT-B-32, batch {args.batch_size}, {args.length} tokens\n")
     print(format_table(times, "cached, greedy"))
     print("\n| | tokens/s |\n|---|---|")
     for name, rate in rates.items():
         print(f"| {name} | {rate:.0f} |")
-    settings = dict(batch_size=o.batch_size, length=o.length)
-    write_results(o.output, **settings, seconds=times, tokens_per_second=rates)
+    settings = dict(batch_size=args.batch_size, length=args.length)
+    write_results(args.output, **settings, seconds=times, tokens_per_second=rates)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,17 @@
     [--open-clip bfloat16 float32] [--rounds 5] [--output FILE.json]
 .venv/bin/python benchmarks/lit_step.py --count [--batch-size 32] [--tokens 16]
 
-One process per case, in interleaved rounds: ours uncached and cached, open_clip in bfloat16 and
-float32. Random weights, AdamW. Prints medians over the rounds in seconds, the resulting time of a
-job of --epochs epochs, the first of which fills the cache, and the ratio of the floating-point
-operations that the compiler counts. If open_clip is not installed (make test-peers installs it), or
-lacks the pair of towers, only ours runs. With --count, prints the operations of all pairs of
-towers, and times nothing.
+The cases are ours uncached and cached, ours with only the locked tower ("frozen prefix"), and
+open_clip in bfloat16 and float32. The weights are random, and the optimizer is AdamW. Each case has
+a separate process, and every round times all cases in turn. Prints:
+- the median seconds of each case;
+- the time that one batch takes in all of --epochs epochs: uncached, with a cache that is filled in
+  the first epoch, and with a cache that an earlier run has filled;
+- the ratio of the floating-point operations of the uncached to those of the cached step, as counted
+  by the compiler.
+
+If open_clip is not installed (make test-peers installs it), or lacks the pair of towers, only ours
+runs. With --count, prints the operations of all pairs of towers, and times nothing.
 """
 
 from typing import Any
@@ -42,11 +47,12 @@ VARIANTS = {  # open_clip's name, image tower, pixels, text width, heads, embedd
     "g/14-288": (None, "g/14", 288, 1024, 16, 1024),
 }
 TYPES = ("bfloat16", "float32")
-VOCABULARY, TEXT_DEPTH = 49408, {1024: 24}  # by width; default 12
+VOCABULARY = 49408  # number of tokens
+TEXT_DEPTH = {1024: 24}  # text width: number of layers; 12 for other widths
 
 
 def build_step(variant: str, length: int, dtype: str) -> tuple[models.ImageTextModel, Any, Any]:
-    """Return the model with a locked image tower, its optimizer, and the jitted step."""
+    """Return the model with a locked image tower, its Optax transformation, and the jitted step."""
     _, tower, pixels, width, heads, embed_dim = VARIANTS[variant]
     text = dict(width=width, depth=TEXT_DEPTH.get(width, 12), mlp_dim=4 * width, num_heads=heads)
     model = models.build_model(
@@ -70,7 +76,7 @@ def build_step(variant: str, length: int, dtype: str) -> tuple[models.ImageTextM
 
 
 def make_inputs(model: models.ImageTextModel, batch_size: int, length: int, case: str) -> Batch:
-    """Return random texts and images; for "cached", features of the locked tower, not images."""
+    """Return random texts and images; for "cached", features of the locked tower, no images."""
     rng = np.random.default_rng(0)
     ids = jnp.asarray(rng.integers(0, VOCABULARY, (batch_size, length)), jnp.int32)
     batch = Batch(jnp.ones(batch_size, bool), text=ids, text_mask=ids >= 0)
@@ -83,17 +89,19 @@ def make_inputs(model: models.ImageTextModel, batch_size: int, length: int, case
 
 def split_params(params: Any, case: str) -> tuple[Any, Any]:
     """Return (trainable, frozen). The cached step has no frozen parameters."""
-    trainable = {k: v for k, v in params.items() if k != "image"}
+    trainable = {name: tree for name, tree in params.items() if name != "image"}
     return trainable, {} if case == "cached" else {"image": params["image"]}
 
 
 def ours(variant: str, batch_size: int, length: int, dtype: str, case: str) -> Run:
-    """Build the "uncached" or the "cached" step, or only the "frozen prefix"."""
+    """Build our step for the case "uncached" or "cached", or only the tower ("frozen prefix")."""
     model, tx, step = build_step(variant, length, dtype)
     batch = make_inputs(model, batch_size, length, case)
     trainable, frozen = split_params(model.init(jax.random.key(0)), case)
     if case == "frozen prefix":
-        prefix = jax.jit(lambda p, b: model.apply_frozen_prefix(p, tower="image", batch=b))
+        prefix = jax.jit(
+            lambda params, batch: model.apply_frozen_prefix(params, tower="image", batch=batch)
+        )
         return lambda: prefix(frozen, batch)
     state = [TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable))]
 
@@ -156,50 +164,56 @@ def count_table(batch_size: int, length: int) -> str:
 
 
 def job_seconds(times: dict[str, list[float]], epochs: int) -> dict[str, float]:
-    """Return the seconds per batch, summed over all epochs, of three ways to train."""
+    """Return the seconds that one batch takes in all epochs together, for three ways to train."""
     median_of = medians(times)
-    fill = median_of["frozen prefix"] + median_of["cached"]  # a step that fills the cache
+    filling_step = median_of["frozen prefix"] + median_of["cached"]
     return {
         "uncached": epochs * median_of["uncached"],
-        "cached, filled in the first epoch": fill + (epochs - 1) * median_of["cached"],
+        "cached, filled in the first epoch": filling_step + (epochs - 1) * median_of["cached"],
         "cached by an earlier run": epochs * median_of["cached"],
     }
 
 
 def main() -> None:
-    """Time all cases in interleaved rounds and print two tables."""
+    """Time all cases, one after another in every round, and print two tables."""
     parser = build_parser(__doc__)
     parser.add_argument("--variant", choices=VARIANTS, default="B/16")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=16, help="length of a text")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens per text")
     parser.add_argument("--dtype", choices=TYPES, default="float32")
-    parser.add_argument("--open-clip", nargs="+", choices=TYPES, default=TYPES, help="its dtypes")
+    parser.add_argument(
+        "--open-clip", nargs="+", choices=TYPES, default=TYPES, help="types that it runs in"
+    )
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--count", action="store_true", help="only count the operations")
-    o = parser.parse_args()
-    if o.count:
-        counts = count_table(o.batch_size, o.tokens)
-        return print(f"\nbatch {o.batch_size}, {o.tokens} tokens\n\n{counts}")
-    arguments = (o.variant, o.batch_size, o.tokens)
+    args = parser.parse_args()
+    if args.count:
+        counts = count_table(args.batch_size, args.tokens)
+        return print(f"\nbatch {args.batch_size}, {args.tokens} tokens\n\n{counts}")
+    arguments = (args.variant, args.batch_size, args.tokens)
     cases: dict[str, Any] = {
-        case: (ours, (*arguments, o.dtype, case))
+        case: (ours, (*arguments, args.dtype, case))
         for case in ("cached", "uncached", "frozen prefix")
     }
-    if VARIANTS[o.variant][0] is not None:
-        for dtype in o.open_clip:
+    if VARIANTS[args.variant][0] is not None:
+        for dtype in args.open_clip:
             name = f"open_clip --lock-image, {dtype}"
             cases[name] = (open_clip_step, (*arguments, dtype == "bfloat16"))
-    times = time_in_processes(cases, o.rounds).times
+    times = time_in_processes(cases, args.rounds).times
     ratio = operations(*arguments, "uncached") / operations(*arguments, "cached")
-    jobs = job_seconds(times, o.epochs)
-    print(f"\n{o.variant}, batch {o.batch_size}, {o.tokens} tokens, ours in {o.dtype}\n")
+    jobs = job_seconds(times, args.epochs)
+    print(
+        f"\n{args.variant}, batch {args.batch_size}, {args.tokens} tokens, ours in {args.dtype}\n"
+    )
     print(format_table(times, "cached"))
     print(f"\nOperations of the uncached step, relative to the cached one: {ratio:.1f}")
-    print(f"\n| {o.epochs} epochs | s per batch | times faster than uncached |\n|---|---|---|")
+    print(f"\n| {args.epochs} epochs | s per batch | times less than uncached |\n|---|---|---|")
     for name, seconds in jobs.items():
         print(f"| {name} | {seconds:.1f} | {jobs['uncached'] / seconds:.1f} |")
-    settings = dict(variant=o.variant, batch_size=o.batch_size, tokens=o.tokens, dtype=o.dtype)
-    write_results(o.output, **settings, seconds=times, jobs=jobs, operations_ratio=ratio)
+    settings = dict(
+        variant=args.variant, batch_size=args.batch_size, tokens=args.tokens, dtype=args.dtype
+    )
+    write_results(args.output, **settings, seconds=times, jobs=jobs, operations_ratio=ratio)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 python benchmarks/locking.py [--seeds 3] [--full] [--output runs/locking]
 
 Prints a Markdown table of means and standard deviations over seeds, with the median wall time of a
-run, and writes it as JSON. A finished run is not repeated. --full: as many steps as the demo.
+run, and writes it as JSON. A run that is already finished in the output folder is not repeated.
+With --full, runs have as many steps as the demo.
 """
 
 from variants import I2T, T2I, Column, build_parser, run_all
@@ -22,10 +23,12 @@ COLUMNS = [
 def main() -> None:
     """Run all variants and print the table."""
     parser = build_parser(__doc__, "runs/locking")
-    parser.add_argument("--full", action="store_true", help="as long as the demo: an hour per seed")
-    o = parser.parse_args()
-    variants = [f"{variant}-full" for variant in VARIANTS] if o.full else VARIANTS
-    run_all("configs/locking_emoji.py", variants, o.seeds, COLUMNS, o.output)
+    parser.add_argument(
+        "--full", action="store_true", help="runs as long as the demo; an hour per seed"
+    )
+    args = parser.parse_args()
+    variants = [f"{variant}-full" for variant in VARIANTS] if args.full else VARIANTS
+    run_all("configs/locking_emoji.py", variants, args.seeds, COLUMNS, args.output)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Imports of the peers' libraries, with workarounds where a plain import fails.
+"""Imports of the codebases to compare with, with workarounds where a plain import fails.
 
-The tests against peers use this module too.
+The tests in `tests_peers/` use this module too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def torchvision() -> Any:
     """Import torchvision. Raises ImportError if it is not installed."""
     try:
         import torchvision
-    except RuntimeError:  # a CUDA build misses two operators of a CPU build of torch
+    except RuntimeError:  # a CUDA build of torchvision needs two operators that a CPU torch lacks
         from torch import library
 
         for op in ("nms", "qnms"):
@@ -36,16 +36,16 @@ def open_clip() -> Any:
 def add_big_vision(checkout: Path) -> None:
     """Make `big_vision.models` importable from a checkout, without TensorFlow.
 
-    Its modules import TensorFlow but do not call it, so empty modules replace it. Raises ValueError
-    if `checkout` is not a checkout of big_vision.
+    The modules of big_vision import TensorFlow but do not call it, so empty modules replace
+    TensorFlow. Raises ValueError if `checkout` is not a checkout of big_vision.
     """
     if not (checkout / "big_vision" / "models").is_dir():
         raise ValueError(
             f"{checkout} has no folder big_vision/models; expected a checkout of "
             "google-research/big_vision; pass its path"
         )
-    # On its first import, this module of Flax looks for a real TensorFlow, so import it before the
-    # replacement is in place.
+    # When first imported, this module of Flax looks for a real TensorFlow. So import it before the
+    # empty modules replace TensorFlow.
     importlib.import_module("flax.training.checkpoints")
     sys.path.insert(0, str(checkout))
     for name in ("tensorflow", "tensorflow.io", "tensorflow.io.gfile"):

@@ -2,11 +2,14 @@
 
 .venv-peers/bin/python benchmarks/retrieval.py [--images 5000] [--rounds 3] [--output FILE.json]
 
-Images with five captions each, as in COCO's test set, as correlated random unit vectors of 512
-numbers; R@1, R@5 and R@10 in both directions. Both start from the vectors: CLIP_benchmark runs its
-`zeroshot_retrieval.evaluate` with a model that returns its inputs. Each variant runs in its own
-process, in interleaved rounds; our time includes compilation. Memory is the process's peak minus
-that before the run. Raises AssertionError if the recalls differ.
+Both variants compute R@1, R@5 and R@10 in both directions. Every image has five captions, as in
+COCO's test set. The embeddings are random unit vectors of 512 numbers, correlated between an image
+and its captions. Both variants start from the embeddings: CLIP_benchmark's
+`zeroshot_retrieval.evaluate` gets a model that returns its inputs.
+
+Every round runs both variants in turn, each in a new process. Our time includes compilation. Memory
+is the peak of the process minus the peak before the evaluation. Raises AssertionError if the
+recalls differ.
 """
 
 import argparse
@@ -19,7 +22,7 @@ from typing import Any
 import numpy as np
 import side_by_side
 
-D, CAPTIONS, BATCH, KS = 512, 5, 64, (1, 5, 10)
+EMBED_DIM, CAPTIONS_PER_IMAGE, BATCH_SIZE, KS = 512, 5, 64, (1, 5, 10)
 VARIANTS = ("ours", "CLIP_benchmark")
 Metrics = dict[str, float]
 
@@ -27,22 +30,26 @@ Metrics = dict[str, float]
 def embeddings(images: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (image embeddings, text embeddings, index of each text's image)."""
     rng = np.random.default_rng(0)
-    owner = np.repeat(np.arange(images), CAPTIONS)
-    image = rng.standard_normal((images, D), np.float32)
-    text = image[owner] + 6 * rng.standard_normal((len(owner), D), np.float32)
+    image_of_text = np.repeat(np.arange(images), CAPTIONS_PER_IMAGE)
+    image = rng.standard_normal((images, EMBED_DIM), np.float32)
+    text = image[image_of_text] + 6 * rng.standard_normal(
+        (len(image_of_text), EMBED_DIM), np.float32
+    )
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (image, text)]
-    return unit[0], unit[1], owner
+    return unit[0], unit[1], image_of_text
 
 
-def ours(image: np.ndarray, text: np.ndarray, owner: np.ndarray) -> Callable[[], Metrics]:
-    """Build the evaluator's computation from embeddings to metrics."""
+def ours(image: np.ndarray, text: np.ndarray, image_of_text: np.ndarray) -> Callable[[], Metrics]:
+    """Build our evaluation, from embeddings to metrics."""
     from imgtune_jax.evals.retrieval import retrieval_metrics
 
-    return lambda: retrieval_metrics(image, text, owner, ks=KS)
+    return lambda: retrieval_metrics(image, text, image_of_text, ks=KS)
 
 
-def clip_benchmark(image: np.ndarray, text: np.ndarray, owner: np.ndarray) -> Callable[[], Metrics]:
-    """Build its `evaluate`, with the batches of its command line, without mixed precision."""
+def clip_benchmark(
+    image: np.ndarray, text: np.ndarray, image_of_text: np.ndarray
+) -> Callable[[], Metrics]:
+    """Build CLIP_benchmark's evaluation, with its default batch size, without mixed precision."""
     import torch
     from clip_benchmark.metrics import zeroshot_retrieval
 
@@ -55,16 +62,19 @@ def clip_benchmark(image: np.ndarray, text: np.ndarray, owner: np.ndarray) -> Ca
         def encode_text(self, x: Any) -> Any:
             return x
 
-    rows = torch.from_numpy(text).split(np.bincount(owner).tolist())
+    captions = torch.from_numpy(text).split(np.bincount(image_of_text).tolist())
     images = torch.from_numpy(image)
-    batches = [(images[i : i + BATCH], rows[i : i + BATCH]) for i in range(0, len(image), BATCH)]
+    batches = [
+        (images[i : i + BATCH_SIZE], captions[i : i + BATCH_SIZE])
+        for i in range(0, len(image), BATCH_SIZE)
+    ]
     return lambda: zeroshot_retrieval.evaluate(
         Identity(), batches, torch.stack, "cpu", amp=False, recall_k_list=list(KS)
     )
 
 
 def measure(variant: str, images: int) -> dict[str, Any]:
-    """Build a variant and time its single run."""
+    """Build a variant, run it once, and return its seconds, memory and recalls."""
     arrays = embeddings(images)
     run = (ours if variant == "ours" else clip_benchmark)(*arrays)
     before = side_by_side.peak_memory()
@@ -76,17 +86,17 @@ def measure(variant: str, images: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run both in interleaved rounds, compare their recalls, and print a table."""
+    """Run both variants in every round, compare their recalls, and print a table."""
     parser = side_by_side.build_parser(__doc__, rounds=3)
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--one", choices=VARIANTS, help=argparse.SUPPRESS)
-    o = parser.parse_args()
-    if o.one:
-        return print(json.dumps(measure(o.one, o.images)))
+    args = parser.parse_args()
+    if args.one:
+        return print(json.dumps(measure(args.one, args.images)))
     results: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
-    for _ in range(o.rounds):
+    for _ in range(args.rounds):
         for variant in VARIANTS:
-            arguments = ("--one", variant, "--images", str(o.images))
+            arguments = ("--one", variant, "--images", str(args.images))
             results[variant].append(side_by_side.run_script(__file__, *arguments))
     recalls = {variant: rounds[0]["recalls"] for variant, rounds in results.items()}
     assert recalls["ours"].keys() == recalls["CLIP_benchmark"].keys()
@@ -97,12 +107,13 @@ def main() -> None:
         variant: {k: statistics.median(r[k] for r in rounds) for k in ("seconds", "GB")}
         for variant, rounds in results.items()
     }
-    print(f"\n{o.images} images, {CAPTIONS * o.images} texts; recalls equal: {recalls['ours']}")
-    print("\n| | median s | times ours | GB |\n|---|---|---|---|")
-    for variant, x in median_of.items():
-        times = x["seconds"] / median_of["ours"]["seconds"]
-        print(f"| {variant} | {x['seconds']:.2f} | {times:.1f} | {x['GB']:.2f} |")
-    side_by_side.write_results(o.output, images=o.images, cases=results)
+    num_texts = CAPTIONS_PER_IMAGE * args.images
+    print(f"\n{args.images} images, {num_texts} texts; recalls equal: {recalls['ours']}")
+    print("\n| | median s | relative to ours | GB |\n|---|---|---|---|")
+    for variant, values in median_of.items():
+        ratio = values["seconds"] / median_of["ours"]["seconds"]
+        print(f"| {variant} | {values['seconds']:.2f} | {ratio:.1f} | {values['GB']:.2f} |")
+    side_by_side.write_results(args.output, images=args.images, cases=results)
 
 
 if __name__ == "__main__":

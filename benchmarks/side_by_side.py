@@ -1,4 +1,4 @@
-"""Code shared by the benchmarks: interleaved timing, tables, results as JSON."""
+"""Code shared by the benchmarks: timing of variants in turn, tables, results as JSON."""
 
 from __future__ import annotations
 
@@ -37,11 +37,12 @@ def time_in_processes(
     *,
     warmup: int = 1,
 ) -> Measurements:
-    """Time each variant, {name: (build, arguments of build)}, in its process, round after round.
+    """Time each variant, {name: (build, arguments of build)}, in a separate process.
 
-    Each round runs all variants in turn, so that a drift of the machine's speed affects all of
-    them; separate processes separate their allocators and thread pools. The `warmup` rounds, which
-    compile, are not counted. A variant whose library is not installed is skipped with a message.
+    A round runs every variant once, so a change of the machine's speed affects all of them. The
+    variants have separate processes, so that they share no allocator and no thread pool. The first
+    `warmup` rounds, which compile, are not counted. A variant whose library is not installed is
+    skipped with a message.
     """
     context = multiprocessing.get_context("spawn")
     workers: dict[str, tuple[Connection, Any]] = {}
@@ -56,11 +57,11 @@ def time_in_processes(
         else:
             workers[name] = pipe, process
             measurements.times[name] = []
-    for turn in range(rounds + warmup):
+    for round_index in range(rounds + warmup):
         for name, (pipe, _) in workers.items():
             pipe.send(True)
             seconds, measurements.memory[name] = pipe.recv()
-            if turn >= warmup:
+            if round_index >= warmup:
                 measurements.times[name].append(seconds)
     for pipe, process in workers.values():
         pipe.send(False)
@@ -69,7 +70,7 @@ def time_in_processes(
 
 
 def _serve(pipe: Connection, build: Callable[..., Run], arguments: tuple[Any, ...]) -> None:
-    """In a worker process, run and time a variant whenever the pipe receives True."""
+    """Run and time a variant in a worker process, once for each True that the pipe receives."""
     try:
         run = build(*arguments)
     except ImportError as error:
@@ -84,31 +85,33 @@ def _serve(pipe: Connection, build: Callable[..., Run], arguments: tuple[Any, ..
 
 
 def run_script(script: str | Path, *arguments: str, checkout: Path | None = None) -> dict[str, Any]:
-    """Run a script; return the JSON object that it prints last, and `process_s`, its wall time.
+    """Run a script; return the JSON object in its last line of output, with its wall time added.
 
-    With `checkout`, the script runs in that folder and imports from it. Raises RuntimeError with
-    the end of its standard error if it fails.
+    The wall time, in seconds, has the key `process_s`. With `checkout`, the script runs in that
+    folder and imports from it. If the script fails, raises RuntimeError with the end of its
+    standard error.
     """
     start = time.perf_counter()
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, str(script), *arguments],
         capture_output=True,
         text=True,
         cwd=checkout,
         env=None if checkout is None else checkout_env(checkout),
     )
-    if done.returncode:
+    if completed.returncode:
+        end_of_errors = completed.stderr[-2000:]
         raise RuntimeError(
-            f"{script} {arguments} exited with code {done.returncode}:\n{done.stderr[-2000:]}"
+            f"{script} {arguments} exited with code {completed.returncode}:\n{end_of_errors}"
         )
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(completed.stdout.splitlines()[-1])
     result["process_s"] = time.perf_counter() - start
     print(*arguments[1:], {k: v for k, v in result.items() if isinstance(v, float)}, flush=True)
     return result
 
 
 def checkout_env(checkout: Path) -> dict[str, str]:
-    """Return an environment in which Python imports package and benchmarks of a checkout."""
+    """Return an environment in which Python imports a checkout's package and its benchmarks."""
     return os.environ | {"PYTHONPATH": f"{checkout}{os.pathsep}{checkout / 'benchmarks'}"}
 
 
@@ -123,7 +126,7 @@ def medians(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 def machine_info() -> dict[str, Any]:
-    """Return the hardware and the versions that a figure depends on."""
+    """Return the hardware and the software versions that measurements depend on."""
     info: dict[str, Any] = {
         "cpu": platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
@@ -134,10 +137,12 @@ def machine_info() -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         lines = cpuinfo.read_text().splitlines()
-        names = [x.partition(":")[2].strip() for x in lines if x.startswith("model name")]
-        flags = next((x.partition(":")[2].split() for x in lines if x.startswith("flags")), [])
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        flag_lines = [line for line in lines if line.startswith("flags")]
+        flags = flag_lines[0].partition(":")[2].split() if flag_lines else []
         relevant = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-        info |= {"cpu": names[0] if names else info["cpu"], "flags": sorted({*relevant} & {*flags})}
+        cpu = names[0] if names else info["cpu"]
+        info |= {"cpu": cpu, "flags": sorted({*relevant} & {*flags})}
     return info
 
 
@@ -148,23 +153,26 @@ def format_table(
     *,
     unit: str = "s",
 ) -> str:
-    """Return medians, ranges and ratios to the reference's median as a Markdown table."""
+    """Return a Markdown table with a row per variant: median, range, median / reference's median.
+
+    `reference` is the name of a variant. `memory` adds a column of peak memory in GB.
+    """
     median_of, peak_gb = medians(times), memory or {}
-    header = f"| | median {unit} | least to most | times {reference} |"
+    header = f"| | median {unit} | min to max | relative to {reference} |"
     lines = [
         header + (" peak GB |" if peak_gb else ""),
         "|---|---|---|---|" + ("---|" if peak_gb else ""),
     ]
     for name, values in times.items():
         median = median_of[name]
-        limits = f"{min(values):.3g} to {max(values):.3g}"
-        line = f"| {name} | {median:.3g} | {limits} | {median / median_of[reference]:.2f} |"
+        min_to_max = f"{min(values):.3g} to {max(values):.3g}"
+        line = f"| {name} | {median:.3g} | {min_to_max} | {median / median_of[reference]:.2f} |"
         lines.append(line + (f" {peak_gb[name]:.1f} |" if peak_gb else ""))
     return "\n".join(lines)
 
 
 def write_results(output: Path | None, **results: Any) -> None:
-    """Print the machine; if `output` is given, write machine and results to it as JSON."""
+    """Print `machine_info`; if `output` is given, also write it and the results there as JSON."""
     print(f"\n{json.dumps(machine_info())}")
     if output is not None:
         output.write_text(json.dumps({"machine": machine_info(), **results}, indent=1) + "\n")

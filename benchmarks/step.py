@@ -1,14 +1,17 @@
-"""A full contrastive training step: ours, open_clip's, and one with big_vision's modules.
+"""A full contrastive training step, without a cache: ours, open_clip's, and big_vision's modules.
 
 .venv-peers/bin/python benchmarks/step.py --model {clip-b32,siglip-ti16} [--dtype bfloat16]
     [--big-vision CHECKOUT] [--rounds 5] [--output FILE.json]
 .venv/bin/python benchmarks/step.py --against CHECKOUT [--rounds 5]
 
-clip-b32: ViT-B/32 at 224 pixels and a 12-layer text tower of width 512 with 77 tokens, softmax.
-siglip-ti16: ViT-Ti/16 at 224 pixels and a Ti text tower with 64 tokens, sigmoid. Random weights,
-AdamW; one process per variant, in interleaved rounds. bfloat16 is the type of matrix-product
-operands: in open_clip by autocast, in big_vision by its `dtype_mm` (which its text tower lacks, so
-that remains float32). With --against, only our step is timed, in this checkout and in another one.
+clip-b32 is ViT-B/32 at 224 pixels and a 12-layer text tower of width 512 with 77 tokens, trained
+with the softmax loss. siglip-ti16 is ViT-Ti/16 at 224 pixels and a Ti text tower with 64 tokens,
+trained with the sigmoid loss. The weights are random, and the optimizer is AdamW. Each variant has
+a separate process, and every round times all variants in turn.
+
+--dtype is the type of matrix-product operands. In open_clip, autocast sets it; in big_vision, the
+field `dtype_mm` does. The text tower of big_vision lacks this field, so it remains in float32.
+With --against, only our step is timed, in this checkout and in another one.
 """
 
 import functools
@@ -32,7 +35,7 @@ from imgtune_jax.types import Batch, TrainState
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the two towers of a model."""
+    """Sizes of a model's towers. `sigmoid` selects SigLIP's towers and loss, else CLIP's."""
 
     patch_size: int
     width: int
@@ -54,31 +57,31 @@ MODELS = {
 LEARNING_RATE = 1e-4
 
 
-def our_model(s: Sizes, dtype: str) -> models.ImageTextModel:
-    """Build CLIP's towers (softmax) or SigLIP's (sigmoid)."""
-    causal = dict(causal=True, pool="eot") if not s.sigmoid else dict(causal=False, pool="last")
-    act = "gelu_tanh" if s.sigmoid else "gelu"  # as in SigLIP and CLIP
+def our_model(sizes: Sizes, dtype: str) -> models.ImageTextModel:
+    """Build CLIP's towers for the softmax loss, or SigLIP's for the sigmoid loss."""
+    causal = dict(causal=True, pool="eot") if not sizes.sigmoid else dict(causal=False, pool="last")
+    act = "gelu_tanh" if sizes.sigmoid else "gelu"  # as in SigLIP and CLIP
     image = dict(
         name="vit",
-        width=s.width,
-        depth=s.depth,
-        mlp_dim=4 * s.width,
-        num_heads=s.num_heads,
-        patch_size=s.patch_size,
-        pre_norm=not s.sigmoid,
-        class_token=not s.sigmoid,
-        pool="attention" if s.sigmoid else "cls",
+        width=sizes.width,
+        depth=sizes.depth,
+        mlp_dim=4 * sizes.width,
+        num_heads=sizes.num_heads,
+        patch_size=sizes.patch_size,
+        pre_norm=not sizes.sigmoid,
+        class_token=not sizes.sigmoid,
+        pool="attention" if sizes.sigmoid else "cls",
         act=act,
     )
     text = dict(
         name="text_transformer",
-        width=s.text_width,
-        depth=s.depth,
-        mlp_dim=4 * s.text_width,
-        num_heads=s.text_heads,
-        max_length=s.length,
-        vocab_size=s.vocab_size,
-        mask_padding=not s.sigmoid,
+        width=sizes.text_width,
+        depth=sizes.depth,
+        mlp_dim=4 * sizes.text_width,
+        num_heads=sizes.text_heads,
+        max_length=sizes.length,
+        vocab_size=sizes.vocab_size,
+        mask_padding=not sizes.sigmoid,
         act=act,
         **causal,
     )
@@ -86,21 +89,21 @@ def our_model(s: Sizes, dtype: str) -> models.ImageTextModel:
         dict(
             image=image,
             text=text,
-            embed_dim=s.embed_dim,
-            image_size=s.image_size,
-            logit_bias_init=-10.0 if s.sigmoid else None,
+            embed_dim=sizes.embed_dim,
+            image_size=sizes.image_size,
+            logit_bias_init=-10.0 if sizes.sigmoid else None,
             dtype=dtype,
         )
     )
 
 
-def ours(s: Sizes, batch_size: int, dtype: str) -> Run:
+def ours(sizes: Sizes, batch_size: int, dtype: str) -> Run:
     """Build our training step; its first call compiles it."""
-    model = our_model(s, dtype)
+    model = our_model(sizes, dtype)
     tx = optax.adamw(LEARNING_RATE)
     optimizer = Optimizer(tx=tx, schedule=optax.constant_schedule(LEARNING_RATE))
     objective = objectives.build_objective(
-        {"sigmoid" if s.sigmoid else "softmax": dict(weight=1.0)}
+        {"sigmoid" if sizes.sigmoid else "softmax": dict(weight=1.0)}
     )
 
     def forward(params: Any, batch: Batch, rng: jax.Array) -> Any:
@@ -109,7 +112,7 @@ def ours(s: Sizes, batch_size: int, dtype: str) -> Run:
     step = jax.jit(
         make_train_step(forward, objective, optimizer, key=jax.random.key(1)), donate_argnums=0
     )
-    image, ids = make_inputs(s, batch_size)
+    image, ids = make_inputs(sizes, batch_size)
     batch = Batch(jnp.ones(batch_size, bool), text=ids, text_mask=ids >= 0, image=image)
     params = model.init(jax.random.key(0))
     state = [TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))]
@@ -121,45 +124,45 @@ def ours(s: Sizes, batch_size: int, dtype: str) -> Run:
     return run
 
 
-def make_inputs(s: Sizes, batch_size: int) -> tuple[Any, jax.Array]:
+def make_inputs(sizes: Sizes, batch_size: int) -> tuple[Any, jax.Array]:
     """Return random images u8[b h w 3] and token ids i32[b l]."""
     rng = np.random.default_rng(0)
-    shape = (batch_size, s.image_size, s.image_size, 3)
-    ids = rng.integers(1, s.vocab_size, (batch_size, s.length))
+    shape = (batch_size, sizes.image_size, sizes.image_size, 3)
+    ids = rng.integers(1, sizes.vocab_size, (batch_size, sizes.length))
     return jnp.asarray(rng.integers(0, 256, shape), jnp.uint8), jnp.asarray(ids, jnp.int32)
 
 
-def open_clip_step(s: Sizes, batch_size: int, dtype: str) -> Run:
-    """Build a step as in open_clip's trainer, without its gradient scaler."""
+def open_clip_step(sizes: Sizes, batch_size: int, dtype: str) -> Run:
+    """Build a training step as in open_clip's trainer, but without a gradient scaler."""
     library = open_clip()
     import torch
 
     torch.manual_seed(0)
     vision = dict(
-        layers=s.depth,
-        width=s.width,
-        head_width=s.width // s.num_heads,
-        patch_size=s.patch_size,
-        image_size=s.image_size,
+        layers=sizes.depth,
+        width=sizes.width,
+        head_width=sizes.width // sizes.num_heads,
+        patch_size=sizes.patch_size,
+        image_size=sizes.image_size,
     )
     text = dict(
-        context_length=s.length,
-        vocab_size=s.vocab_size,
-        width=s.text_width,
-        heads=s.text_heads,
-        layers=s.depth,
+        context_length=sizes.length,
+        vocab_size=sizes.vocab_size,
+        width=sizes.text_width,
+        heads=sizes.text_heads,
+        layers=sizes.depth,
     )
-    bias = dict(init_logit_bias=-10.0) if s.sigmoid else {}
-    if s.sigmoid:
+    bias = dict(init_logit_bias=-10.0) if sizes.sigmoid else {}
+    if sizes.sigmoid:
         tanh = dict(act_kwargs=dict(approximate="tanh"))
         vision |= dict(attentional_pool=False, pool_type="avg", **tanh)
         text |= dict(no_causal_mask=True, pool_type="last", **tanh)
-    model = library.CLIP(s.embed_dim, vision, text, **bias)
+    model = library.CLIP(sizes.embed_dim, vision, text, **bias)
     model.train()
-    loss = library.loss.SigLipLoss() if s.sigmoid else library.ClipLoss()
+    loss = library.loss.SigLipLoss() if sizes.sigmoid else library.ClipLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
-    image = torch.randn(batch_size, 3, s.image_size, s.image_size)
-    ids = torch.randint(1, s.vocab_size, (batch_size, s.length))
+    image = torch.randn(batch_size, 3, sizes.image_size, sizes.image_size)
+    ids = torch.randint(1, sizes.vocab_size, (batch_size, sizes.length))
 
     def run() -> object:
         optimizer.zero_grad()
@@ -172,52 +175,53 @@ def open_clip_step(s: Sizes, batch_size: int, dtype: str) -> Run:
     return run
 
 
-def big_vision_model(s: Sizes, dtype: str, checkout: Path) -> Any:
+def big_vision_model(sizes: Sizes, dtype: str, checkout: Path) -> Any:
     """Build big_vision's two-tower module."""
     add_big_vision(checkout)
     from big_vision.models.proj.image_text import two_towers  # pyright: ignore
 
     image = dict(
-        width=s.width,
-        depth=s.depth,
-        mlp_dim=4 * s.width,
-        num_heads=s.num_heads,
-        patch_size=(s.patch_size, s.patch_size),
-        pool_type="map" if s.sigmoid else "tok",
+        width=sizes.width,
+        depth=sizes.depth,
+        mlp_dim=4 * sizes.width,
+        num_heads=sizes.num_heads,
+        patch_size=(sizes.patch_size, sizes.patch_size),
+        pool_type="map" if sizes.sigmoid else "tok",
         dtype_mm=dtype,
     )
     text = dict(
-        width=s.text_width,
-        depth=s.depth,
-        mlp_dim=4 * s.text_width,
-        num_heads=s.text_heads,
-        vocab_size=s.vocab_size,
+        width=sizes.text_width,
+        depth=sizes.depth,
+        mlp_dim=4 * sizes.text_width,
+        num_heads=sizes.text_heads,
+        vocab_size=sizes.vocab_size,
     )
     return two_towers.Model(
         image=image,
         text=text,
-        out_dim=s.embed_dim,
+        out_dim=sizes.embed_dim,
         temperature_init=10.0,
-        bias_init=-10.0 if s.sigmoid else None,
+        bias_init=-10.0 if sizes.sigmoid else None,
     )
 
 
-def big_vision_step(s: Sizes, batch_size: int, dtype: str, checkout: Path) -> Run:
-    """Build a step with big_vision's two-tower module; its loss is written out here."""
-    model = big_vision_model(s, dtype, checkout)
-    pixels, ids = make_inputs(s, batch_size)
+def big_vision_step(sizes: Sizes, batch_size: int, dtype: str, checkout: Path) -> Run:
+    """Build a step with big_vision's two-tower module. The loss is implemented here."""
+    model = big_vision_model(sizes, dtype, checkout)
+    pixels, ids = make_inputs(sizes, batch_size)
     image = pixels.astype(jnp.float32) / 127.5 - 1
     tx = optax.adamw(LEARNING_RATE)
 
     def loss(params: Any) -> jax.Array:
-        img, txt, out = model.apply({"params": params}, image, ids, train=True)
-        logits = img @ txt.T * out["t"]
-        if s.sigmoid:
+        image_emb, text_emb, out = model.apply({"params": params}, image, ids, train=True)
+        logits = image_emb @ text_emb.T * out["t"]
+        if sizes.sigmoid:
             sign = 2 * jnp.eye(batch_size) - 1
             return -jnp.sum(jax.nn.log_sigmoid(sign * (logits + out["b"])), -1).mean()
         diagonal = jnp.arange(batch_size)
-        rows = jax.nn.log_softmax(logits, 1)[diagonal, diagonal].mean()
-        return -(rows + jax.nn.log_softmax(logits, 0)[diagonal, diagonal].mean()) / 2
+        image_to_text = jax.nn.log_softmax(logits, 1)[diagonal, diagonal].mean()
+        text_to_image = jax.nn.log_softmax(logits, 0)[diagonal, diagonal].mean()
+        return -(image_to_text + text_to_image) / 2
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Any, opt_state: Any) -> Any:
@@ -237,31 +241,31 @@ def big_vision_step(s: Sizes, batch_size: int, dtype: str, checkout: Path) -> Ru
 
 
 def main() -> None:
-    """Time all variants in interleaved rounds and print a table."""
+    """Time all variants, one after another in every round, and print a table."""
     parser = build_parser(__doc__)
     parser.add_argument("--model", choices=MODELS, default="clip-b32")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--big-vision", type=Path, help="a checkout of google-research/big_vision")
     parser.add_argument("--against", type=Path, help="another checkout of this project")
-    o = parser.parse_args()
-    settings = dict(model=o.model, dtype=o.dtype, batch_size=o.batch_size)
-    print(f"\n{o.model}, batch {o.batch_size}, {o.dtype}\n")
-    if o.against:
-        build = f"step.ours(step.MODELS[{o.model!r}], {o.batch_size}, {o.dtype!r})"
-        times = compare_runs("step", build, o.against, o.rounds)
+    args = parser.parse_args()
+    settings = dict(model=args.model, dtype=args.dtype, batch_size=args.batch_size)
+    print(f"\n{args.model}, batch {args.batch_size}, {args.dtype}\n")
+    if args.against:
+        build = f"step.ours(step.MODELS[{args.model!r}], {args.batch_size}, {args.dtype!r})"
+        times = compare_runs("step", build, args.against, args.rounds)
         print(format_comparison({"step": times}))
-        return write_results(o.output, **settings, seconds=times)
-    arguments = (MODELS[o.model], o.batch_size, o.dtype)
+        return write_results(args.output, **settings, seconds=times)
+    arguments = (MODELS[args.model], args.batch_size, args.dtype)
     variants: dict[str, Any] = {
         "ours": (ours, arguments),
         "open_clip": (open_clip_step, arguments),
     }
-    if o.big_vision:
-        variants["big_vision modules"] = (big_vision_step, (*arguments, o.big_vision))
-    measurements = time_in_processes(variants, o.rounds)
+    if args.big_vision:
+        variants["big_vision modules"] = (big_vision_step, (*arguments, args.big_vision))
+    measurements = time_in_processes(variants, args.rounds)
     print(format_table(measurements.times, "ours", measurements.memory))
-    write_results(o.output, **settings, seconds=measurements.times, memory=measurements.memory)
+    write_results(args.output, **settings, seconds=measurements.times, memory=measurements.memory)
 
 
 if __name__ == "__main__":

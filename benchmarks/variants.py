@@ -1,4 +1,4 @@
-"""Code shared by the experiments: training runs of several variants and seeds, and their table."""
+"""Code shared by coca.py and locking.py: train several variants and seeds, and print a table."""
 
 import argparse
 import json
@@ -16,16 +16,19 @@ I2T, T2I = "text_retrieval_recall", "image_retrieval_recall"
 
 @dataclass(frozen=True)
 class Column:
-    """A metric of a run's results, and its title in the table; `times` 100 makes it percent."""
+    """A metric in a run's results, and its title in the table.
+
+    The metric is multiplied by `factor`; 100 converts a fraction to percent.
+    """
 
     dataset: str
     metric: str
     title: str
-    times: float = 100.0
+    factor: float = 100.0
 
 
 def build_parser(doc: str | None, output: str) -> argparse.ArgumentParser:
-    """Return a parser with the options that all experiments share."""
+    """Return a parser with the options that coca.py and locking.py share."""
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path(output))
@@ -35,10 +38,10 @@ def build_parser(doc: str | None, output: str) -> argparse.ArgumentParser:
 def run_all(
     config: str, variants: Sequence[str], seeds: int, columns: Sequence[Column], output: Path
 ) -> None:
-    """Train each variant with each seed, print the table in Markdown, and write `table.json`.
+    """Train each variant with each seed, print a Markdown table, and write `table.json`.
 
-    A finished run is not repeated. A run's seconds are those of its process, including start-up,
-    compilation and evaluation.
+    A run that an earlier call finished is not repeated. A run's seconds are those of its process,
+    including start-up, compilation and evaluation.
     """
     rows: dict[str, list[list[float | None]]] = {variant: [] for variant in variants}
     seconds: dict[str, list[float]] = {variant: [] for variant in variants}
@@ -60,7 +63,7 @@ def run_all(
 
 
 def _train(config: str, workdir: Path, seed: int) -> float:
-    """Train unless the run is finished; return the seconds that it took."""
+    """Train unless an earlier call has finished this run; return the seconds that training took."""
     seconds_file = workdir / "seconds"
     if not seconds_file.exists():
         command = [sys.executable, "train.py", f"--config={config}"]
@@ -72,13 +75,13 @@ def _train(config: str, workdir: Path, seed: int) -> float:
 
 
 def _read_results(workdir: Path, columns: Sequence[Column]) -> list[float | None]:
-    """Return a run's last value of each column; None for a dataset that it does not evaluate."""
+    """Return a run's newest value of each column; None for a data set that it does not evaluate."""
     metrics: dict[str, dict[str, float]] = {}
     for line in (workdir / "results.jsonl").read_text().splitlines():
         record = json.loads(line)
         metrics[record["dataset"]] = record["metrics"]
     return [
-        c.times * metrics[c.dataset][c.metric] if c.dataset in metrics else None for c in columns
+        c.factor * metrics[c.dataset][c.metric] if c.dataset in metrics else None for c in columns
     ]
 
 

@@ -19,8 +19,7 @@ LEVELS = (
     {"models", "objectives", "data", "decoding"},
     {"evals", "interop"},
     {"training"},
-    {"bench"},
-    {"report", "info"},
+    {"bench", "report", "info"},
     {"api"},
     {"cli"},
 )

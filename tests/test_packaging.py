@@ -1,4 +1,7 @@
-"""The package without its repository: data files, help texts, and what a command lacks there."""
+"""The package outside of its repository: data files, help texts, and errors for missing files.
+
+The last tests check that versions agree between the repository's own files.
+"""
 
 import importlib.resources
 import json
@@ -30,7 +33,7 @@ COMMANDS = (
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """An empty folder, and an environment whose import path has a copy of the package alone."""
+    """Return an empty folder, and an environment whose import path has a copy of the package."""
     site = tmp_path_factory.mktemp("site")
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "imgtune_jax", site / "imgtune_jax", ignore=ignored)
@@ -38,7 +41,7 @@ def installed(tmp_path_factory):
 
 
 def run(installed, code, *arguments):
-    """Run Python code in the empty folder. -P keeps that folder off the import path."""
+    """Run Python code in the empty folder, which -P excludes from the import path."""
     folder, environment = installed
     return subprocess.run(
         [sys.executable, "-P", "-c", code, *arguments],
@@ -57,8 +60,8 @@ def test_every_data_file_is_in_the_wheel():
     assert all(any(root.glob(pattern)) for pattern in patterns)
     names = {path.relative_to(root).as_posix() for path in packaged}
     assert {"report/report.html", "evals/imagenet_classnames.txt", "evals/LICENSE.prompts"} <= names
-    others = {p for p in root.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
-    assert others == packaged
+    data_files = {p for p in root.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    assert data_files == packaged
 
 
 def test_help_of_every_command_needs_no_repository(installed):
@@ -66,26 +69,24 @@ def test_help_of_every_command_needs_no_repository(installed):
 import contextlib, io, json, sys
 import imgtune_jax
 from imgtune_jax.cli import main
-shown = {"": imgtune_jax.__file__}
+help_of = {}
 for command in json.loads(sys.argv[1]):
     with contextlib.redirect_stdout(io.StringIO()) as out:
         try:
             main([*command.split(), "--help"])
-        except SystemExit as done:
-            assert done.code == 0, command
-    shown[command] = out.getvalue()
+        except SystemExit as exit_error:
+            assert exit_error.code == 0, command
+    help_of[command] = out.getvalue()
 with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
     main(["--help"])
-shown["--help"] = out.getvalue()
-print(json.dumps(shown))
+print(json.dumps([imgtune_jax.__file__, out.getvalue(), help_of]))
 """
-    done = run(installed, code, json.dumps(COMMANDS))
-    assert done.returncode == 0, done.stderr
-    shown = json.loads(done.stdout)
-    assert not shown.pop("").startswith(str(ROOT))
-    overview = shown.pop("--help")
-    for command, text in shown.items():
-        assert f"usage: imgtune {command}" in text
+    completed = run(installed, code, json.dumps(COMMANDS))
+    assert completed.returncode == 0, completed.stderr
+    package_file, overview, help_of = json.loads(completed.stdout)
+    assert not package_file.startswith(str(ROOT))
+    for command, help_text in help_of.items():
+        assert f"usage: imgtune {command}" in help_text
         assert command.split()[0] in overview
 
 
@@ -93,7 +94,7 @@ MAIN = "import sys; from imgtune_jax.cli import main; main(sys.argv[1:])"
 
 
 @pytest.mark.parametrize(
-    "command, lacking",
+    "command, missing",
     [
         ("train --config=configs/debug.py --workdir=run", "configs/debug.py"),
         ("bench data --config=configs/debug.py", "configs/debug.py"),
@@ -101,29 +102,26 @@ MAIN = "import sys; from imgtune_jax.cli import main; main(sys.argv[1:])"
         ("classify --model runs/demo --labels cat --images photos", "photos"),
     ],
 )
-def test_a_command_names_the_file_that_it_lacks(installed, command, lacking):
-    done = run(installed, MAIN, *command.split())
-    assert done.returncode != 0
-    assert lacking in done.stderr and "Traceback" not in done.stderr
+def test_error_names_the_missing_file_without_traceback(installed, command, missing):
+    completed = run(installed, MAIN, *command.split())
+    assert completed.returncode != 0
+    assert missing in completed.stderr and "Traceback" not in completed.stderr
 
 
-def test_a_command_without_the_corpus_names_it(installed, tmp_path):
+def test_error_names_the_missing_corpus_without_traceback(installed, tmp_path):
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     config = tmp_path / "configs" / "debug.py"
-    done = run(installed, MAIN, "train", f"--config={config}", "--workdir=run")
-    assert done.returncode != 0
-    assert "corpora/emoji" in done.stderr and "Traceback" not in done.stderr
+    completed = run(installed, MAIN, "train", f"--config={config}", "--workdir=run")
+    assert completed.returncode != 0
+    assert "corpora/emoji" in completed.stderr and "Traceback" not in completed.stderr
     assert not (installed[0] / "run" / "config.json").exists()
 
 
-def test_linters_have_one_version():
-    pinned = dict(
-        re.findall(r"^(ruff|pyright)==(.+)$", (ROOT / "requirements.txt").read_text(), re.M)
-    )
-    dev = dict(
-        d.split("==") for d in PROJECT["project"]["optional-dependencies"]["dev"] if "==" in d
-    )
-    assert dev == pinned
+def test_linters_have_the_same_version_in_all_files():
+    requirements = (ROOT / "requirements.txt").read_text()
+    pinned = dict(re.findall(r"^(ruff|pyright)==(.+)$", requirements, re.M))
+    dev = PROJECT["project"]["optional-dependencies"]["dev"]
+    assert dict(package.split("==") for package in dev if "==" in package) == pinned
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     (ruff,) = [repo for repo in hooks if "ruff" in repo["repo"]]
     assert ruff["rev"] == f"v{pinned['ruff']}"

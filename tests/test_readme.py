@@ -1,4 +1,4 @@
-"""README.md and docs/: the Python examples run, and every path and command they name exists."""
+"""The pages README.md, CONTRIBUTING.md and docs/: examples run, and named files exist."""
 
 import ast
 import inspect
@@ -22,7 +22,7 @@ PATH = re.compile(rf"{FOLDERS}/[\w/.-]*|[\w/-]+/\w+\.py")
 
 
 def python_block(heading):
-    """Return the only Python block of a section of the README."""
+    """Return the Python block of a section of the README, which must have exactly one."""
     (section,) = [s for s in re.split(r"^## ", README, flags=re.M) if s.startswith(f"{heading}\n")]
     (block,) = PYTHON_BLOCK.findall(section)
     return block
@@ -30,7 +30,7 @@ def python_block(heading):
 
 def test_each_python_block_of_the_readme_has_a_test():
     headings = (
-        "Use a model",  # needs trained runs: test_methods_and_arguments_exist
+        "Use a model",  # test_methods_and_arguments_exist; running it would need trained models
         "Train on your own data",  # test_example_config_is_valid
         "Use a tower in your own JAX code",  # test_porting_example_runs
     )
@@ -75,16 +75,16 @@ def test_commands_and_options_of_the_readme_exist(capsys):
         words = line.split()
         try:
             cli.main([*words[: 2 if words[0] == "bench" else 1], "--help"])
-        except SystemExit as done:
-            assert done.code == 0
-        shown = capsys.readouterr().out
+        except SystemExit as exit_error:
+            assert exit_error.code == 0
+        help_text = capsys.readouterr().out
         options = [word.partition("=")[0] for word in words if word.startswith("--")]
-        assert all(option in shown for option in options), shown
+        assert all(option in help_text for option in options), help_text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_named_files_exist(page):
-    """Links are relative to the page, other paths to the repository or to the package."""
+    """A link is relative to the page, any other path to the repository or to the package."""
     text = page.read_text()
     links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if not link.startswith("http")]
     missing = [link for link in links if not (page.parent / link).exists()]
@@ -92,8 +92,8 @@ def test_named_files_exist(page):
     for word in re.split(r"[\s=]", " ".join(code)):
         path = word.partition(":")[0]
         if PATH.fullmatch(path) and "mine" not in path:
-            found = any((folder / path).exists() for folder in (ROOT, ROOT / "imgtune_jax"))
-            missing += [] if found else [path]
+            exists = any((folder / path).exists() for folder in (ROOT, ROOT / "imgtune_jax"))
+            missing += [] if exists else [path]
     assert not missing
 
 

@@ -1,4 +1,7 @@
-"""Live comparisons with PyTorch peers, in a separate environment (see the Makefile)."""
+"""Comparisons with installed PyTorch codebases, in a separate environment (see the Makefile).
+
+In these tests, `theirs` is a model of the other codebase, and `ours` is a model of this project.
+"""
 
 import jax
 import torch
@@ -7,4 +10,4 @@ from benchmarks import peers
 
 jax.config.update("jax_platforms", "cpu")
 torch.manual_seed(0)
-peers.torchvision()  # so that tests, and libraries that need it, can import it
+peers.torchvision()  # Import it here, so that later imports of it work too.

@@ -21,10 +21,13 @@ def test_metrics_equal_pycocoevalcap(seed):
 
     candidates = [sentence() for _ in range(80)]
     references = [[sentence() for _ in range(rng.integers(1, 6))] for _ in candidates]
-    for candidate, its_references in zip(candidates, references, strict=True):
-        its_references.append(candidate[: rng.integers(0, 14)])  # so that some n-grams match
-    candidate_texts = {i: [" ".join(c)] for i, c in enumerate(candidates)}
-    reference_texts = {i: [" ".join(r) for r in rs] for i, rs in enumerate(references)}
+    for candidate, image_references in zip(candidates, references, strict=True):
+        image_references.append(candidate[: rng.integers(0, 14)])  # so that some n-grams match
+    candidate_texts = {i: [" ".join(candidate)] for i, candidate in enumerate(candidates)}
+    reference_texts = {
+        i: [" ".join(reference) for reference in image_references]
+        for i, image_references in enumerate(references)
+    }
     bleus = Bleu(4).compute_score(reference_texts, candidate_texts, verbose=0)[0]
     expected = {f"Bleu_{n}": value for n, value in enumerate(bleus, 1)}
     expected["ROUGE_L"] = Rouge().compute_score(reference_texts, candidate_texts)[0]

@@ -17,7 +17,7 @@ def unit_norm(x):
 
 
 class IdentityModel:
-    """A CLIP whose inputs are embeddings."""
+    """A model with CLIP's interface whose inputs are embeddings, which it returns."""
 
     def encode_image(self, images):
         return images
@@ -27,7 +27,11 @@ class IdentityModel:
 
 
 def coco_like(seed, n, d=24, noise=2.0):
-    """Return (image embeddings, text embeddings, image of each text, captions per image)."""
+    """Return random embeddings of n images with 1 to 7 captions each, as in COCO.
+
+    The values are (image embeddings, text embeddings, index of each text's image, number of
+    captions of each image).
+    """
     rng = np.random.default_rng(seed)
     num_captions = rng.integers(1, 8, n)
     image_of_text = np.repeat(np.arange(n), num_captions)
@@ -42,9 +46,9 @@ def coco_like(seed, n, d=24, noise=2.0):
 @pytest.mark.parametrize("batch_size", [7, 64])  # neither divides the number of images
 def test_recalls_equal_clip_benchmark(seed, batch_size):
     image, text, image_of_text, num_captions = coco_like(seed, 90)
-    rows = torch.from_numpy(text).split(num_captions.tolist())
+    captions = torch.from_numpy(text).split(num_captions.tolist())
     batches = [
-        (torch.from_numpy(image[i : i + batch_size]), rows[i : i + batch_size])
+        (torch.from_numpy(image[i : i + batch_size]), captions[i : i + batch_size])
         for i in range(0, len(image), batch_size)
     ]
     ks = [1, 5, 10, 50]
@@ -66,17 +70,19 @@ def test_hits_of_every_query_equal_clip_benchmark(k):
     positive = torch.zeros_like(scores, dtype=torch.bool)
     positive[torch.arange(len(text)), torch.from_numpy(image_of_text)] = True
     ranks = retrieval_ranks(image, text, image_of_text)
-    for rank, s, p in (
+    for rank, query_scores, query_positive in (
         (ranks.text_to_image, scores, positive),
         (ranks.image_to_text, scores.T, positive.T),
     ):
-        hits = zeroshot_retrieval.batchify(zeroshot_retrieval.recall_at_k, s, p, 33, "cpu", k=k)
+        hits = zeroshot_retrieval.batchify(
+            zeroshot_retrieval.recall_at_k, query_scores, query_positive, 33, "cpu", k=k
+        )
         np.testing.assert_array_equal(rank < k, hits.numpy() > 0)
 
 
 @pytest.mark.parametrize("num_classes", [5, 40])
 def test_accuracies_equal_clip_benchmark(num_classes, monkeypatch):
-    # `accuracy` calls float() on an array with one entry, which NumPy 2.4 no longer allows.
+    # CLIP_benchmark's `accuracy` calls float() on an array of one entry, an error in NumPy 2.4.
     monkeypatch.setattr(
         zeroshot_classification, "float", lambda x: np.asarray(x).item(), raising=False
     )
@@ -96,14 +102,18 @@ def test_accuracies_equal_clip_benchmark(num_classes, monkeypatch):
 def test_prompt_ensembles_equal_clip_benchmark():
     rng = np.random.default_rng(0)
     names, templates = ["cat", "dog", "emu"], ["a {c}", "the {c}", "one {c}."]
-    table = {t.format(c=n): rng.normal(size=8).astype(np.float32) for n in names for t in templates}
+    embedding_of = {
+        template.format(c=name): rng.normal(size=8).astype(np.float32)
+        for name in names
+        for template in templates
+    }
 
     class LookupPredictor:
         def embed_texts(self, texts):
-            return unit_norm(np.stack([table[t] for t in texts]))
+            return unit_norm(np.stack([embedding_of[text] for text in texts]))
 
     def tokenizer(texts):
-        return torch.from_numpy(np.stack([table[t] for t in texts]))
+        return torch.from_numpy(np.stack([embedding_of[text] for text in texts]))
 
     expected = zeroshot_classification.zero_shot_classifier(
         IdentityModel(), tokenizer, names, templates, "cpu", amp=False

@@ -1,8 +1,8 @@
-"""Greedy generation by open_clip 3.3.0's CoCa, run live, equals the golden file.
+"""Greedy generation by the installed open_clip 3.3.0's CoCa equals the golden file.
 
-Transformers 5 has no BeamSearchScorer, and without it open_clip imports none of the classes that
-`generate` needs. Greedy generation does not use BeamSearchScorer, so this test sets the others.
-Beam search is only in the golden file, which a script makes with an older Transformers.
+Transformers 5 has no BeamSearchScorer. Without this class, open_clip imports none of the classes
+that `generate` needs. Greedy generation needs only the others, so this test sets them. Beam search
+cannot run here. The golden file has its outputs, made with an older version of Transformers.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ TRANSFORMERS_CLASSES = (
 
 
 @pytest.mark.parametrize("name", ["small", "wide"])
-def test_golden_file_equals_live_open_clip(name, monkeypatch):
+def test_golden_file_equals_installed_open_clip(name, monkeypatch):
     for cls in TRANSFORMERS_CLASSES:
         monkeypatch.setattr(coca_model, cls, getattr(transformers, cls), raising=False)
     warper = {"top_k": transformers.TopKLogitsWarper}

@@ -1,4 +1,4 @@
-"""Conversion from and to open_clip 3.3.0, compared with the live library."""
+"""Conversion from and to open_clip 3.3.0, compared with the installed library."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +11,8 @@ from imgtune_jax import interop, models
 from imgtune_jax.models import positions
 from tests.golden import interop_open_clip as cases
 
-TOLERANCE = dict(rtol=1e-4, atol=1e-5)  # float32 sums in another order, over a few layers
-
+# The sums of a few layers in float32, in another order.
+TOLERANCE = dict(rtol=1e-4, atol=1e-5)
 
 NAMES = (
     "clip",
@@ -25,18 +25,18 @@ NAMES = (
 
 
 def run_ours(model, params, image, text, mask):
-    """Return image and text features, before normalization."""
+    """Return our image and text embeddings, before they are scaled to unit norm."""
     image = jnp.asarray(image.transpose(0, 2, 3, 1))
     pooled = model.image.apply({"params": params["image"]}, image, train=False).pooled
     image_features = model.image_head.apply({"params": params["image_head"]}, pooled, train=False)
-    text = jnp.asarray(text, jnp.int32)
-    pooled = model.text.apply({"params": params["text"]}, text, jnp.asarray(mask), train=False)
+    text, mask = jnp.asarray(text, jnp.int32), jnp.asarray(mask)
+    pooled = model.text.apply({"params": params["text"]}, text, mask, train=False).pooled
     head = {"params": params.get("text_head", {})}
-    return image_features, model.text_head.apply(head, pooled.pooled, train=False)
+    return image_features, model.text_head.apply(head, pooled, train=False)
 
 
 def convert(name):
-    """Return (their model, ours, its converted parameters)."""
+    """Return (open_clip's model of a case, our model, its parameters converted from theirs)."""
     theirs = cases.build(name)
     model = models.build_model(
         interop.config_from_open_clip({"embed_dim": 8, **cases.CASES[name][0]})
@@ -45,7 +45,7 @@ def convert(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_outputs_equal_live_open_clip(name):
+def test_outputs_equal_open_clip(name):
     assert set(NAMES) == set(cases.CASES)
     theirs, model, params = convert(name)
     inputs = cases.inputs(seed=3)
@@ -61,16 +61,15 @@ def test_outputs_equal_live_open_clip(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_exported_folder_has_the_same_outputs_in_open_clip(name, tmp_path):
-    """open_clip loads the folder as local-dir:PATH."""
+    """open_clip loads the folder as local-dir:PATH, or for a CustomTextCLIP the state dict."""
     theirs, model, params = convert(name)
     interop.save_open_clip_folder(tmp_path, model, params)
-    if cases.CASES[name][1]:  # a separate text tower has its own key in the config
-        custom = open_clip.CustomTextCLIP(
+    if cases.CASES[name][1]:  # theirs is a CustomTextCLIP, which has a separate text module
+        exported = open_clip.CustomTextCLIP(
             output_dict=True, **interop.config_to_open_clip(model)
         ).eval()
         state = interop.save_open_clip(params, model, custom_text=True)
-        custom.load_state_dict({k: torch.from_numpy(x.copy()) for k, x in state.items()})
-        exported = custom
+        exported.load_state_dict({k: torch.from_numpy(x.copy()) for k, x in state.items()})
     else:
         exported = open_clip.create_model(f"local-dir:{tmp_path}", output_dict=True).eval()
     image, text, _ = cases.inputs(seed=4)

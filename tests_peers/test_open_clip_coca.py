@@ -1,4 +1,4 @@
-"""Features, logits, both losses and their gradients of CoCa equal live open_clip 3.3.0."""
+"""CoCa's features, logits, losses and gradients equal those of the installed open_clip 3.3.0."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,8 @@ from imgtune_jax import interop, models, objectives
 from imgtune_jax.interop import open_clip_map, weight_map
 from imgtune_jax.types import Batch
 
-TOLERANCE = dict(rtol=1e-4, atol=1e-5)  # float32 sums in another order, over a few layers
+# The sums of a few layers in float32, in another order.
+TOLERANCE = dict(rtol=1e-4, atol=1e-5)
 VOCAB, LENGTH, PAD = 40, 7, 0
 VISION = dict(layers=2, width=16, head_width=8, patch_size=4, image_size=8, output_tokens=True)
 VISION |= dict(attentional_pool=True, attn_pooler_queries=5, attn_pooler_heads=2)
@@ -44,16 +45,20 @@ CASES = {
 }
 
 
-def config(name):
-    case = CASES[name]
+def open_clip_config(name):
+    """Return the base config with the changes of a case."""
     base = dict(embed_dim=12, vision_cfg=VISION, text_cfg=TEXT, multimodal_cfg=DECODER)
-    return {**base, **{k: {**base[k], **v} if isinstance(v, dict) else v for k, v in case.items()}}
+    changes = {
+        key: {**base[key], **value} if isinstance(value, dict) else value
+        for key, value in CASES[name].items()
+    }
+    return base | changes
 
 
 @pytest.fixture(scope="module", params=CASES)
 def pair(request):
-    """Return (their model with random parameters, our model, its converted parameters)."""
-    cfg = config(request.param)
+    """Return (open_clip's model with random parameters, ours, its parameters converted)."""
+    cfg = open_clip_config(request.param)
     theirs = CoCa(**cfg).eval()
     rng = np.random.default_rng(0)
     with torch.no_grad():
@@ -62,11 +67,11 @@ def pair(request):
                 noise = rng.normal(0, 0.2, tuple(parameter.shape)).astype(np.float32)
                 is_norm_scale = key.endswith("weight") and ".ln_" in key
                 parameter.copy_(torch.from_numpy(noise + is_norm_scale))
-    ours = interop.config_from_open_clip(cfg)
-    if request.param == "corrected class mask":  # their config has no key for it
+    our_config = interop.config_from_open_clip(cfg)
+    if request.param == "corrected class mask":  # open_clip's config has no key for this mask
         theirs.text.correct_cls_mask = True
-        ours["text"]["shifted_class_mask"] = False
-    model = models.build_model(ours)
+        our_config["text"]["shifted_class_mask"] = False
+    model = models.build_model(our_config)
     state = {name: x.detach().numpy() for name, x in theirs.state_dict().items()}
     return theirs, model, interop.load_open_clip(state, model)
 
@@ -83,7 +88,7 @@ def run_theirs(theirs, model, image, text):
     pixels = (image - np.array(model.image_mean)) / np.array(model.image_std)
     pixels = torch.from_numpy(pixels.astype(np.float32).transpose(0, 3, 1, 2))
     out = theirs(pixels, torch.from_numpy(text))
-    # Their cascade and parallel poolers return an extra query axis of length 1.
+    # open_clip's cascade and parallel poolers return an extra query axis of length 1.
     out["image_features"] = out["image_features"].reshape(len(image), -1)
     return out
 
@@ -141,11 +146,13 @@ def test_losses_and_all_their_gradients_equal_open_clip(pair, weights):
     expected = weight_map.to_params(
         open_clip_map.plain_names(torch_grads), rules, model.abstract_params(), what="the gradients"
     )
-    flat = weight_map.flatten(grads)
+    actual = weight_map.flatten(grads)
     for path, gradient in weight_map.flatten(expected).items():
-        if path == "image/pos_embed" or path == "image/class_token":
-            continue  # the conversion adds open_clip's class position to the class token
-        np.testing.assert_allclose(flat[path], gradient, **TOLERANCE, err_msg=path)
+        if path in ("image/pos_embed", "image/class_token"):
+            # The conversion adds the class token's position embedding to the class token. This sum
+            # is right for parameters, but not for gradients.
+            continue
+        np.testing.assert_allclose(actual[path], gradient, **TOLERANCE, err_msg=path)
 
 
 def test_exported_weights_have_the_same_outputs_in_open_clip(pair):
