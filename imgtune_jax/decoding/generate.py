@@ -57,7 +57,7 @@ def generate(
 
 @dataclass(frozen=True)
 class Generator:
-    """A model and its settings: `generator(params, inputs, prompt, prompt_mask) -> GeneratedTokens`.
+    """A model and settings: `generator(params, inputs, prompt, prompt_mask) -> GeneratedTokens`.
 
     `init_cache(params, inputs, length=…)` returns an empty cache. `step(params, cache, token)`
     reads one token per row and returns the logits of the next token and the cache. The model has

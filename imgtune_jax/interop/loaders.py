@@ -26,7 +26,7 @@ from imgtune_jax.types import Params
 
 
 def _load_saved_params(state: Mapping[str, Any], tower: Any, expected: Params) -> Params:
-    """Return a tower's parameters from a file that `save_params` wrote, of a tower or a full model."""
+    """Return a tower's parameters from a `save_params` file of the tower or of a full model."""
     modality = "text" if hasattr(tower, "max_length") else "image"
     prefix = f"{modality}/"
     tower_state = {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix)}
@@ -55,11 +55,11 @@ def load_tower(
 ) -> Params:
     """Return a tower's pretrained parameters as NumPy float32 arrays.
 
-    `init` has the keys "format", a key of LOADERS, and either "path", a weight file, or "package", a
-    pip package. If the package has several weight files, "pattern" is the glob of the one to load.
-    `module_cfg` is the tower's config for `models.build_tower`; `image_size` is a ViT's default.
-    Raises ValueError listing every missing, unexpected and misshaped key, or naming the package to
-    install.
+    `init` has "format", a key of LOADERS, and either "path", a weight file, or "package", a pip
+    package. If the package has several weight files, "pattern" is the glob of the one to load.
+    `module_cfg` is the tower's config for `models.build_tower`. `image_size` is the image size of a
+    ViT whose config has none. Raises ValueError listing every missing, unexpected and misshaped
+    key, or naming the package to install.
     """
     weight_format = init.get("format")
     if weight_format not in LOADERS:

@@ -21,7 +21,7 @@ MULTIMODAL_KEYS = {  # supported keys of multimodal_cfg
 
 
 def decoder_rules(decoder: Decoder) -> list[weight_map.Rule]:
-    """Return the rules of `text_decoder`. Raises ValueError if open_clip cannot express `decoder`."""
+    """Return the rules of `text_decoder`. Raises ValueError if open_clip has no such decoder."""
     if decoder.cross != "block" or decoder.input_from != "text_tower" or decoder.context_norm:
         raise ValueError(
             f"decoder: cross = {decoder.cross!r}, input_from = {decoder.input_from!r}, "
@@ -69,8 +69,7 @@ def pooler_rules(pooler: AttentionalPooler, context_width: int) -> list[weight_m
 def _query_rules(theirs: str, ours: str, *, packed: bool) -> list[weight_map.Rule]:
     """Return the rules of learned queries and their attention.
 
-    `packed`: PyTorch stores the q, k and v matrices as one. It does so if their inputs have the same
-    width.
+    `packed`: PyTorch stores the q, k and v matrices as one, as it does for inputs of equal width.
     """
     attention = weight_map.packed_attention_rules if packed else _split_attention_rules
     return [

@@ -246,8 +246,8 @@ def save_open_clip_folder(
 ) -> None:
     """Write a model as a folder that open_clip loads as `local-dir:PATH`.
 
-    `interpolation` and `resize_mode` are entries of open_clip's preprocess_cfg. Raises ValueError for a
-    model that open_clip cannot express.
+    `interpolation` and `resize_mode` are entries of open_clip's preprocess_cfg. Raises ValueError
+    for a model that open_clip cannot express.
     """
     preprocess = dict(
         size=[model.image_size, model.image_size],

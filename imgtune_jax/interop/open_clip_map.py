@@ -122,8 +122,8 @@ def _head_rules(model: ImageTextModel) -> list[weight_map.Rule]:
     image_head, text_head = model.image_head, model.text_head
     if not isinstance(image_head, LinearHead) or image_head.use_bias:
         raise ValueError(
-            f"image_head = {type(image_head).__name__}; open_clip's head is one matrix: use a linear "
-            "head with use_bias=False"
+            f"image_head = {type(image_head).__name__}; open_clip's head is one matrix: use a "
+            "linear head with use_bias=False"
         )
     rules = [weight_map.copy_rule("visual.proj", "image_head/kernel")]
     if isinstance(text_head, LinearHead) and text_head.use_bias:

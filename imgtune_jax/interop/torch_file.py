@@ -56,7 +56,7 @@ def _rebuild_parameter(data: _LazyTensor, *_: Any) -> _LazyTensor:
 
 
 class _Unpickler(pickle.Unpickler):
-    """An unpickler of tensors, parameters and OrderedDict. It refuses all other classes and functions."""
+    """An unpickler of tensors, parameters and OrderedDict. It refuses all other globals."""
 
     ALLOWED: dict[tuple[str, str], Any] = {  # noqa: RUF012 - the class is not a dataclass
         ("collections", "OrderedDict"): collections.OrderedDict,

@@ -30,8 +30,8 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
         raise
     except Exception as error:  # parsers raise arbitrary exceptions on invalid bytes
         raise ValueError(
-            f"{path} cannot be read: {error} (it has {path.stat().st_size} bytes; if the original has "
-            "another size, download it again)"
+            f"{path} cannot be read: {error} (it has {path.stat().st_size} bytes; if the "
+            "original has another size, download it again)"
         ) from error
 
 

@@ -73,7 +73,7 @@ def norm_rules(theirs: str, ours: str) -> list[Rule]:
 
 
 def conv_rule(theirs: str, ours: str) -> Rule:
-    """Return the rule of a convolution's kernel, [out in h w] to [h w in out]; also for depthwise ones."""
+    """Return the rule of a convolution's kernel (also depthwise): [out in h w] to [h w in out]."""
     return Rule((theirs,), (ours,), _oihw_to_hwio, _hwio_to_oihw)
 
 
