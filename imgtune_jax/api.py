@@ -99,9 +99,10 @@ class TunedModel:
         """Generate captions. Return the `n` best of each image as (text, score), best first.
 
         `language` is one of `languages` (default: the first). The method is beam search of width
-        max(`n`, `beam`), or greedy decoding for width 1. `decoding` has other settings, or another
-        method, for `decoding.build_generation_config`: {"method": {"name": "sample", "top_p":
-        0.9}, "max_new_tokens": 8}. `seed` is the random seed of sampling.
+        max(`n`, `beam`), or greedy decoding for width 1. `decoding` is a mapping with another
+        method or other settings, for `decoding.build_generation_config`. An example is
+        {"method": {"name": "sample", "top_p": 0.9}, "max_new_tokens": 8}. `seed` is the random seed
+        of sampling.
 
         Raises ValueError for a model without a decoder, for an unknown language, and for unreadable
         images, naming each image and the cause.

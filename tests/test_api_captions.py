@@ -27,7 +27,7 @@ NAMES = {
 
 @pytest.fixture(scope="module")
 def cards(tmp_path_factory):
-    """Return a folder with five images of one color, their names in two languages, and a tokenizer."""
+    """Return a folder: five images of one color, their names in two languages, and a tokenizer."""
     folder = tmp_path_factory.mktemp("cards")
     lines = ["filepath\ten\tzh"]
     for color, names in NAMES.items():

@@ -19,7 +19,7 @@ MODEL_HELP = "the folder of a run (its --workdir), or a folder that TunedModel.s
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command in `argv` (default: sys.argv[1:]). This is the console script."""
+    """Run the command in `argv` (default: sys.argv[1:]). Entry point of the console script."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     for name, command in COMMANDS.items():  # absl, not argparse, parses --config.key=value
         words = name.split()

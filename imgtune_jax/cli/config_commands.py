@@ -97,7 +97,7 @@ def parse_flags(values: Any, arguments: list[str], *, required: Sequence[str] = 
             if not Path(path).is_file():
                 error = f"no config at {path!r}; expected a file such as configs/debug.py"
                 raise SystemExit(f"imgtune: {with_checkout_hint(error)}")
-            # So that a config can import its neighbors (`from configs import base`).
+            # With this path, a config can import its neighbors (`from configs import base`).
             sys.path[:0] = [str(Path.cwd()), str(Path(path).resolve().parent.parent)]
     try:
         return values(arguments)

@@ -1,4 +1,4 @@
-"""Prefill: read the prompts into the cache, and repeat its rows for n sequences each.
+"""Prefill: read the prompts into the cache, and repeat its rows n times.
 
 Axis letters: b rows, n sequences per row, t positions of the context (prompt and new tokens),
 v vocabulary.
@@ -28,7 +28,7 @@ class Prefilled(NamedTuple):
     """State of the rows after all tokens of their prompt except the last have been read."""
 
     step: BatchedDecodeStep
-    cache: PyTree  # leaves that a step changes; as [b·n ...], XLA does not copy them
+    cache: PyTree  # leaves that a step changes, [b·n ...]; XLA would copy other shapes
     context: Int[Array, "b n t"]  # the prompt and max_new_tokens free positions
     length: Int[Array, " b"]  # number of tokens of the prompt
 

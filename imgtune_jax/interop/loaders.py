@@ -1,4 +1,4 @@
-"""Pretrained towers, loaded as a config states: `{"format": …, "package" or "path": …}`."""
+"""Loading of pretrained towers from a config, `{"format": …, "package" or "path": …}`."""
 
 from __future__ import annotations
 

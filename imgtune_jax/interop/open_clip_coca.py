@@ -42,7 +42,7 @@ def decoder_rules(decoder: Decoder) -> list[weight_map.Rule]:
 def residual_block_rules(
     theirs: str, ours: str, *, names: tuple[str, ...] = ("norm1", "attn", "norm2", "mlp")
 ) -> list[weight_map.Rule]:
-    """Return the rules of one residual attention block; `names` are those of its modules here."""
+    """Return the rules of one residual attention block, with modules `names` in this package."""
     norm1, attn, norm2, mlp = (f"{ours}/{name}" for name in names)
     return [
         *weight_map.norm_rules(f"{theirs}.ln_1", norm1),

@@ -111,7 +111,8 @@ def _read_zip(raw: bytes) -> Any:
         names = [n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl"]
         if len(names) != 1:
             raise ValueError(
-                f"not a PyTorch file: a zip with {len(names)} files data.pkl; expected one data.pkl"
+                f"not a PyTorch file: a zip with {len(names)} files named data.pkl; expected "
+                "one data.pkl"
             )
         root = names[0].removesuffix("data.pkl")
         unpickler = _Unpickler(io.BytesIO(archive.read(names[0])))
