@@ -1,7 +1,7 @@
 """Locked-image tuning and related methods in JAX.
 
-The public names below are imported on first use. Importing the package alone imports no JAX, which
-keeps data workers light.
+The public names below are imported on first use. Importing the package alone does not import JAX,
+so that data workers start quickly.
 """
 
 from __future__ import annotations

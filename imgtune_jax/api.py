@@ -23,7 +23,7 @@ from imgtune_jax.training import checkpoint, loop
 from imgtune_jax.training.experiment import Experiment, build_experiment
 
 Image = Any  # a path, a PIL image, or an array u8[h w] / u8[h w 3] / u8[h w 4]
-PARAMS_FILE = "params.safetensors"  # only in a folder that TunedModel.save wrote
+PARAMS_FILE = "params.safetensors"  # only in a folder written by TunedModel.save
 
 
 class Hit(NamedTuple):
@@ -42,7 +42,7 @@ class Label(NamedTuple):
 
 @dataclass(frozen=True)
 class TunedModel:
-    """A trained model. `step` is the training step of its parameters, -1 if not known."""
+    """A trained model. `step` is the training step of its parameters, or -1 if unknown."""
 
     predictor: ModelPredictor
     experiment: Experiment
@@ -70,9 +70,10 @@ class TunedModel:
         *,
         top: int = 5,
     ) -> list[list[Label]]:
-        """Classify images zero-shot: return each image's `top` labels, the most probable first.
+        """Classify images zero-shot. Return each image's `top` labels, most probable first.
 
-        A label's embedding is the mean over `templates` ("a photo of a {}."), as in CLIP.
+        The embedding of a label is averaged over `templates` such as "a photo of a {}.", as in
+        CLIP.
         """
         labels = list(labels)
         weights = zeroshot.class_embeddings(self.predictor, labels, templates)
@@ -95,15 +96,16 @@ class TunedModel:
         decoding: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> list[list[GeneratedCaption]]:
-        """Generate captions: return each image's `n` best, (text, score), the best first.
+        """Generate captions. Return the `n` best of each image as (text, score), best first.
 
-        `language` is one of `languages`; None means the first. Beam search has max(`n`, `beam`)
-        hypotheses; 1 is greedy decoding. Alternatively, `decoding` is a mapping for
-        `decoding.build_generation_config`, such as {"method": {"name": "sample", "top_p": 0.9},
-        "max_new_tokens": 8}; `seed` seeds the sampling.
+        `language` is one of `languages` (default: the first). The method is beam search of width
+        max(`n`, `beam`), or greedy decoding for width 1. `decoding` is a mapping with another
+        method or other settings, for `decoding.build_generation_config`. An example is
+        {"method": {"name": "sample", "top_p": 0.9}, "max_new_tokens": 8}. `seed` is the random seed
+        of sampling.
 
-        Raises ValueError for a model without a decoder, an unknown language, and unreadable images,
-        each named with the cause.
+        Raises ValueError for a model without a decoder, for an unknown language, and for unreadable
+        images, naming each image and the cause.
         """
         if min(n, beam) < 1:
             raise ValueError(f"n = {n}, beam = {beam}; expected 1 or more of each")
@@ -124,12 +126,12 @@ class TunedModel:
 
     @property
     def languages(self) -> tuple[str, ...]:
-        """The languages that `caption` accepts, the most frequent in training first.
+        """The languages that `caption` accepts, sorted by decreasing frequency in training.
 
         These are the caption sets with a prefix (config.data.prefixes).
         """
-        config = self.experiment.config.data
-        return tuple(sorted(config.prefixes, key=lambda name: -config.caption_weights[name]))
+        cfg = self.experiment.config.data
+        return tuple(sorted(cfg.prefixes, key=lambda name: -cfg.caption_weights[name]))
 
     def search(
         self,
@@ -138,11 +140,11 @@ class TunedModel:
         *,
         k: int = 5,
     ) -> list[Hit]:
-        """Return the `k` items of `gallery` that are most similar to `query`, the best first.
+        """Return the `k` items of `gallery` that are most similar to `query`, best first.
 
-        A string is an image if it is the path of an image file, and a text otherwise. `gallery` is
-        images, texts, or embeddings from `encode_image` or `encode_text`; embeddings can be reused
-        for many queries.
+        A string is an image if it is the path of an image file, and a text otherwise. `gallery`
+        contains images, texts, or embeddings from `encode_image` or `encode_text`. Embeddings can
+        be reused for many queries.
         """
         embeddings = gallery if _is_embeddings(gallery) else self._encode_any(list(gallery))
         scores = np.asarray(embeddings) @ self._encode_any([query])[0]
@@ -170,7 +172,7 @@ class TunedModel:
         if not languages:
             raise ValueError(
                 f"language = {language!r}, but this model was trained without prefixes "
-                "(config.data.prefixes) and cannot choose a language; leave it out"
+                "(config.data.prefixes) and has no languages; omit `language`"
             )
         if language not in languages:
             raise ValueError(f"language = {language!r}; expected one of {', '.join(languages)}")
@@ -183,9 +185,9 @@ class TunedModel:
 
 
 def load(folder: str | Path, *, step: int | None = None, use_memo: bool = False) -> TunedModel:
-    """Load a model: from a run's folder, or from one that `TunedModel.save` wrote.
+    """Load a model from the folder of a run, or from a folder that `TunedModel.save` wrote.
 
-    A run's model is its newest checkpoint, or the one of `step`. With `use_memo`, the image
+    From a run, the checkpoint of `step` is loaded (default: the newest). With `use_memo`, the image
     features of a data set stay in memory, so that several evaluators can share them. Raises
     FileNotFoundError if the folder or the checkpoint does not exist.
     """
@@ -205,28 +207,28 @@ def load(folder: str | Path, *, step: int | None = None, use_memo: bool = False)
 def train(config: config_lib.Config | ConfigDict, workdir: str | Path) -> TunedModel:
     """Train the model that `config` describes, or resume its run in `workdir`; return the model.
 
-    Raises ValueError for an invalid config and for a `workdir` with another run, NonFiniteLossError
-    if the loss is not finite, and TooManyBadRecordsError if too many records are unreadable.
+    Raises ValueError if the config is invalid or `workdir` has another run, NonFiniteLossError if
+    the loss is not finite, and TooManyBadRecordsError if too many records are unreadable.
     """
     if not isinstance(config, config_lib.Config):
         config = config_lib.parse_config(config)
     workdir = Path(workdir).absolute()
     trained = loop.train(config, workdir)
     experiment = build_experiment(config, tokenizer_dir=workdir / "tokenizer")
-    # Not `trained` itself: it would memoize the features of every image that it encodes.
+    # A new predictor, because `trained` memoizes the features of every image that it encodes.
     predictor = experiment.predictor(trained.params, use_memo=False)
     return TunedModel(predictor, experiment, checkpoint.saved_steps(workdir)[-1])
 
 
 @dataclass(frozen=True)
 class _ImageSource:
-    """A data.Source of images that the caller passed."""
+    """A `data.Source` of the images in a call."""
 
     records: tuple[data.Record, ...]
 
     @classmethod
     def from_images(cls, images: Any) -> _ImageSource:
-        """Make a source of one or more paths, PIL images or arrays."""
+        """Return a source of one or more paths, PIL images or arrays."""
         records = tuple(_record(i, image) for i, image in enumerate(_as_list(images)))
         if not records:
             raise ValueError("no images given; expected one or more paths, PIL images or arrays")
@@ -281,7 +283,7 @@ def _read_error(record: data.Record) -> str:
         data.decode_image(record.image)
     except data.BadRecord as error:
         return str(error)
-    return "it can be decoded, but not preprocessed"
+    return "the image can be decoded, but not preprocessed"
 
 
 def _is_image_path(text: str) -> bool:

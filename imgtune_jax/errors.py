@@ -1,7 +1,7 @@
 """Errors written for users: each names what was given, what is expected and what to do.
 
-The command line prints a `UserError` as one message, without a traceback. Every other exception is
-a defect or a library's, and keeps its traceback.
+The command line prints errors of the types in `cli.startup.USER_ERRORS`, such as `UserError`, as
+one message without a traceback. All other exceptions keep their traceback.
 """
 
 from __future__ import annotations

@@ -25,9 +25,9 @@ def summarize_run(workdir: Path) -> str:
     experiment = build_experiment(config, tokenizer_dir=workdir / "tokenizer")
     lines = [f"{workdir}: {config.name}", "", *_parameter_lines(experiment), ""]
     steps = checkpoint.saved_steps(workdir)
-    length = {k: v for k, v in vars(config.total).items() if v is not None}
+    run_length = {k: v for k, v in vars(config.total).items() if v is not None}
     lines.append(f"objectives   {', '.join(config.objectives)}; batch {config.batch_size}")
-    lines.append(f"length       {length}; saved steps: {', '.join(map(str, steps)) or 'none'}")
+    lines.append(f"length       {run_length}; saved steps: {', '.join(map(str, steps)) or 'none'}")
     lines += _cache_lines(workdir)
     results = _newest_results(workdir / "results.jsonl")
     if results:
@@ -36,12 +36,12 @@ def summarize_run(workdir: Path) -> str:
 
 
 def _cache_lines(workdir: Path) -> Iterable[str]:
-    """Yield lines on each cached tower: rows, size, time saved, and folder."""
+    """Yield two lines per cached tower: its rows, size and time saved, and its folder."""
     path = workdir / "cache.json"
     folders = json.loads(path.read_text()) if path.exists() else {}
     for tower, folder in folders.items():
         if not Path(folder).is_dir():
-            yield f"cache        {tower}: was in {folder}, which is gone; training fills it again"
+            yield f"cache        {tower}: {folder} does not exist; training creates it again"
             continue
         store = data.FeatureStore.load(Path(folder))
         shape = "×".join(map(str, store.shape))
@@ -70,7 +70,7 @@ def _parameter_lines(experiment: Experiment) -> Iterable[str]:
 
 
 def _newest_results(path: Path) -> list[dict[str, Any]]:
-    """Return the last result of each (data set, model)."""
+    """Return the last result of each pair of data set and model."""
     if not path.exists():
         return []
     newest: dict[tuple[str, str], dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""Run all tests on eight forced CPU devices. Rank promotion is an error: it hides shape bugs."""
+"""Run all tests on eight virtual CPU devices. Rank promotion is an error: it hides shape bugs."""
 
 import os
 
@@ -15,5 +15,5 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture(scope="session", autouse=True)
 def _compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Compile a program once per session, although several tests need it."""
+    """Compile every program only once per session, even if several tests need it."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.getbasetemp() / "xla"))

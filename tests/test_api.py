@@ -1,4 +1,4 @@
-"""Using a trained model: load, encode, classify, search, and the commands that take a model."""
+"""Use of a trained model: load, encode, classify, search, and the commands that take a model."""
 
 import json
 import os
@@ -66,8 +66,9 @@ def test_paths_pil_images_and_arrays_have_equal_embeddings(model, photos):
     path = photos / "a.png"
     image = Image.open(path)
     expected = model.encode_image(path)
-    for form in (str(path), image, np.asarray(image), [image], np.asarray(image)[None]):
-        np.testing.assert_allclose(model.encode_image(form), expected, atol=1e-6)
+    array = np.asarray(image)
+    for same_image in (str(path), image, array, [image], array[None]):
+        np.testing.assert_allclose(model.encode_image(same_image), expected, atol=1e-6)
 
 
 def test_classify_returns_probabilities_in_descending_order(model, photos):
@@ -167,15 +168,20 @@ main(["info", run])
 main(["classify", "--model", run, "--labels", "cat", "dog", "--images", photo])
 main(["eval", "--workdir", run])
 """
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-P", "-c", code, str(run), "a.png"],
         capture_output=True,
         text=True,
         cwd=photos,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
-    assert "saved steps: 1, 2" in done.stdout and "a.png: " in done.stdout, done.stderr
-    assert f"corpora/ not found in {photos}" in done.stderr and "Traceback" not in done.stderr
+    assert "saved steps: 1, 2" in completed.stdout and "a.png: " in completed.stdout, (
+        completed.stderr
+    )
+    assert (
+        f"corpora/ not found in {photos}" in completed.stderr
+        and "Traceback" not in completed.stderr
+    )
 
 
 def test_eval_command_repeats_the_results_of_training(run, capsys):

@@ -1,4 +1,4 @@
-"""A captioner's life: training, evaluation, report, generated captions and errors."""
+"""A captioner: training, evaluation, report, generated captions and errors."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ NAMES = {
 
 @pytest.fixture(scope="module")
 def cards(tmp_path_factory):
-    """Five images of one color each, with a name in two languages, and a tokenizer."""
+    """Return a folder: five images of one color, their names in two languages, and a tokenizer."""
     folder = tmp_path_factory.mktemp("cards")
     lines = ["filepath\ten\tzh"]
     for color, names in NAMES.items():
@@ -40,7 +40,7 @@ def cards(tmp_path_factory):
 
 
 def settings(cards, **changes):
-    """The config of a captioner that learns the cards in seconds."""
+    """Return the config of a captioner that learns the cards in seconds."""
     c = debug_run.config_dict()
     c.name = "cards"
     c.model.text = ConfigDict()
@@ -131,20 +131,22 @@ def test_memo_uneven_batches_and_unreadable_images_change_no_value(
     source = api._ImageSource.from_images([*paths(cards), tmp_path / "bad.png", *paths(cards)])
     names = [names[0] for names in NAMES.values()]
     memoizing = dataclasses.replace(model.predictor, feature_memo={})
-    for i, current in enumerate((model.predictor, memoizing, memoizing)):
-        generated, valid = current.generate_captions(source, prefix="<en>")
+    for i, captioner in enumerate((model.predictor, memoizing, memoizing)):
+        generated, valid = captioner.generate_captions(source, prefix="<en>")
         texts = [[caption.text for caption in captions] for captions in generated]
         assert texts == [[x] for x in names] + [[]] + [[x] for x in names]
         assert valid.tolist() == [True] * 5 + [False] + [True] * 5
-        scored = current.caption_scores(source, [*names, "", *names], "<en>")
+        scored = captioner.caption_scores(source, [*names, "", *names], "<en>")
         assert scored.valid.tolist() == valid.tolist()
-        mean = np.where(scored.target_mask[:, 1:], scored.scores.log_prob, 0).sum(1)
-        mean /= scored.target_mask.sum(1)
-        # The score of a generated caption, by cached steps, equals its score in one pass.
+        mean_log_prob = np.where(scored.target_mask[:, 1:], scored.scores.log_prob, 0).sum(1)
+        mean_log_prob /= scored.target_mask.sum(1)
+        # A generated caption has the same score by cached decoding and by one forward pass.
         expected = [captions[0].score for captions in generated if captions]
-        np.testing.assert_allclose(mean[valid], expected, rtol=1e-4, err_msg=str(i))
-        # Each image's name is the likeliest of all names.
-        scores, readable = current.score_texts(source, names, prefix="<en>", normalize_length=True)
+        np.testing.assert_allclose(mean_log_prob[valid], expected, rtol=1e-4, err_msg=str(i))
+        # Each image's name has the highest probability of all names.
+        scores, readable = captioner.score_texts(
+            source, names, prefix="<en>", normalize_length=True
+        )
         assert readable.tolist() == valid.tolist()
         assert scores[valid].argmax(1).tolist() == [*range(5), *range(5)]
         np.testing.assert_allclose(scores[valid].max(1), expected, rtol=1e-4, err_msg=str(i))

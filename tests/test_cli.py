@@ -44,9 +44,9 @@ def test_missing_folder_is_reported_as_one_message(arguments, message):
 )
 def test_bad_flag_is_reported_as_one_message(arguments, message, tmp_path):
     command = [sys.executable, "train.py", f"--workdir={tmp_path / 'run'}", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode != 0
-    assert message in done.stderr and "Traceback" not in done.stderr
+    completed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert completed.returncode != 0
+    assert message in completed.stderr and "Traceback" not in completed.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -56,8 +56,10 @@ def test_bad_flag_is_reported_as_one_message(arguments, message, tmp_path):
 )
 def test_every_command_has_help(command):
     code = f"from imgtune_jax.cli import main; main(['{command}', '--help'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert f"usage: imgtune {command}" in done.stdout
+    completed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
+    )
+    assert f"usage: imgtune {command}" in completed.stdout
 
 
 @pytest.mark.parametrize("error", [UserError, NonFiniteLossError, TooManyBadRecordsError])
@@ -81,17 +83,17 @@ def test_closed_output_pipe_ends_the_process_with_status_0():
     command = [sys.executable, "-c", code]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     child.stdout.readline()
-    child.stdout.close()  # as `| head -1` does
+    child.stdout.close()  # as in `imgtune … | head -1`
     assert (child.stderr.read(), child.wait()) == (b"", 0)
 
 
 @pytest.fixture
 def installed(tmp_path):
-    """A function that runs a command of the package without its checkout; returns stderr."""
+    """Return a function that runs a command without the source checkout and returns stderr."""
     packages = tmp_path / "site-packages"
     packages.mkdir()
     (packages / "imgtune_jax").symlink_to(ROOT / "imgtune_jax")
-    # None makes `import configs` fail, also where an editable install provides it.
+    # None makes `import configs` fail even if the package is an editable install.
     code = (
         f"import sys; sys.path.insert(0, {str(packages)!r}); sys.modules['configs'] = None\n"
         "from imgtune_jax.cli import main; main(sys.argv[1:])"

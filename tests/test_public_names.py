@@ -17,8 +17,8 @@ def test_public_name_is_importable(name):
 
 def test_type_checkers_see_the_public_names():
     tree = ast.parse(Path(imgtune_jax.__file__).read_text())
-    (block,) = (node for node in tree.body if isinstance(node, ast.If))
-    names = [alias.name for statement in block.body for alias in statement.names]
+    (type_checking,) = (node for node in tree.body if isinstance(node, ast.If))
+    names = [alias.name for statement in type_checking.body for alias in statement.names]
     assert sorted(names) == sorted(imgtune_jax.__all__)
 
 

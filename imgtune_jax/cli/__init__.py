@@ -15,11 +15,11 @@ from imgtune_jax.cli.startup import configure_process, report_user_errors
 __all__ = ["main", "parse_flags", "train"]
 
 IMAGE_HELP = "image files, or folders of images (searched recursively)"
-MODEL_HELP = "a run's folder (as --workdir), or one that TunedModel.save wrote"
+MODEL_HELP = "the folder of a run (its --workdir), or a folder that TunedModel.save wrote"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command that `argv`, or the process's arguments, name: the console script."""
+    """Run the command in `argv` (default: sys.argv[1:]). Entry point of the console script."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     for name, command in COMMANDS.items():  # absl, not argparse, parses --config.key=value
         words = name.split()
@@ -67,7 +67,7 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument("--workdir", required=True, help="the run's folder")
     parser.add_argument("--step", type=int, help="a saved step (default: the newest)")
     parser.add_argument(
-        "--only", nargs="+", metavar="NAME", help="run these evaluators of the config only"
+        "--only", nargs="+", metavar="NAME", help="run only these evaluators of the config"
     )
 
 

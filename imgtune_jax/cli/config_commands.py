@@ -1,4 +1,4 @@
-"""Commands that take --config: `train`, `cache` and `bench`. Their flags are the config's keys."""
+"""Commands that take --config: `train`, `cache` and `bench`. Flags override the config's keys."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ usage: imgtune train --config=FILE.py[:ARG] --workdir=DIR [--config.KEY=VALUE ..
 
 Train a model. If DIR already contains this run, resume it from its newest checkpoint.
 
-  --config=FILE.py       the experiment, such as configs/lit_emoji.py; its get_config gets ARG
+  --config=FILE.py[:ARG] the experiment, such as configs/lit_emoji.py; its get_config receives ARG
   --workdir=DIR          the folder for checkpoints, metrics and report.html
   --config.KEY=VALUE     change a setting: --config.batch_size=64 --config.lock.image=False
                          (configs/base.py lists all keys with their defaults)
@@ -37,12 +37,13 @@ Measure the speed of each stage of the input pipeline and of the training step, 
 bottleneck. Writes no files.
 """
 
+# Errors that may occur when a config file is loaded or one of its keys is set.
 LOAD_ERRORS = (AttributeError, ImportError, LookupError, SyntaxError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its --help text, its function of the parsed flags, and its required flags."""
+    """A command: its --help text, the function that runs it, and its required flags."""
 
     usage: str
     run: Callable[[Any], None]
@@ -78,14 +79,16 @@ def run_with_config(arguments: list[str], command: Command) -> None:
 def parse_flags(values: Any, arguments: list[str], *, required: Sequence[str] = ()) -> list[str]:
     """Set `values.config` and `values.workdir` from flags; return the remaining arguments.
 
-    `values` is an absl FlagValues. Raises SystemExit with one message for a config file, key or
-    value that does not exist.
+    `values` is an absl FlagValues. Raises SystemExit with one message for an unknown config file
+    or key, or an invalid value.
     """
     from absl import flags
     from ml_collections import config_flags
 
-    example = "the experiment, such as configs/lit_emoji.py"
-    config_flags.DEFINE_config_file("config", None, example, flag_values=values, sys_argv=arguments)
+    config_help = "the experiment, such as configs/lit_emoji.py"
+    config_flags.DEFINE_config_file(
+        "config", None, config_help, flag_values=values, sys_argv=arguments
+    )
     flags.DEFINE_string("workdir", None, "the run's folder; a run in it is resumed", values)
     flags.mark_flags_as_required(["config", *required], values)
     for argument in arguments:
@@ -94,7 +97,7 @@ def parse_flags(values: Any, arguments: list[str], *, required: Sequence[str] = 
             if not Path(path).is_file():
                 error = f"no config at {path!r}; expected a file such as configs/debug.py"
                 raise SystemExit(f"imgtune: {with_checkout_hint(error)}")
-            # A config may import its neighbors (`from configs import base`) from any folder.
+            # With this path, a config can import its neighbors (`from configs import base`).
             sys.path[:0] = [str(Path.cwd()), str(Path(path).resolve().parent.parent)]
     try:
         return values(arguments)

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Run a run's evaluators on their full data sets, and rewrite its report."""
+    """Evaluate a run's model on the full test sets, and rewrite the run's report."""
     from imgtune_jax import api, evals, report
 
     workdir = Path(options.workdir)
@@ -18,7 +18,7 @@ def evaluate(options: argparse.Namespace) -> None:
     names = options.only or list(config.evals)
     if unknown := sorted(set(names) - set(config.evals)):
         raise ValueError(f"--only: no evaluator {unknown}; expected {', '.join(config.evals)}")
-    # `limit` makes evaluation during training cheap; here the full data set is evaluated.
+    # `limit` makes evaluation during training cheap. This command evaluates the full data set.
     unlimited = {n: {k: v for k, v in config.evals[n].items() if k != "limit"} for n in names}
     for name, evaluator in model.experiment.build_evaluators(unlimited).items():
         metrics = evaluator(model.predictor)

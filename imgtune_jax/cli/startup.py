@@ -1,4 +1,4 @@
-"""Process-wide settings of every command, and how a user's error is shown."""
+"""Process-wide settings, and the reporting of user errors, for all commands."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 
 from imgtune_jax.errors import UserError
 
-# Not every error that is written for users is a `UserError` yet; these are their other types.
+# Types of errors for users. Not all such errors are a `UserError`.
 USER_ERRORS = (UserError, ValueError, FileNotFoundError, FileExistsError)
 
-# Folders of the source checkout that the wheel does not contain: {name: a path that shows it}.
+# Folders that only the source checkout contains, not the wheel: {name: a path in a checkout}.
 CHECKOUT_FOLDERS = {"configs": Path("configs/base.py"), "corpora": Path("corpora")}
 
 
@@ -38,10 +38,10 @@ def configure_process() -> None:
 
 @contextlib.contextmanager
 def report_user_errors() -> Iterator[None]:
-    """Exit with the message of a user's error; every other exception keeps its traceback.
+    """Exit with the message of a user error. Every other exception keeps its traceback.
 
-    With IMGTUNE_TRACEBACK=1 in the environment, all errors keep it. If the reader of the output
-    closes the pipe, as in `imgtune info DIR | head -1`, the process ends with status 0.
+    With IMGTUNE_TRACEBACK=1 in the environment, all errors keep their traceback. If the reader of
+    the output closes the pipe, as in `imgtune info DIR | head -1`, the process ends with status 0.
     """
     try:
         yield
@@ -58,7 +58,7 @@ def report_user_errors() -> Iterator[None]:
 
 
 def with_checkout_hint(message: str) -> str:
-    """Return a message, with a hint if it names a checkout folder that is not in this folder."""
+    """Append a hint if `message` names a checkout folder that the current folder lacks."""
     missing = [
         f"{name}/"
         for name, path in CHECKOUT_FOLDERS.items()

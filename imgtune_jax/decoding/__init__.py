@@ -1,6 +1,6 @@
 """Generation of token sequences from a model's decode step, and likelihood of given texts.
 
-A method is a dataclass in `settings.py` and a line in `METHODS`.
+`METHODS` names the decoding methods. Their settings are the dataclasses of `settings.py`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ METHODS: dict[str, type] = {"greedy": Greedy, "beam": BeamSearch, "sample": Samp
 def build_generation_config(
     cfg: Mapping[str, Any], *, stop_ids: tuple[int, ...], pad_id: int
 ) -> GenerationConfig:
-    """Build settings from a mapping, e.g. {"method": {"name": "beam"}, "max_new_tokens": 32}.
+    """Build settings from a mapping such as {"method": {"name": "beam"}, "max_new_tokens": 32}.
 
     `stop_ids` and `pad_id` come from the tokenizer. The default method is greedy. Raises ValueError
     for an unknown method or field.
@@ -61,7 +61,7 @@ def build_generation_config(
 def _check_fields(
     name: str, fields: Mapping[str, Any], cls: type, excluded: tuple[str, ...] = ()
 ) -> None:
-    """Raise ValueError unless every key is a field of `cls` that is not excluded."""
+    """Raise ValueError if a key of `fields` is not a field of `cls`, or is excluded."""
     known = [f.name for f in dataclasses.fields(cls) if f.name not in excluded]
     if unknown := sorted(set(fields) - set(known)):
         raise ValueError(f"{name} has unknown fields {unknown}; known: {', '.join(known)}")

@@ -29,13 +29,13 @@ def generate(
     key: Array | None = None,
     limit: Int[Array, ""] | int | None = None,
 ) -> GeneratedTokens:
-    """Return sequences that continue the prompts. Pure, so it can be traced.
+    """Generate sequences that continue the prompts. The function is pure and can be traced.
 
-    `cache` is empty. Prompts are padded on the right and have at least one token each; their tokens
-    are not part of the result, and rows do not influence each other. `key` is required for
-    `Sampling` and must be None otherwise. `limit` is the maximum number of new tokens, at most (and
-    by default) `settings.max_new_tokens`; it may be a traced value. Raises ValueError for a missing
-    or unused key.
+    `cache` is empty. The prompts are padded on the right and have at least one token each. The
+    result does not include prompt tokens. Rows do not influence each other. `key` is required for
+    `Sampling` and must be None otherwise. `limit` is the maximum number of new tokens. It may be a
+    traced value; its default and maximum is `settings.max_new_tokens`. Raises ValueError for a
+    missing or unused key.
     """
     is_sampling = isinstance(settings.method, Sampling)
     if is_sampling and key is None:
@@ -57,12 +57,13 @@ def generate(
 
 @dataclass(frozen=True)
 class Generator:
-    """A model's generator: `generator(params, inputs, prompt, prompt_mask) -> GeneratedTokens`.
+    """A model and settings: `generator(params, inputs, prompt, prompt_mask) -> GeneratedTokens`.
 
-    `init_cache(params, inputs, length=…)` returns an empty cache, and `step(params, cache, token)`
-    reads one token per row. The model has `max_positions` positions (None: no limit). `constrain`
-    is the partitioner's. One program is compiled per prompt shape and length bucket of
-    `settings.max_new_tokens`; the result does not depend on the bucket.
+    `init_cache(params, inputs, length=…)` returns an empty cache. `step(params, cache, token)`
+    reads one token per row and returns the logits of the next token and the cache. The model has
+    `max_positions` positions (None: no limit). `constrain` pins the sharding of an array, as
+    `Partitioner.constrain` does. One program is compiled per prompt shape and `length_bucket` of
+    `settings.max_new_tokens`. The result does not depend on the bucket.
     """
 
     init_cache: Callable[..., PyTree]
@@ -80,13 +81,13 @@ class Generator:
         *,
         key: Array | None = None,
     ) -> GeneratedTokens:
-        """Generate as `generate` does; `inputs` (such as image tokens) are sharded by batch.
+        """Generate as `generate` does. `inputs`, such as image tokens, have one row per prompt.
 
-        Raises ValueError if prompt and new tokens need more than `max_positions` positions.
+        Raises ValueError if the prompt and the new tokens need more than `max_positions` positions.
         """
         limit = self.settings.max_new_tokens
         prompt_length = int(np.sum(prompt_mask, 1).max())
-        num_positions = prompt_length + limit - 1  # the last new token is not read
+        num_positions = prompt_length + limit - 1  # the model does not read the last new token
         if self.max_positions is not None and num_positions > self.max_positions:
             raise ValueError(
                 f"max_new_tokens = {limit} with a prompt of {prompt_length} tokens needs "
@@ -110,7 +111,7 @@ def _generate_bucket(
     key: Array | None,
     limit: Int[Array, ""],
 ) -> GeneratedTokens:
-    """Generate at most `limit` tokens, in arrays of the bucket's length."""
+    """Generate at most `limit` tokens per sequence, in arrays of the bucket's length."""
 
     def by_batch(x: Array) -> Array:
         return generator.constrain(x, ("batch", *[None] * (x.ndim - 1)))

@@ -1,4 +1,8 @@
-"""Prefill: read the prompts into the cache, and set up n sequences per row for a search."""
+"""Prefill: read the prompts into the cache, and repeat its rows n times.
+
+Axis letters: b rows, n sequences per row, t positions of the context (prompt and new tokens),
+v vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from imgtune_jax.types import PyTree
 
-# (cache, token i32[b]) -> (logits f32[b v], cache). Every leaf of the cache has b rows, and rows
-# may be at different positions.
+# (cache, token i32[b]) -> (logits f32[b v], cache). Every leaf of the cache has b rows, and the
+# rows may be at different positions.
 DecodeStep = Callable[[PyTree, Int[Array, " b"]], tuple[Float[Array, "b v"], PyTree]]
-# The same for n sequences per row: (cache leaves [bn ...], token i32[b n]) -> (log p f32[b n v],
-# cache leaves).
+# A step for n sequences per row: (cache leaves [b·n ...], token i32[b n]) -> (log p f32[b n v],
+# cache leaves [b·n ...]).
 BatchedDecodeStep = Callable[[PyTree, Int[Array, "b n"]], tuple[Float[Array, "b n v"], PyTree]]
 
 
@@ -24,9 +28,9 @@ class Prefilled(NamedTuple):
     """State of the rows after all tokens of their prompt except the last have been read."""
 
     step: BatchedDecodeStep
-    cache: PyTree  # the leaves that a step changes, [bn ...]: XLA would copy any other shape
-    context: Int[Array, "b n t"]  # the prompt, followed by space for max_new_tokens tokens
-    length: Int[Array, " b"]  # tokens of the prompt
+    cache: PyTree  # leaves that a step changes, [b·n ...]; XLA would copy other shapes
+    context: Int[Array, "b n t"]  # the prompt and max_new_tokens free positions
+    length: Int[Array, " b"]  # number of tokens of the prompt
 
 
 def prefill(
@@ -38,11 +42,11 @@ def prefill(
     n: int,
     max_new_tokens: int,
 ) -> Prefilled:
-    """Read each row's prompt up to its last token, then repeat the state for n sequences per row.
+    """Read all tokens of each prompt but the last, then repeat the state for n sequences per row.
 
     Cache leaves that `step` returns unchanged, such as the image's keys and values, are shared by a
-    row's n sequences and are not reordered by beam search. For the model, the sequences are rows of
-    one batch of size b · n.
+    row's n sequences, and beam search does not reorder them. The model processes the sequences as
+    one batch of size b·n.
     """
     length = prompt_mask.sum(1, dtype=jnp.int32)
     leaves, treedef = jax.tree.flatten(cache)
@@ -58,9 +62,9 @@ def prefill(
 
     def read_token(i: Int[Array, ""], state: list[Array]) -> list[Array]:
         updated = to_changed_leaves(step(to_cache(state, shared), prompt[:, i])[1])
-        reads = i < length - 1
+        is_read = i < length - 1
         return [
-            jnp.where(_expand_rows(reads, new), new, old)
+            jnp.where(_expand_rows(is_read, new), new, old)
             for new, old in zip(updated, state, strict=True)
         ]
 
@@ -84,7 +88,7 @@ def prefill(
 def append_token(
     context: Int[Array, "b n t"], position: Int[Array, "b n"], token: Int[Array, "b n"]
 ) -> Int[Array, "b n t"]:
-    """Return `context` with `token` at `position`; positions ≥ t leave it unchanged."""
+    """Return `context` with `token` at `position`. A position ≥ t changes nothing."""
     is_position = jnp.arange(context.shape[-1])[None, None] == position[..., None]
     return jnp.where(is_position, token[..., None], context)
 
@@ -102,7 +106,7 @@ def generated_tokens(
     max_new_tokens: int,
     pad: int,
 ) -> tuple[Int[Array, "b n l"], Bool[Array, "b n l"]]:
-    """Return the tokens after the prompt, padded to max_new_tokens, and their mask."""
+    """Return the tokens after the prompt, padded to `max_new_tokens`, and their mask."""
     index = prompt_length[:, None, None] + jnp.arange(max_new_tokens, dtype=jnp.int32)[None, None]
     index = jnp.broadcast_to(index, (*context.shape[:2], max_new_tokens))
     mask = index < length[..., None]
@@ -127,12 +131,12 @@ def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarra
 
 
 def length_bucket(length: int, *, least: int = 8) -> int:
-    """Return the length to compile for `length`: the next power of two, at least `least`."""
+    """Round `length` up to a power of two, at least `least`, for which a program is compiled."""
     return max(least, 1 << (length - 1).bit_length())
 
 
 def _changed_leaves(step: DecodeStep, cache: PyTree, token: Int[Array, " b"]) -> list[bool]:
-    """Return, for each leaf of the cache, whether `step` changes it, according to its jaxpr."""
+    """Return, for each leaf of the cache, whether the jaxpr of `step` changes it."""
     jaxpr = jax.make_jaxpr(step)(cache, token).jaxpr
     count = len(jax.tree.leaves(cache))
     outputs = jaxpr.outvars[-count:]

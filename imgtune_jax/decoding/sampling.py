@@ -1,4 +1,8 @@
-"""Greedy decoding and sampling, one token after another in one compiled loop."""
+"""Greedy decoding and sampling, one token after another in one compiled loop.
+
+Axis letters: b rows, n sequences per row, t positions of the context (prompt and new tokens),
+v vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,11 @@ from imgtune_jax.types import PyTree
 
 
 class _SamplingState(NamedTuple):
-    count: Int[Array, ""]  # generated tokens of a sequence that is not finished
+    """State of the generation loop."""
+
+    count: Int[Array, ""]  # number of generated tokens of every unfinished sequence
     context: Int[Array, "b n t"]  # prompt and generated tokens
-    length: Int[Array, "b n"]  # of prompt and generated tokens
+    length: Int[Array, "b n"]  # number of prompt and generated tokens
     logprob: Float[Array, "b n"]
     finished: Bool[Array, "b n"]
     cache: PyTree
@@ -27,31 +33,31 @@ class _SamplingState(NamedTuple):
 def sample(
     prefilled: Prefilled, settings: GenerationConfig, *, key: Array | None, limit: Int[Array, ""]
 ) -> GeneratedTokens:
-    """Return sequences of at most `limit` tokens: `Sampling` with a key, `Greedy` without.
+    """Generate at most `limit` tokens per sequence: `Sampling` with a key, `Greedy` without one.
 
     Sequence j of row i depends only on (key, i, j), the row's prompt and its cache.
     """
     b, n, _ = prefilled.context.shape
 
-    def cond_fn(s: _SamplingState) -> Bool[Array, ""]:
-        return (s.count < limit) & ~jnp.all(s.finished)
+    def cond_fn(state: _SamplingState) -> Bool[Array, ""]:
+        return (state.count < limit) & ~jnp.all(state.finished)
 
-    def body_fn(s: _SamplingState) -> _SamplingState:
+    def body_fn(state: _SamplingState) -> _SamplingState:
         """Extend every unfinished sequence by one token."""
-        logp, cache = prefilled.step(s.cache, last_token(s.context, s.length))
-        scores = process_scores(logp, s.context, s.length, s.count, settings)
+        logp, cache = prefilled.step(state.cache, last_token(state.context, state.length))
+        scores = process_scores(logp, state.context, state.length, state.count, settings)
         if isinstance(settings.method, Sampling) and key is not None:
-            token = _sample_token(scores, jax.random.fold_in(key, s.count), settings.method)
+            token = _sample_token(scores, jax.random.fold_in(key, state.count), settings.method)
         else:
             token = jnp.argmax(scores, -1).astype(jnp.int32)
         token_logp = jnp.take_along_axis(logp, token[..., None], -1)[..., 0]
-        extended = append_token(s.context, s.length, token)
+        extended = append_token(state.context, state.length, token)
         return _SamplingState(
-            count=s.count + 1,
-            context=jnp.where(s.finished[..., None], s.context, extended),
-            length=s.length + ~s.finished,
-            logprob=s.logprob + jnp.where(s.finished, 0, token_logp),
-            finished=s.finished | is_stop(token, settings),
+            count=state.count + 1,
+            context=jnp.where(state.finished[..., None], state.context, extended),
+            length=state.length + ~state.finished,
+            logprob=state.logprob + jnp.where(state.finished, 0, token_logp),
+            finished=state.finished | is_stop(token, settings),
             cache=cache,
         )
 
@@ -63,21 +69,21 @@ def sample(
         finished=jnp.zeros((b, n), bool),
         cache=prefilled.cache,
     )
-    s = jax.lax.while_loop(cond_fn, body_fn, initial)
+    state = jax.lax.while_loop(cond_fn, body_fn, initial)
     tokens, mask = generated_tokens(
-        s.context,
+        state.context,
         prefilled.length,
-        s.length,
+        state.length,
         max_new_tokens=settings.max_new_tokens,
         pad=settings.pad_id,
     )
-    return GeneratedTokens(tokens, mask, s.logprob, s.logprob / mask.sum(-1))
+    return GeneratedTokens(tokens, mask, state.logprob, state.logprob / mask.sum(-1))
 
 
 def filter_logits(
     scores: Float[Array, "*b v"], method: Sampling
 ) -> tuple[Float[Array, "*b m"], Int[Array, "*b m"]]:
-    """Return (logits, their token ids) after temperature, top-k and top-p.
+    """Apply temperature, top-k and top-p; return (logits, their token ids).
 
     The logits of excluded tokens are -inf. With `top_k` or `top_p`, tokens are sorted by
     decreasing logit, and m is at most `top_k`.
@@ -88,12 +94,12 @@ def filter_logits(
         return logits, jnp.broadcast_to(jnp.arange(v, dtype=jnp.int32), logits.shape)
     logits, tokens = top_k(logits, min(method.top_k or v, v))
     probs = jax.nn.softmax(logits)
-    likelier = jnp.cumsum(probs, -1) - probs  # total of the likelier tokens; 0 for the first
-    return jnp.where(likelier < method.top_p, logits, -jnp.inf), tokens
+    likelier_probs = jnp.cumsum(probs, -1) - probs  # summed over the likelier tokens
+    return jnp.where(likelier_probs < method.top_p, logits, -jnp.inf), tokens
 
 
 def _sample_token(scores: Float[Array, "b n v"], key: Array, method: Sampling) -> Int[Array, "b n"]:
-    """Sample one token per sequence; the key of sequence j of row i is folded from i and j."""
+    """Sample one token per sequence. `key` is folded with i and j for sequence j of row i."""
     logits, tokens = filter_logits(scores, method)
     b, n, _ = scores.shape
 

@@ -1,4 +1,7 @@
-"""Likelihood of given texts, for classification and multiple choice by a captioner."""
+"""Likelihood of given texts, for classification and multiple choice by a captioner.
+
+Axis letters: b inputs, n texts, l tokens of a text, t = l - 1 predicted tokens.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +27,12 @@ def score_texts(
     normalize_length: bool = False,
     block: int = 8,
 ) -> Float[Array, "b n"]:
-    """Return log p(text | input) of every input and text, in nats (CapPa, 2306.07915, section 4.2).
+    """Return log p(text | input) for every input and text, in nats (Cap, 2306.07915, section 4.2).
 
-    The sum is over the tokens under `target_mask`, which excludes the begin token and the tokens of
-    a prompt. With `normalize_length`, the mean over these tokens is returned instead, so that long
-    texts are not penalized. `block` texts are scored at a time, each against all inputs; they share
-    what is computed from the inputs alone.
+    The log probability is the sum over the tokens where `target_mask` is True, which excludes the
+    begin token and the prefix. With `normalize_length`, it is the mean over these tokens, so that
+    long texts are not penalized. `block` texts at a time are scored, each for all inputs.
+    Computations on the inputs alone are shared by the texts of a block.
     """
     b = len(jax.tree.leaves(inputs)[0])
 

@@ -20,10 +20,11 @@ class Greedy:
 class BeamSearch:
     """Beam search with `width` hypotheses per row; the best `n` are returned.
 
-    Finished hypotheses are ordered by `log p / length ** length_penalty` (Transformers' formula; 0:
-    the sum, 1: the mean per token). A row ends when the worst of its `width` finished hypotheses
-    scores at least as high as its alive ones can: at their current length (a heuristic,
-    Transformers' `early_stopping=False`), or, if `exhaustive`, at any length up to the limit.
+    Finished hypotheses are ranked by `log p / length ** length_penalty`, as in Transformers. With a
+    penalty of 0, log p is summed over the tokens, and with 1 it is averaged. A row ends when none
+    of its alive hypotheses can score higher than the worst of its `width` finished ones. With
+    `exhaustive`, this holds for any length up to the limit. By default, it holds for the current
+    length, which is a heuristic (Transformers' `early_stopping=False`).
     """
 
     width: int = 4
@@ -69,11 +70,12 @@ class Sampling:
 class GenerationConfig:
     """Settings of generation. Lengths count new tokens, without the prompt.
 
-    A sequence ends with the first token of `stop_ids` (which is counted), or after `max_new_tokens`
-    tokens. A stop token is preceded by at least `min_new_tokens` tokens. `repetition_penalty`
-    multiplies the log p of every token that occurs in the prompt or the sequence so far (CTRL,
-    1909.05858; applied to log probabilities, so that an offset of the logits has no effect). No
-    n-gram of `no_repeat_ngram_size` tokens occurs twice in prompt and sequence together.
+    A sequence ends with its first stop token (a token of `stop_ids`), or after `max_new_tokens`
+    tokens, which include the stop token. At least `min_new_tokens` tokens precede a stop token.
+    `repetition_penalty` multiplies the log probability of every token that occurs in the prompt or
+    the sequence so far (CTRL, 1909.05858). It is not applied to the logits, so that an offset of
+    the logits has no effect. With `no_repeat_ngram_size = n`, no n-gram occurs twice in the prompt
+    followed by the sequence.
     """
 
     stop_ids: tuple[int, ...]
@@ -111,13 +113,15 @@ class GenerationConfig:
 
 @struct.dataclass
 class GeneratedTokens:
-    """The new tokens of n sequences per row, including the stop token; then `pad_id`.
+    """n generated sequences of at most l tokens for each of b rows.
 
-    `logprob` is log p of the tokens under `mask` according to the model, in nats, summed; penalties
-    and temperature do not affect it. `score` is `logprob` per token for greedy decoding and
-    sampling. Beam search returns the best sequence first, by `score` = log p with the repetition
-    penalty, divided by length ** length_penalty; if fewer than n sequences exist, the last ones of
-    the row are empty, and their logprob and score are -inf.
+    `tokens` are the new tokens, including the stop token, followed by `pad_id` where `mask` is
+    False. `logprob` is the model's log probability of the sequence, in nats. Penalties and
+    temperature do not affect it. For greedy decoding and sampling, `score` is `logprob` per token.
+
+    For beam search, `score` is the log probability with the repetition penalty, divided by
+    length ** length_penalty. The sequence with the highest score comes first. If fewer than n
+    sequences exist, the last ones of the row are empty, and their `logprob` and `score` are -inf.
     """
 
     tokens: Int[Array, "b n l"]

@@ -1,4 +1,4 @@
-"""Top-k along the last axis, computed where each row is stored."""
+"""Top-k along the last axis. Each device computes it for the rows that it stores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from jaxtyping import Array, Float, Int
 
 
 def _top_k(x: Float[Array, "*b v"], k: int) -> tuple[Float[Array, "*b {k}"], Int[Array, "*b {k}"]]:
-    """Call `jax.lax.top_k`, which XLA does not partition: it gathers all rows on every device."""
+    """Return the k largest values of each row and their indices.
+
+    XLA does not partition `jax.lax.top_k` and would gather all rows on every device.
+    """
     values, index = jax.lax.top_k(x, k)
     return values, index
 

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite weights under the names of efficientnet_lite_pytorch."""
+"""Conversion of EfficientNet-Lite weights from the package efficientnet_lite_pytorch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CLASSIFIER = "_fc"
 
 
 def efficientnet_lite_rules(tower: EfficientNetLite) -> list[weight_map.Rule]:
-    """Return the rules of the tower. Raises ValueError if its norms are not folded."""
+    """Return the conversion rules of the tower. Raises ValueError if its norms are not folded."""
     return folded_cnn.folded_cnn_rules(
         tower,
         _convolutions(tower),
@@ -26,7 +26,7 @@ def efficientnet_lite_rules(tower: EfficientNetLite) -> list[weight_map.Rule]:
 def load_efficientnet_lite(
     state: Mapping[str, np.ndarray], tower: EfficientNetLite, expected: Params
 ) -> Params:
-    """Return the tower's parameters. Without `num_classes`, the classifier is dropped.
+    """Convert a state dict. Without `num_classes`, the classifier's weights are dropped.
 
     `expected` has the paths and shapes of the result. Raises ValueError listing every missing,
     unexpected and misshaped key.
@@ -38,6 +38,7 @@ def load_efficientnet_lite(
 
 
 def _convolutions(tower: EfficientNetLite) -> Iterator[folded_cnn.ConvNames]:
+    """Yield (their convolution, their BatchNorm, our path) of every convolution."""
     yield "_conv_stem", "_bn0", "stem"
     yield "_conv_head", "_bn1", "head"
     for i, fields in enumerate(tower.block_fields()):

@@ -1,6 +1,7 @@
-"""Pretrained CNNs whose BatchNorms are folded into the convolutions before them.
+"""Conversion of pretrained CNNs. Each BatchNorm is folded into the convolution before it.
 
-`torchvision.py` and `efficientnet_lite.py` add the names of their layers.
+The names of the layers are in `torchvision.py` and `efficientnet_lite.py`. "Their" names are those
+of the other codebase, "our" paths those of this package.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from imgtune_jax.models.resnet import ResNet
 from imgtune_jax.types import Params
 
 FoldedCNN = ResNet | EfficientNetLite
-ConvNames = tuple[str, str, str]  # their convolution, the BatchNorm after it, our path
+ConvNames = tuple[str, str, str]  # (their convolution, their BatchNorm, our path)
 
 BATCH_NORM_EPSILON = 1e-5  # PyTorch's default
-BATCH_COUNTS = r".*\.num_batches_tracked"  # BatchNorm's counters, which inference does not use
+BATCH_COUNTS = r".*\.num_batches_tracked"  # counters of BatchNorm that inference ignores
 
 
 def folded_cnn_rules(
@@ -30,8 +31,8 @@ def folded_cnn_rules(
 ) -> list[weight_map.Rule]:
     """Return the rules of the convolutions and, if the tower has `num_classes`, of the classifier.
 
-    `classifier` is their name of the last linear layer. Raises ValueError if the tower's norms are
-    not folded.
+    `classifier` is the other codebase's name of the last linear layer. Raises ValueError
+    if the tower's norms are not folded.
     """
     if tower.norm != "folded":
         raise ValueError(

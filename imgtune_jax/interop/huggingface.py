@@ -1,4 +1,4 @@
-"""BERT weights under the names of Hugging Face's Transformers."""
+"""Conversion of BERT weights from Hugging Face's Transformers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from imgtune_jax.interop import weight_map
 from imgtune_jax.models.bert import Bert
 from imgtune_jax.types import Params
 
-# The heads of the pretraining tasks, and buffers.
+# Heads of the pretraining tasks, and buffers, in Transformers' state dicts.
 IGNORED = r"pooler\..*|cls\..*|embeddings\.(position_ids|token_type_ids)"
-LAYER_NAMES = (  # (theirs, ours)
+LAYER_NAMES = (  # (name in Transformers, name in this package)
     ("attention.self.query", "attn/q"),
     ("attention.self.key", "attn/k"),
     ("attention.self.value", "attn/v"),
@@ -23,10 +23,10 @@ LAYER_NAMES = (  # (theirs, ours)
 
 
 def bert_rules(tower: Bert) -> list[weight_map.Rule]:
-    """Return the rules of the tower.
+    """Return the conversion rules of the tower.
 
     `pos_embed` is the first `max_length` position embeddings plus the embedding of token type 0.
-    The inverse sets the token type embeddings to zero.
+    The inverse conversion sets the token type embeddings to zero.
     """
 
     def merge_embeddings(position: np.ndarray, token_type: np.ndarray) -> weight_map.Arrays:
@@ -36,10 +36,10 @@ def bert_rules(tower: Bert) -> list[weight_map.Rule]:
         return position, np.zeros((2, position.shape[1]), position.dtype)
 
     embed = "embeddings"
-    position = (f"{embed}.position_embeddings.weight", f"{embed}.token_type_embeddings.weight")
+    positions = (f"{embed}.position_embeddings.weight", f"{embed}.token_type_embeddings.weight")
     rules = [
         weight_map.copy_rule(f"{embed}.word_embeddings.weight", "token_embed/embedding"),
-        weight_map.Rule(position, ("pos_embed",), merge_embeddings, split_embeddings),
+        weight_map.Rule(positions, ("pos_embed",), merge_embeddings, split_embeddings),
         *weight_map.norm_rules(f"{embed}.LayerNorm", "embed_norm"),
     ]
     for i in range(tower.depth):
@@ -55,8 +55,8 @@ def bert_rules(tower: Bert) -> list[weight_map.Rule]:
 def load_bert(state: Mapping[str, np.ndarray], tower: Bert, expected: Params) -> Params:
     """Return the tower's parameters from the state dict of a `BertModel`.
 
-    A prefix `bert.`, as in the state dict of a model that contains one, is removed. `expected` has
-    the paths and shapes of the result. Raises ValueError listing every missing, unexpected and
+    The prefix `bert.` of the names, from models that contain a BertModel, is removed. `expected`
+    has the paths and shapes of the result. Raises ValueError listing every missing, unexpected and
     misshaped key.
     """
     state = {name.removeprefix("bert."): x for name, x in state.items()}

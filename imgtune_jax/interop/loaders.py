@@ -1,4 +1,4 @@
-"""Pretrained towers by config: `{"format": …, "package" or "path": …}` to parameters."""
+"""Loading of pretrained towers from a config, `{"format": …, "package" or "path": …}`."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from imgtune_jax.param_tree import flatten
 from imgtune_jax.types import Params
 
 
-def _load_own_params(state: Mapping[str, Any], tower: Any, expected: Params) -> Params:
-    """Return a tower's parameters from a file of this package: of the tower or of a full model."""
+def _load_saved_params(state: Mapping[str, Any], tower: Any, expected: Params) -> Params:
+    """Return a tower's parameters from a `save_params` file of the tower or of a full model."""
     modality = "text" if hasattr(tower, "max_length") else "image"
     prefix = f"{modality}/"
     tower_state = {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix)}
@@ -36,14 +36,14 @@ def _load_own_params(state: Mapping[str, Any], tower: Any, expected: Params) -> 
 
 Loader = Callable[[Mapping[str, Any], Any, Params], Params]
 
-# format -> (loader, classes of towers, glob of the weight file in a pip package)
+# format -> (loader, tower classes, glob of the weight file in a pip package)
 LOADERS: dict[str, tuple[Loader, tuple[type, ...], str]] = {
     "efficientnet_lite": (efficientnet_lite.load_efficientnet_lite, (EfficientNetLite,), "*.pth"),
     "resnet": (torchvision.load_resnet, (ResNet,), "*.pth"),
     "bert": (huggingface.load_bert, (Bert,), "*.safetensors"),
     "open_clip": (open_clip_map.load_open_clip_tower, (ViT, TextTransformer), "*.safetensors"),
     "params": (
-        _load_own_params,
+        _load_saved_params,
         (ViT, EfficientNetLite, ResNet, TextTransformer, Bert),
         "*.safetensors",
     ),
@@ -55,10 +55,11 @@ def load_tower(
 ) -> Params:
     """Return a tower's pretrained parameters as NumPy float32 arrays.
 
-    `init` is {"format": a key of LOADERS, "path": a file} or {"format", "package": a pip package,
-    "pattern": glob of the weight file in it, if it has several}. `module_cfg` configures the tower
-    as in `models.build_tower`; `image_size` is the default for a ViT's. Raises ValueError listing
-    every missing, unexpected and misshaped key, or naming the package to install.
+    `init` has "format", a key of LOADERS, and either "path", a weight file, or "package", a pip
+    package. If the package has several weight files, "pattern" is the glob of the one to load.
+    `module_cfg` is the tower's config for `models.build_tower`. `image_size` is the image size of a
+    ViT whose config has none. Raises ValueError listing every missing, unexpected and misshaped
+    key, or naming the package to install.
     """
     weight_format = init.get("format")
     if weight_format not in LOADERS:

@@ -1,4 +1,4 @@
-"""Names and config of what open_clip's CoCa has in addition to CLIP: decoder and pooler."""
+"""Conversion of what open_clip's CoCa adds to a CLIP: the decoder and the attentional pooler."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from imgtune_jax.models.decoder import Decoder
 from imgtune_jax.models.pooling import AttentionalPooler
 
 LAYER_NORM_EPSILON = 1e-5  # open_clip's default
-MLP_RATIO = 4  # of the decoder; open_clip ignores the config's mlp_ratio
-MULTIMODAL_KEYS = {
+MLP_RATIO = 4  # in the decoder; open_clip ignores the config's mlp_ratio
+MULTIMODAL_KEYS = {  # supported keys of multimodal_cfg
     *("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "dim_head"),
     *("n_queries", "attn_pooler_heads"),
 }
@@ -42,7 +42,7 @@ def decoder_rules(decoder: Decoder) -> list[weight_map.Rule]:
 def residual_block_rules(
     theirs: str, ours: str, *, names: tuple[str, ...] = ("norm1", "attn", "norm2", "mlp")
 ) -> list[weight_map.Rule]:
-    """Return the rules of one residual attention block."""
+    """Return the rules of one residual attention block, with modules `names` in this package."""
     norm1, attn, norm2, mlp = (f"{ours}/{name}" for name in names)
     return [
         *weight_map.norm_rules(f"{theirs}.ln_1", norm1),
@@ -69,7 +69,7 @@ def pooler_rules(pooler: AttentionalPooler, context_width: int) -> list[weight_m
 def _query_rules(theirs: str, ours: str, *, packed: bool) -> list[weight_map.Rule]:
     """Return the rules of learned queries and their attention.
 
-    `packed`: PyTorch stores q, k and v in one matrix, as it does if their inputs have one width.
+    `packed`: PyTorch stores the q, k and v matrices as one, as it does for inputs of equal width.
     """
     attention = weight_map.packed_attention_rules if packed else _split_attention_rules
     return [
@@ -99,7 +99,7 @@ def _split_attention_rules(theirs: str, ours: str) -> list[weight_map.Rule]:
 
 
 def coca_fields_from(cfg: Mapping[str, Any], epsilon: float) -> dict[str, Any]:
-    """Return the fields `decoder` and `image_pooler` of an open_clip CoCa config; {} for a CLIP's.
+    """Convert a CoCa config to {"decoder": …, "image_pooler": …}, and a CLIP config to {}.
 
     `epsilon` is the image tower's norm_epsilon. Raises ValueError for an unsupported CoCa.
     """
@@ -140,10 +140,10 @@ def coca_fields_from(cfg: Mapping[str, Any], epsilon: float) -> dict[str, Any]:
 
 
 def coca_fields_to(model: ImageTextModel) -> dict[str, dict[str, Any]]:
-    """Return the keys that a CoCa adds to an open_clip CLIP config; {} for a model without them.
+    """Return what a CoCa adds to the open_clip config of a CLIP, or {} for a CLIP.
 
-    The groups are "multimodal_cfg", "vision_cfg" and "text_cfg". Raises ValueError for a model that
-    open_clip cannot express.
+    The additions are grouped under "multimodal_cfg", "vision_cfg" and "text_cfg". Raises ValueError
+    for a model that open_clip cannot express.
     """
     decoder, pooler = model.decoder, model.image_pooler
     if decoder is None and pooler is None:

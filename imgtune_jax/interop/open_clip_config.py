@@ -1,7 +1,7 @@
-"""open_clip's model configs, to and from this package's, and its `local-dir:` folders.
+"""Conversion of open_clip's model configs and `local-dir:` folders, in both directions.
 
-The conversion includes activation, norm epsilon, pooling, mean and std. The weights need exactly
-these: with others, the embeddings look plausible and are wrong.
+The conversion includes activation, norm epsilon, pooling, mean and std. The weights need the same
+values as in training: with others, the embeddings are wrong but look plausible.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ WEIGHTS_FILE = "open_clip_model.safetensors"
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
+# Supported keys of vision_cfg and text_cfg.
 VISION_KEYS = {
     *("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "patch_dropout"),
     *("no_ln_pre", "pos_embed_type", "final_ln_after_pool", "pool_type", "output_tokens"),
@@ -39,6 +40,7 @@ TEXT_KEYS = {
     *("proj_bias", "proj_type", "output_tokens", "act_kwargs", "norm_kwargs"),
     "embed_cls",
 }
+# open_clip's pool_type -> `pool` of this package's tower; "eot": end-of-text token.
 IMAGE_POOLS = {"tok": "cls", "avg": "mean"}
 TEXT_POOLS = {"argmax": "eot", "eos": "eot", "last": "last", "first": "first"}
 
@@ -46,7 +48,7 @@ TEXT_POOLS = {"argmax": "eot", "eos": "eot", "last": "last", "first": "first"}
 def config_from_open_clip(
     cfg: Mapping[str, Any], preprocess: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Convert an open_clip model config, and its preprocess_cfg, to a config for `build_model`.
+    """Convert an open_clip model config and preprocess_cfg to a config for `build_model`.
 
     Raises ValueError listing the features that this package does not support.
     """
@@ -59,7 +61,7 @@ def config_from_open_clip(
     _check_supported("vision_cfg", vision, VISION_KEYS)
     _check_supported("text_cfg", text, TEXT_KEYS)
     preprocess = preprocess or {}
-    quick = bool(cfg.get("quick_gelu", False))
+    quick_gelu = bool(cfg.get("quick_gelu", False))
     return dict(
         embed_dim=cfg["embed_dim"],
         image_size=vision.get("image_size", 224),
@@ -67,15 +69,15 @@ def config_from_open_clip(
         image_std=tuple(255 * x for x in preprocess.get("std", STD)),
         logit_scale_init=cfg.get("init_logit_scale", math.log(1 / 0.07)),
         logit_bias_init=cfg.get("init_logit_bias"),
-        image=_image_fields(vision, quick),
-        text=_text_fields(text, quick),
+        image=_image_fields(vision, quick_gelu),
+        text=_text_fields(text, quick_gelu),
         image_head=dict(name="linear"),
         text_head=_text_head(text),
         **open_clip_coca.coca_fields_from(cfg, _epsilon(vision)),
     )
 
 
-def _image_fields(vision: Mapping[str, Any], quick: bool) -> dict[str, Any]:
+def _image_fields(vision: Mapping[str, Any], quick_gelu: bool) -> dict[str, Any]:
     width = vision.get("width", 768)
     pool = vision.get("pool_type", "tok")
     if pool not in IMAGE_POOLS or not isinstance(vision.get("image_size", 224), int):
@@ -95,7 +97,7 @@ def _image_fields(vision: Mapping[str, Any], quick: bool) -> dict[str, Any]:
         pre_norm=not vision.get("no_ln_pre", False),
         patch_bias=False,
         patch_dropout=vision.get("patch_dropout", 0.0),
-        act=_act(vision, quick),
+        act=_act(vision, quick_gelu),
         norm_epsilon=_epsilon(vision),
     )
 
@@ -103,14 +105,14 @@ def _image_fields(vision: Mapping[str, Any], quick: bool) -> dict[str, Any]:
 def _final_norm(vision: Mapping[str, Any]) -> str:
     if vision.get("attentional_pool") is True:
         return "none"  # the norm comes after the pooler
-    after = vision.get("final_ln_after_pool") and not vision.get("attentional_pool")
-    return "after_pool" if after else "before_pool"
+    after_pool = vision.get("final_ln_after_pool") and not vision.get("attentional_pool")
+    return "after_pool" if after_pool else "before_pool"
 
 
-def _text_fields(text: Mapping[str, Any], quick: bool) -> dict[str, Any]:
+def _text_fields(text: Mapping[str, Any], quick_gelu: bool) -> dict[str, Any]:
     width = text.get("width", 512)
     pool = text.get("pool_type", "argmax")
-    with_class = bool(text.get("embed_cls"))
+    has_class_token = bool(text.get("embed_cls"))
     if pool not in TEXT_POOLS:
         raise ValueError(
             f"open_clip text_cfg: pool_type = {pool!r}; expected one of {list(TEXT_POOLS)}"
@@ -124,10 +126,10 @@ def _text_fields(text: Mapping[str, Any], quick: bool) -> dict[str, Any]:
         vocab_size=text.get("vocab_size", 49408),
         max_length=text.get("context_length", 77),
         causal=not text.get("no_causal_mask", False),
-        mask_padding=with_class,  # open_clip builds its other models without one
-        pool="class" if with_class else TEXT_POOLS[pool],
-        shifted_class_mask=with_class,  # no open_clip config asks for the corrected mask
-        act=_act(text, quick),
+        mask_padding=has_class_token,  # without a class token, open_clip has no padding mask
+        pool="class" if has_class_token else TEXT_POOLS[pool],
+        shifted_class_mask=has_class_token,  # no open_clip config sets the corrected mask
+        act=_act(text, quick_gelu),
         norm_epsilon=_epsilon(text),
     )
 
@@ -150,8 +152,8 @@ def _check_supported(group: str, cfg: Mapping[str, Any], known: set[str]) -> Non
         )
 
 
-def _act(cfg: Mapping[str, Any], quick: bool) -> str:
-    if quick:
+def _act(cfg: Mapping[str, Any], quick_gelu: bool) -> str:
+    if quick_gelu:
         return "quick_gelu"
     kwargs = cfg.get("act_kwargs") or {}
     return "gelu_tanh" if kwargs.get("approximate") == "tanh" else "gelu"
@@ -162,12 +164,12 @@ def _epsilon(cfg: Mapping[str, Any]) -> float:
 
 
 def config_to_open_clip(model: models.ImageTextModel) -> dict[str, Any]:
-    """Return the open_clip model config that gives the exported weights the same outputs.
+    """Return the open_clip model config with which the exported weights have the same outputs.
 
     Raises ValueError for a model that open_clip cannot express.
     """
     image, text = model.image, model.text
-    open_clip_map.open_clip_rules(model)  # raises for weights without a name in open_clip
+    open_clip_map.open_clip_rules(model)  # raises ValueError for weights that open_clip lacks
     assert isinstance(image, ViT) and isinstance(text, TextTransformer)
     _check_expressible(model, image, text)
     cfg: dict[str, Any] = dict(
@@ -244,8 +246,8 @@ def save_open_clip_folder(
 ) -> None:
     """Write a model as a folder that open_clip loads as `local-dir:PATH`.
 
-    `interpolation` and `resize_mode` are entries of its preprocess_cfg. Raises ValueError for a
-    model that open_clip cannot express.
+    `interpolation` and `resize_mode` are entries of open_clip's preprocess_cfg. Raises ValueError
+    for a model that open_clip cannot express.
     """
     preprocess = dict(
         size=[model.image_size, model.image_size],
@@ -262,7 +264,7 @@ def save_open_clip_folder(
 
 
 def load_open_clip_folder(path: str | Path) -> tuple[dict[str, Any], Params]:
-    """Return a model's config, for `build_model`, and parameters from an open_clip folder.
+    """Read an open_clip folder; return (config for `build_model`, parameters).
 
     Raises ValueError if a file is missing or the model is not supported.
     """

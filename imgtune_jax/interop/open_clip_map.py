@@ -1,4 +1,4 @@
-"""Weights under open_clip's names: CLIP, CustomTextCLIP and CoCa models, to and from."""
+"""Conversion of weights from and to open_clip's CLIP, CustomTextCLIP and CoCa."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from imgtune_jax.types import Params
 
 # Entries of OpenAI's state dicts that are not weights.
 NON_WEIGHTS = r"input_resolution|context_length|vocab_size|attn_mask|text\.attn_mask"
+# The first part of every name in the text tower of a CLIP.
 TEXT_ROOTS = ("cls_emb", "token_embedding", "positional_embedding", "transformer", "ln_final")
 
 
 def image_rules(tower: ViT) -> list[weight_map.Rule]:
     """Return the rules of `visual.*` without the projection, which is a head in this package.
 
-    The class token's position embedding is added to the class token; the inverse sets it to zero.
-    Position embeddings of another grid size are resized to the tower's. Raises ValueError for a ViT
-    that open_clip cannot express.
+    On import, the class token's position embedding is added to the class token, and position
+    embeddings of another grid size are resized to the tower's. On export, the class token's
+    position embedding is zero. Raises ValueError for a ViT that open_clip cannot express.
     """
     _check_vit(tower)
     num_patches = (tower.image_size // tower.patch_size) ** 2
@@ -49,7 +50,7 @@ def image_rules(tower: ViT) -> list[weight_map.Rule]:
     if tower.pre_norm:
         rules += weight_map.norm_rules("visual.ln_pre", "pre_norm")
     rules += block_rules("visual.transformer.resblocks", tower.depth)
-    if tower.final_norm == "none":  # then visual.ln_post is the pooler's norm
+    if tower.final_norm == "none":  # the norm visual.ln_post belongs to the pooler
         return rules
     return [*rules, *weight_map.norm_rules("visual.ln_post", "final_norm")]
 
@@ -72,7 +73,7 @@ def _check_vit(tower: ViT) -> None:
 
 
 def text_rules(tower: TextTransformer) -> list[weight_map.Rule]:
-    """Return the rules of the text tower without the projection.
+    """Return the rules of the text tower without the projection, which is a head in this package.
 
     Raises ValueError for a text tower that open_clip cannot express.
     """
@@ -80,9 +81,11 @@ def text_rules(tower: TextTransformer) -> list[weight_map.Rule]:
         raise ValueError(
             f"text pool = {tower.pool!r}; open_clip can express eot, last, first and class"
         )
-    token = weight_map.Rule(("cls_emb",), ("class_token",), lambda x: (x[None],), lambda x: (x[0],))
+    class_token = weight_map.Rule(
+        ("cls_emb",), ("class_token",), lambda x: (x[None],), lambda x: (x[0],)
+    )
     return [
-        *([token] if tower.pool == "class" else []),
+        *([class_token] if tower.pool == "class" else []),
         weight_map.copy_rule("token_embedding.weight", "token_embed/embedding"),
         weight_map.copy_rule("positional_embedding", "pos_embed"),
         *block_rules("transformer.resblocks", tower.depth),
@@ -91,7 +94,7 @@ def text_rules(tower: TextTransformer) -> list[weight_map.Rule]:
 
 
 def block_rules(theirs: str, depth: int) -> list[weight_map.Rule]:
-    """Return the rules of `depth` residual attention blocks, `theirs`.0, `theirs`.1, …"""
+    """Return the rules of the residual attention blocks `theirs`.0, …, `theirs`.(depth - 1)."""
     names = [(f"{theirs}.{i}", f"blocks_{i}") for i in range(depth)]
     return [rule for pair in names for rule in open_clip_coca.residual_block_rules(*pair)]
 
@@ -119,8 +122,8 @@ def _head_rules(model: ImageTextModel) -> list[weight_map.Rule]:
     image_head, text_head = model.image_head, model.text_head
     if not isinstance(image_head, LinearHead) or image_head.use_bias:
         raise ValueError(
-            f"image_head = {type(image_head).__name__}; open_clip's is one matrix: use a linear "
-            "head with use_bias=False"
+            f"image_head = {type(image_head).__name__}; open_clip's head is one matrix: use a "
+            "linear head with use_bias=False"
         )
     rules = [weight_map.copy_rule("visual.proj", "image_head/kernel")]
     if isinstance(text_head, LinearHead) and text_head.use_bias:
@@ -181,12 +184,12 @@ def load_open_clip_tower(
 
 
 def plain_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return a state dict under CLIP's names: CustomTextCLIP's `text.` is removed."""
+    """Rename the entries of a CustomTextCLIP as in a CLIP: remove the prefix `text.`."""
     return {name.removeprefix("text."): x for name, x in state.items()}
 
 
 def _to_scalar(x: np.ndarray) -> weight_map.Arrays:
-    return (x.reshape(()),)  # some open_clip models store the scale as [1]
+    return (x.reshape(()),)  # some open_clip models store the scale with shape [1]
 
 
 def _with_prefix(root: str, rules: Iterable[weight_map.Rule]) -> list[weight_map.Rule]:

@@ -1,6 +1,6 @@
 """PyTorch state dicts (`.pth`, `.pt`) as NumPy arrays, without PyTorch and without running code.
 
-Reads the zip format (PyTorch ≥ 1.6) and the legacy stream of five pickles and raw storages.
+Reads the zip format (PyTorch ≥ 1.6) and the legacy format: five pickles, then raw storages.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+# Name of a PyTorch storage class -> dtype of its elements.
 STORAGES: dict[str, np.dtype] = {
     "FloatStorage": np.dtype("<f4"),
     "DoubleStorage": np.dtype("<f8"),
@@ -36,7 +37,7 @@ class _Storage(NamedTuple):
 
 
 class _LazyTensor(NamedTuple):
-    """A tensor whose storage is not read yet; offset, size and stride count elements."""
+    """A view of a storage that is not read yet. Offset and stride are in elements."""
 
     storage: _Storage
     offset: int
@@ -45,15 +46,17 @@ class _LazyTensor(NamedTuple):
 
 
 def _rebuild_tensor(storage: _Storage, offset: int, size: Any, stride: Any, *_: Any) -> _LazyTensor:
+    """Replace the functions of torch._utils that rebuild a tensor."""
     return _LazyTensor(storage, offset, tuple(size), tuple(stride))
 
 
 def _rebuild_parameter(data: _LazyTensor, *_: Any) -> _LazyTensor:
+    """Replace the function of torch._utils that rebuilds a parameter."""
     return data
 
 
 class _Unpickler(pickle.Unpickler):
-    """An unpickler of tensors, parameters and OrderedDict that refuses every other global."""
+    """An unpickler of tensors, parameters and OrderedDict. It refuses all other globals."""
 
     ALLOWED: dict[tuple[str, str], Any] = {  # noqa: RUF012 - the class is not a dataclass
         ("collections", "OrderedDict"): collections.OrderedDict,
@@ -86,7 +89,7 @@ class _Unpickler(pickle.Unpickler):
 def load_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     """Return the file's tensors by name.
 
-    If the file is a checkpoint, its entry "state_dict" or "model" is the state dict. Raises
+    In a checkpoint, the state dict is the entry "state_dict" or "model". Raises
     pickle.UnpicklingError if the file refers to anything but tensors, and ValueError if it has no
     state dict.
     """
@@ -105,13 +108,14 @@ def load_state_dict(path: str | Path) -> dict[str, np.ndarray]:
 
 def _read_zip(raw: bytes) -> Any:
     with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-        indexes = [n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl"]
-        if len(indexes) != 1:
+        names = [n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl"]
+        if len(names) != 1:
             raise ValueError(
-                f"not a PyTorch file: a zip with {len(indexes)} data.pkl; expected one data.pkl"
+                f"not a PyTorch file: a zip with {len(names)} files named data.pkl; expected "
+                "one data.pkl"
             )
-        root = indexes[0].removesuffix("data.pkl")
-        unpickler = _Unpickler(io.BytesIO(archive.read(indexes[0])))
+        root = names[0].removesuffix("data.pkl")
+        unpickler = _Unpickler(io.BytesIO(archive.read(names[0])))
         content = unpickler.load()
         arrays = {
             key: np.frombuffer(archive.read(f"{root}data/{key}"), storage.dtype)
@@ -138,18 +142,18 @@ def _read_legacy(raw: bytes) -> Any:
 
 def _to_arrays(content: Any, arrays: dict[str, np.ndarray]) -> Any:
     if isinstance(content, _LazyTensor):
-        return _tensor(content, arrays[content.storage.key])
+        return _copy_view(content, arrays[content.storage.key])
     if isinstance(content, dict):
         return {key: _to_arrays(value, arrays) for key, value in content.items()}
     return content
 
 
-def _tensor(view: _LazyTensor, storage: np.ndarray) -> np.ndarray:
-    """Return a copy of the view. Raises ValueError if its strides reach beyond the storage."""
-    last = view.offset + sum((n - 1) * s for n, s in zip(view.size, view.stride, strict=True))
+def _copy_view(view: _LazyTensor, storage: np.ndarray) -> np.ndarray:
+    """Return the elements of a view. Raises ValueError if they are not all in the storage."""
+    last_index = view.offset + sum((n - 1) * s for n, s in zip(view.size, view.stride, strict=True))
     if 0 in view.size:
         return np.zeros(view.size, storage.dtype)
-    if view.offset < 0 or min(view.stride, default=0) < 0 or last >= len(storage):
+    if view.offset < 0 or min(view.stride, default=0) < 0 or last_index >= len(storage):
         raise ValueError(f"a tensor of shape {view.size} reaches beyond its storage")
     strides = [step * storage.itemsize for step in view.stride]
     return np.lib.stride_tricks.as_strided(storage[view.offset :], view.size, strides).copy()

@@ -1,4 +1,4 @@
-"""ResNet weights under torchvision's names."""
+"""Conversion of ResNet weights from torchvision."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ CLASSIFIER = "fc"
 
 
 def resnet_rules(tower: ResNet) -> list[weight_map.Rule]:
-    """Return the rules of the tower. Raises ValueError if its norms are not folded."""
+    """Return the conversion rules of the tower. Raises ValueError if its norms are not folded."""
     return folded_cnn.folded_cnn_rules(tower, _convolutions(tower), classifier=CLASSIFIER)
 
 
 def load_resnet(state: Mapping[str, np.ndarray], tower: ResNet, expected: Params) -> Params:
-    """Return the tower's parameters. Without `num_classes`, the classifier is dropped.
+    """Convert a state dict. Without `num_classes`, the classifier's weights are dropped.
 
     `expected` has the paths and shapes of the result. Raises ValueError listing every missing,
     unexpected and misshaped key.
@@ -31,6 +31,7 @@ def load_resnet(state: Mapping[str, np.ndarray], tower: ResNet, expected: Params
 
 
 def _convolutions(tower: ResNet) -> Iterator[folded_cnn.ConvNames]:
+    """Yield (their convolution, their BatchNorm, our path) of every convolution."""
     yield "conv1", "bn1", "stem"
     for stage, num_blocks in enumerate(tower.stage_sizes, start=1):
         for i in range(num_blocks):

@@ -1,4 +1,4 @@
-"""Weight files: safetensors, npz without pickle, and PyTorch."""
+"""Reading and writing weight files: safetensors, npz without pickle, and PyTorch."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from imgtune_jax.types import Params
 def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     """Return a weight file's arrays by name.
 
-    Raises ValueError for a file that is missing, of an unknown type, unreadable, or that would run
-    code.
+    Raises ValueError if the file is missing, unreadable or of an unknown type, or if reading it
+    would run code.
     """
     path = Path(path)
     if not path.is_file():
@@ -30,8 +30,8 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
         raise
     except Exception as error:  # parsers raise arbitrary exceptions on invalid bytes
         raise ValueError(
-            f"{path} cannot be read: {error} (it has {path.stat().st_size} bytes; compare with the "
-            "original, and download it again)"
+            f"{path} cannot be read: {error} (it has {path.stat().st_size} bytes; if the "
+            "original has another size, download it again)"
         ) from error
 
 

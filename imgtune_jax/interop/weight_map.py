@@ -1,6 +1,7 @@
 """Rules that convert arrays between another codebase's names and layouts and this package's.
 
-`theirs` is always a name in the other codebase's state dict, `ours` a parameter path here.
+`theirs` is always a name in the other codebase's state dict, `ours` a parameter path in this
+package.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def _hwio_to_oihw(x: np.ndarray) -> Arrays:
 
 
 def copy_rule(theirs: str, ours: str) -> Rule:
-    """Return the rule of an array that only changes its name."""
+    """Return the rule of an array of which only the name changes."""
     return Rule((theirs,), (ours,), _same, _same)
 
 
@@ -72,7 +73,7 @@ def norm_rules(theirs: str, ours: str) -> list[Rule]:
 
 
 def conv_rule(theirs: str, ours: str) -> Rule:
-    """Return the rule of a convolution's kernel, also depthwise: [o i h w] to [h w i o]."""
+    """Return the rule of a convolution's kernel (also depthwise): [out in h w] to [h w in out]."""
     return Rule((theirs,), (ours,), _oihw_to_hwio, _hwio_to_oihw)
 
 
@@ -104,18 +105,18 @@ def packed_attention_rules(theirs: str, ours: str) -> list[Rule]:
 def folded_conv_rule(theirs: str, batch_norm: str, ours: str, *, epsilon: float) -> Rule:
     """Return the rule that folds a convolution without bias and the BatchNorm after it into one.
 
-    The result is a kernel and a bias such that, computed in float64,
+    The result is a kernel and a bias, computed in float64, of the convolution
     conv'(x) = (conv(x) - mean) / sqrt(var + epsilon) · weight + bias.
     """
-    statistics = ("weight", "bias", "running_mean", "running_var")
+    norm_names = ("weight", "bias", "running_mean", "running_var")
 
-    def fold(kernel: np.ndarray, *batch_norm: np.ndarray) -> Arrays:
-        weight, bias, mean, variance = (np.asarray(x, np.float64) for x in batch_norm)
+    def fold(kernel: np.ndarray, *norm_arrays: np.ndarray) -> Arrays:
+        weight, bias, mean, variance = (np.asarray(x, np.float64) for x in norm_arrays)
         gain = weight / np.sqrt(variance + epsilon)
         folded = kernel.transpose(2, 3, 1, 0) * gain
         return folded.astype(np.float32), (bias - mean * gain).astype(np.float32)
 
-    sources = (f"{theirs}.weight", *(f"{batch_norm}.{name}" for name in statistics))
+    sources = (f"{theirs}.weight", *(f"{batch_norm}.{name}" for name in norm_names))
     return Rule(sources, (f"{ours}/kernel", f"{ours}/bias"), fold, None)
 
 
@@ -131,7 +132,7 @@ def to_params(
 
     The leaves of `expected` are arrays or ShapeDtypeStructs. Names in `state` that fully match the
     regex `ignore` need no rule. Raises one ValueError that lists every missing, unexpected and
-    misshaped key; `what` names the model in it.
+    misshaped key. `what` is the name of the model in the message.
     """
     expected_shapes = {path: tuple(x.shape) for path, x in flatten(expected).items()}
     known = {name for rule in rules for name in rule.theirs}
@@ -160,7 +161,7 @@ def to_params(
     problems += [f"missing: no rule for {path}" for path in sorted(expected_shapes.keys() - filled)]
     if problems:
         raise ValueError(
-            f"the weights do not fit {what}; compare its config with the checkpoint's:\n  "
+            f"the weights do not fit {what}; compare the config with that of the checkpoint:\n  "
             + "\n  ".join(problems)
         )
     return unflatten(flat)

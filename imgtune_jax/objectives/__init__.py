@@ -1,7 +1,7 @@
 """Objectives, one per file: `objective(outputs, batch) -> (loss, metrics)`.
 
-The losses are also functions of arrays: `softmax_loss`, `sigmoid_loss` and `token_cross_entropy`.
-To add an objective, add a file and a line in `OBJECTIVES`.
+Each loss is also available as a function of arrays: `softmax_loss`, `sigmoid_loss` and
+`token_cross_entropy`. To add an objective, add a file and a line in `OBJECTIVES`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ OBJECTIVES: dict[str, type] = {
 
 @dataclass(frozen=True)
 class WeightedSum:
-    """Total loss Σ weight · loss. Each term is reported unweighted, under its name."""
+    """The weighted sum of several objectives. The metrics of each objective are unweighted."""
 
     terms: tuple[tuple[float, Objective], ...]
 
@@ -61,12 +61,12 @@ class WeightedSum:
 def build_objective(
     cfg: Mapping[str, Mapping[str, Any]], *, mesh: Mesh | None = None
 ) -> WeightedSum:
-    """Build the objective of a config, such as {"softmax": {"weight": 1.0, **fields}}.
+    """Build the objective that a config describes: {"softmax": {"weight": 1.0, **fields}, …}.
 
-    `mesh` is the device mesh over which outputs and batch are sharded by batch (None: one device);
-    it is passed to every objective with a field `mesh`. The default weight is 1, and terms of
-    weight 0 are left out. Raises ValueError for an unknown objective or field, and if no term
-    remains.
+    `mesh` is the device mesh that shards the rows of the batch and of the outputs, or None for one
+    device. It is passed to every objective that has a field `mesh`. The default weight is 1.
+    Objectives with weight 0 are left out. Raises ValueError for an unknown objective or field, and
+    if no objective remains.
     """
     terms = []
     for name, fields in cfg.items():

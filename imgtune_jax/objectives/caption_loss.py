@@ -17,13 +17,13 @@ def token_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> Float[Array, ""]:
-    """Return the cross-entropy of the tokens under `mask`, in nats, averaged over them.
+    """Return the mean cross-entropy, in nats, of the tokens where `mask` is True.
 
-        loss = mean of -(1 - ε) log p(token) - ε/v Σ_k log p(k) + z_loss · (logsumexp of logits)²
+        loss = mean[-(1 - ε) log p(token) - ε/v Σ_k log p(k) + z_loss · (logsumexp of logits)²]
 
-    ε is `label_smoothing`, the share of the target that is uniform over the vocabulary of v tokens
-    (1512.00567). `z_loss` keeps the logits near 0 (PaLM, 2204.02311, section 5). If `mask` is False
-    everywhere, the loss is 0.
+    ε is `label_smoothing`: a fraction ε of the target distribution is uniform over the v tokens of
+    the vocabulary (1512.00567). `z_loss` keeps the logsumexp of the logits near 0 (PaLM,
+    2204.02311, section 5). The loss is 0 if `mask` is False everywhere.
     """
     loss = -(1 - label_smoothing) * scores.log_prob - label_smoothing * scores.mean_log_prob
     loss = loss + z_loss * jnp.square(scores.logsumexp)
@@ -32,14 +32,15 @@ def token_cross_entropy(
 
 @dataclass(frozen=True)
 class CaptionLoss:
-    """`token_cross_entropy` as an objective: mean over the caption tokens of the global batch.
+    """`token_cross_entropy` as an objective: the mean over the caption tokens of the global batch.
 
-    The mean does not depend on sharding or accumulation. The loss covers the tokens under
-    `batch.target_mask` (by default, under `text_mask`): captions and their end tokens. The begin
-    token, prompts and padding are excluded by this mask, not by their ids.
+    The mean does not depend on sharding or accumulation. The loss covers the tokens where
+    `batch.target_mask` is True: the captions with their end tokens. Without a `target_mask`, it
+    covers those where `text_mask` is True. The masks, not the token ids, exclude the begin token,
+    the prefix and padding.
 
-    The metrics leave out smoothing and z-loss: "captioning", in nats per token, its exponential
-    "perplexity", and "token_accuracy".
+    The metrics do not include label smoothing and z-loss. They are "captioning" (the cross-entropy
+    in nats per token), "perplexity" (its exponential) and "token_accuracy".
     """
 
     label_smoothing: float = 0.0
@@ -57,8 +58,8 @@ class CaptionLoss:
         scores = outputs.token_scores
         if scores is None:
             raise ValueError(
-                "objective 'captioning': the model returned no token_scores; it needs a model with "
-                "a decoder (config.model.decoder) and batches with images and text"
+                "objective 'captioning': the model returned no token_scores; captioning needs a "
+                "model with a decoder (config.model.decoder) and batches with images and text"
             )
         mask = _target_mask(batch)
         count = jnp.sum(mask, dtype=jnp.float32)
@@ -79,7 +80,7 @@ def _masked_sum(x: Float[Array, "b t"], mask: Bool[Array, "b t"]) -> Float[Array
 
 
 def _target_mask(batch: Batch) -> Bool[Array, "b t"]:
-    """Return the mask of the tokens that contribute to the loss, from the second token on."""
+    """Return the mask of the tokens in the loss. Column 0 is the second token of the text."""
     assert batch.text_mask is not None
     mask = batch.text_mask if batch.target_mask is None else batch.target_mask & batch.text_mask
     return mask[:, 1:] & batch.example_mask[:, None]

@@ -1,4 +1,7 @@
-"""Code shared by the contrastive losses: embeddings with masks, positive pairs, logits."""
+"""Code shared by the contrastive losses: embeddings with masks, positive pairs, logits.
+
+Axis letters: n images, m texts (or n of both), d width of the embeddings.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ from imgtune_jax.types import Batch, Outputs
 
 
 class Positives(enum.StrEnum):
-    """Which texts of a batch are positives of an image.
+    """The rule that decides which texts of a batch are positives of an image.
 
-    PAIR: only the text of the same example, as in CLIP and SigLIP. GROUP: every text with the same
-    `batch.group` (UniCL, 2204.03610), for data in which several images share one meaning and would
-    otherwise be false negatives of each other.
+    PAIR: only the text of the same example, as in CLIP and SigLIP.
+    GROUP: every text whose `batch.group` equals that of the image (UniCL, 2204.03610). Use it if
+    several examples share one meaning: with PAIR, they would be false negatives of each other.
     """
 
     PAIR = "pair"
@@ -26,7 +29,7 @@ class Positives(enum.StrEnum):
 
 
 class PairEmbeddings(NamedTuple):
-    """Embeddings of all images of a batch, or of all its texts."""
+    """The embeddings of images, or of texts, with the ids and masks that define the pairs."""
 
     emb: Float[Array, "n d"]
     positive_id: Int[Array, " n"]  # an image and a text with equal ids are a positive pair
@@ -41,10 +44,10 @@ def pair_embeddings(
     positive_id: Int[Array, " n"] | None,
     mask: Bool[Array, " n"] | None,
 ) -> tuple[PairEmbeddings, PairEmbeddings]:
-    """Return (images, texts). Row i of both is example i; by default all rows are valid.
+    """Return (images, texts). Row i of both is example i.
 
-    `positive_id=None`: the only positive of image i is text i. Raises AssertionError if the shapes
-    of the embeddings differ.
+    `positive_id=None`: the only positive of image i is text i. `mask=None`: all rows are valid.
+    Raises AssertionError if the shapes of the embeddings differ.
     """
     chex.assert_equal_shape([image_emb, text_emb])
     index = jnp.arange(image_emb.shape[0])
@@ -61,7 +64,8 @@ def output_embeddings(
 ) -> tuple[PairEmbeddings, PairEmbeddings]:
     """Return (images, texts) of a batch for the objective named `term`.
 
-    Raises ValueError if the outputs lack an embedding, or the batch lacks groups that it needs.
+    Raises ValueError if the outputs lack an embedding, or if `positives` is GROUP and the batch has
+    no groups.
     """
     if outputs.image_emb is None or outputs.text_emb is None:
         missing = "image_emb" if outputs.image_emb is None else "text_emb"
@@ -72,8 +76,8 @@ def output_embeddings(
         )
     if positives is Positives.GROUP and batch.group is None:
         raise ValueError(
-            f"objective {term!r}: positives = 'group', but the batch has no `group`; name the "
-            "group's field in config.data.source.group, or set positives = 'pair'"
+            f"objective {term!r}: positives = 'group', but the batch has no `group`; set "
+            "config.data.source.group to the metadata field of the group, or positives = 'pair'"
         )
     return pair_embeddings(
         outputs.image_emb,
@@ -83,18 +87,19 @@ def output_embeddings(
     )
 
 
-def cotangent_of(emb: Float[Array, "n d"]) -> PairEmbeddings:
-    """Return the cotangent of a PairEmbeddings. Only `emb` has one; ids and masks have none."""
+def cotangent_of(d_emb: Float[Array, "n d"]) -> PairEmbeddings:
+    """Return `d_emb` as the cotangent of a PairEmbeddings, whose other fields have none."""
     no_cotangent: Any = None
-    return PairEmbeddings(emb, no_cotangent, no_cotangent, no_cotangent)
+    return PairEmbeddings(d_emb, no_cotangent, no_cotangent, no_cotangent)
 
 
 def pair_logits(
     images: PairEmbeddings, texts: PairEmbeddings, scale: Float[Array, ""]
 ) -> tuple[Float[Array, "n m"], Bool[Array, "n m"], Bool[Array, "n m"]]:
-    """Return (scale · image @ textᵀ, mask of valid pairs, mask of positive pairs); rows are images.
+    """Return (logits, mask of valid pairs, mask of positive pairs); rows are images.
 
-    A pair is valid if its image and its text are. Only valid pairs are positive.
+    The logits are scale · images @ textsᵀ. A pair is valid if both its image and its text are
+    valid. Only valid pairs are positive.
     """
     valid = images.mask[:, None] & texts.mask[None, :]
     positive = valid & (images.positive_id[:, None] == texts.positive_id[None, :])
@@ -103,10 +108,10 @@ def pair_logits(
 
 def matmul_float32(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float[Array, "n m"]:
     """Return a @ b, computed in full float32 on every platform."""
-    # By default, accelerators round the operands to bf16: an error of 0.4 nats at scale 100.
+    # By default, accelerators round the operands to bf16. At scale 100, the error is 0.4 nats.
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def safe_count(mask: Bool[Array, " n"]) -> Float[Array, ""]:
-    """Return the number of valid examples as a divisor: float32, at least 1."""
+    """Return the number of valid examples, but at least 1, so that it can be a divisor."""
     return jnp.maximum(mask.sum(dtype=jnp.float32), 1)

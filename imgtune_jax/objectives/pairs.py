@@ -1,6 +1,7 @@
 """Reductions over all (image, text) pairs of a global batch, in blocks and over devices.
 
-No array of shape [b b] exists at any time.
+No array of shape [b b] is created, where b is the size of the global batch. Axis letters of a
+block: n images, m texts.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from imgtune_jax.types import PyTree
 
 BLOCK_SIZE = 2**23  # pairs per block: 32 MiB of float32 logits
 
-# block_fn(scalars, images, texts, image_sums, text_sums) -> (image_sums, text_sums), with the
-# contributions of one block added.
+# block_fn(scalars, images, texts, image_sums, text_sums) -> (image_sums, text_sums). It adds the
+# contributions of one block of pairs to the sums per image and to the sums per text.
 BlockFn = Callable[[Any, Any, Any, Any, Any], tuple[Any, Any]]
 
 
@@ -33,18 +34,19 @@ def reduce_pairs(
 ) -> tuple[PyTree, PyTree]:
     """Call `block_fn` on blocks that cover every (image, text) pair once; return the sums.
 
-    `sides` and `sums` are (images, texts), each a tree of [b ...] arrays; `sums` holds the initial
-    values. `block_fn` receives some rows of the images with all or some of the texts, in any
-    order. The last block is padded with rows of zeros (so their mask is False), for which
-    `block_fn` must leave the sums of the other rows unchanged.
+    `sides` is (images, texts), and `sums` holds the initial values of (image_sums, text_sums). All
+    four are trees of [b ...] arrays. Every call of `block_fn` receives `scalars`, some rows of the
+    images, and all or some rows of the texts. The order of the calls is unspecified. The last block
+    is padded with image rows of zeros, whose mask is therefore False. These rows must not change
+    the sums of other rows.
 
-    If `mesh` shards the batch, the images and their sums stay on their devices, and the texts and
-    theirs are passed around the ring of devices: each device holds its shard of the images and one
-    shard of the texts. The batch size must be a multiple of the number of shards.
+    If `mesh` shards the batch, each device always holds its shard of the images and of their sums.
+    The shards of the texts and of their sums are passed around the ring of devices. The batch size
+    must be a multiple of the number of shards.
     """
     axes = ACTIVATION_AXES["batch"]
     num_shards = (
-        1 if mesh is None else functools.reduce(lambda n, a: n * mesh.shape[a], axes or (), 1)
+        1 if mesh is None else functools.reduce(lambda n, axis: n * mesh.shape[axis], axes or (), 1)
     )
     if num_shards == 1:
         return _scan_blocks(functools.partial(block_fn, scalars), *sides, *sums)
@@ -53,7 +55,7 @@ def reduce_pairs(
     def ring(
         scalars: PyTree, sides: tuple[PyTree, PyTree], sums: tuple[PyTree, PyTree]
     ) -> tuple[PyTree, PyTree]:
-        """On one device, pair its images with the texts of every device in turn."""
+        """Reduce the pairs of one device's images with the texts of all devices."""
         images, texts = sides
 
         def ring_step(carry: Any, _: None) -> tuple[Any, None]:

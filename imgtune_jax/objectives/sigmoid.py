@@ -1,4 +1,7 @@
-"""Sigmoid contrastive loss (SigLIP, 2303.15343)."""
+"""Sigmoid contrastive loss (SigLIP, 2303.15343).
+
+Axis letters: n images, m texts (or n of both), d width of the embeddings.
+"""
 
 from __future__ import annotations
 
@@ -39,21 +42,21 @@ def sigmoid_loss(
 
         loss = -1/n Σ_ij log σ(z_ij · (scale · x_i · y_j + bias)),  z_ij = ±1
 
-    The sum is over all n² pairs of valid examples, and n is their number; z_ij is 1 for a positive
-    pair and -1 for a negative one. The loss of a batch without valid examples is 0.
+    n is the number of valid examples, and the sum is over all n² pairs of them. z_ij is 1 for a
+    positive pair and -1 for a negative one. The loss of a batch without valid examples is 0.
 
     Args:
       image_emb: x, float32, of unit norm.
-      text_emb: y, likewise; text i belongs to image i.
-      scale: the multiplier itself, that is, after exp.
+      text_emb: y, float32, of unit norm. Text i belongs to image i.
+      scale: the factor that multiplies the similarities, not its logarithm.
       bias: added to every logit.
       positive_id: image i and text j are a positive pair if their ids are equal. Default: i = j.
-      mask: False for rows to be ignored. Default: all rows are valid.
-      mesh: if given, the arrays are sharded by batch over it, and n must be a multiple of the
-        number of shards. Default: all rows are on one device.
+      mask: False for rows to ignore. Default: all rows are valid.
+      mesh: the device mesh that shards the rows, whose number must be a multiple of the number of
+        shards. Default: all rows are on one device.
 
-    Memory grows with n · d, not with n². The gradient (reverse mode only) is with respect to the
-    embeddings, `scale` and `bias`.
+    Memory grows linearly with the number of rows, not with its square. The embeddings, `scale` and
+    `bias` have gradients, in reverse mode only.
     """
     images, texts = pair_embeddings(image_emb, text_emb, positive_id=positive_id, mask=mask)
     total: Any = _sum_over_pairs(mesh, jnp.float32(scale), jnp.float32(bias), images, texts)
@@ -64,7 +67,8 @@ def sigmoid_loss(
 class SigmoidLoss:
     """`sigmoid_loss` as an objective: over the global batch, with the model's scale and bias.
 
-    A model without a `logit_bias` has a bias of 0. The metric is "sigmoid": nats per valid example.
+    The bias is 0 for a model without `logit_bias`. The metric "sigmoid" is the loss, in nats per
+    valid example.
     """
 
     positives: Positives = Positives.PAIR
@@ -91,7 +95,7 @@ def _sum_over_pairs(
     images: PairEmbeddings,
     texts: PairEmbeddings,
 ) -> Float[Array, ""]:
-    """Return the sum of -log σ over all valid pairs, in nats."""
+    """Return the loss, in nats, summed over all valid pairs."""
     sums = jnp.zeros(images.positive_id.shape), ()
     return jnp.sum(reduce_pairs(_loss_block, (scale, bias), (images, texts), sums, mesh=mesh)[0])
 
@@ -103,7 +107,7 @@ def _forward(
     images: PairEmbeddings,
     texts: PairEmbeddings,
 ) -> tuple[Float[Array, ""], Any]:
-    """Compute loss and gradients in one pass, so that every logit is computed once."""
+    """Compute the loss and its gradients in one pass, so that every logit is computed once."""
     zeros = jnp.zeros(images.positive_id.shape)
     sums = (zeros, zeros, jnp.zeros_like(images.emb)), jnp.zeros_like(texts.emb)
     sums = reduce_pairs(_loss_and_grad_block, (scale, bias), (images, texts), sums, mesh=mesh)
@@ -112,8 +116,8 @@ def _forward(
     return jnp.sum(loss), (d_scale, jnp.sum(d_bias), scale * d_image, scale * d_text)
 
 
-def _backward(mesh: Mesh | None, gradients: Any, g: Float[Array, ""]) -> tuple[Any, ...]:
-    d_scale, d_bias, d_image, d_text = (g * x for x in gradients)
+def _backward(mesh: Mesh | None, gradients: Any, d_loss: Float[Array, ""]) -> tuple[Any, ...]:
+    d_scale, d_bias, d_image, d_text = (d_loss * x for x in gradients)
     return d_scale, d_bias, cotangent_of(d_image), cotangent_of(d_text)
 
 
@@ -147,10 +151,10 @@ def _loss_and_grad_block(
 def _loss_and_d_logits(
     scalars: Any, images: PairEmbeddings, texts: PairEmbeddings
 ) -> tuple[Float[Array, " n"], Float[Array, "n m"]]:
-    """Return (loss per image, summed over the texts; its gradient with respect to the logits)."""
+    """Return (loss of each image, summed over the texts; gradient with respect to the logits)."""
     scale, bias = scalars
     logits, valid, positive = pair_logits(images, texts, scale)
-    sign = jnp.where(positive, -1.0, 1.0)  # -z
-    signed = sign * (logits + bias)
-    loss = jnp.where(valid, jax.nn.softplus(signed), 0.0).sum(1)
-    return loss, jnp.where(valid, sign * jax.nn.sigmoid(signed), 0.0)
+    minus_z = jnp.where(positive, -1.0, 1.0)
+    signed_logits = minus_z * (logits + bias)
+    loss = jnp.where(valid, jax.nn.softplus(signed_logits), 0.0).sum(1)
+    return loss, jnp.where(valid, minus_z * jax.nn.sigmoid(signed_logits), 0.0)

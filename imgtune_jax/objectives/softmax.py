@@ -1,4 +1,7 @@
-"""Softmax contrastive loss (CLIP, 2103.00020)."""
+"""Softmax contrastive loss (CLIP, 2103.00020).
+
+Axis letters: n images, m texts (or n of both), d width of the embeddings.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,10 @@ from imgtune_jax.objectives.contrastive import (
 from imgtune_jax.objectives.pairs import reduce_pairs
 from imgtune_jax.types import Batch, Metrics, Outputs
 
-# Finite, because a fully masked row must contribute 0 · finite; with -inf it would be 0 · nan.
+# Finite: with -inf, the probabilities of a fully masked row would be NaN, also after
+# multiplication by 0.
 MASKED_LOGIT = -1e30
-NO_INDEX = 2**31 - 1
+NO_INDEX = 2**31 - 1  # larger than every index, so that it never is the minimum
 
 
 def softmax_loss(
@@ -43,22 +47,22 @@ def softmax_loss(
 
         loss = 1/(2n) Σ_i [H(t_i, softmax_j(s_ij)) + H(t_i, softmax_j(s_ji))],  s = scale · x yᵀ
 
-    H is the cross-entropy; i and j run over the n valid examples. The target t_i is uniform over
-    the positives of i (UniCL, 2204.03610); without `positive_id`, it is one-hot at i. The loss of a
-    batch without valid examples is 0.
+    H is the cross-entropy, and i and j run over the n valid examples. The target t_i is uniform
+    over the positives of i (UniCL, 2204.03610). Without `positive_id`, t_i is one-hot at i. The
+    loss of a batch without valid examples is 0.
 
     Args:
       image_emb: x, float32, of unit norm.
-      text_emb: y, likewise; text i belongs to image i.
-      scale: the multiplier itself, that is, after exp.
+      text_emb: y, float32, of unit norm. Text i belongs to image i.
+      scale: the factor that multiplies the similarities, not its logarithm.
       positive_id: image i and text j are a positive pair if their ids are equal. Default: i = j.
-      mask: False for rows to be ignored. Default: all rows are valid.
-      label_smoothing: this share of t_i is uniform over all n examples (1512.00567).
-      mesh: if given, the arrays are sharded by batch over it, and n must be a multiple of the
-        number of shards. Default: all rows are on one device.
+      mask: False for rows to ignore. Default: all rows are valid.
+      label_smoothing: the fraction of t_i that is uniform over the n valid examples (1512.00567).
+      mesh: the device mesh that shards the rows, whose number must be a multiple of the number of
+        shards. Default: all rows are on one device.
 
-    Memory grows with n · d, not with n². The gradient (reverse mode only) is with respect to the
-    embeddings and `scale`.
+    Memory grows linearly with the number of rows, not with its square. The embeddings and `scale`
+    have gradients, in reverse mode only.
     """
     images, texts = pair_embeddings(image_emb, text_emb, positive_id=positive_id, mask=mask)
     sums: Any = _sum_and_hits(mesh, label_smoothing, jnp.float32(scale), images, texts)
@@ -69,9 +73,10 @@ def softmax_loss(
 class SoftmaxLoss:
     """`softmax_loss` as an objective: over the global batch, with the model's scale.
 
-    The negatives of an example are all other valid examples of the *global* batch, independently of
-    sharding and accumulation. The metrics are "softmax", in nats per valid example, and the recall
-    at 1 within the batch, "batch_image_to_text_R@1" and "batch_text_to_image_R@1".
+    Each image is compared with all valid texts of the global batch, and each text with all valid
+    images, independently of sharding and accumulation. The metrics are "softmax" (the loss, in nats
+    per valid example) and the recall at 1 within the batch, "batch_image_to_text_R@1" and
+    "batch_text_to_image_R@1".
     """
 
     label_smoothing: float = 0.0
@@ -89,13 +94,13 @@ class SoftmaxLoss:
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
         """Return (loss, metrics).
 
-        Raises ValueError if the outputs lack an embedding, or if the model has a logit bias:
-        weights that were trained with one belong to a sigmoid model.
+        Raises ValueError if the outputs lack an embedding, or if the model has a logit bias. A bias
+        is a parameter of models that were trained with the sigmoid loss.
         """
         if outputs.logit_bias is not None:
             raise ValueError(
-                "objective 'softmax': the model has a logit_bias, which a softmax ignores; weights "
-                "trained with one expect the 'sigmoid' objective; use that, or set "
+                "objective 'softmax': the model has a logit_bias, which the softmax loss ignores; "
+                "use the 'sigmoid' objective if the weights were trained with a bias, or else set "
                 "config.model.logit_bias_init = None"
             )
         pairs = output_embeddings(outputs, batch, positives=self.positives, term="softmax")
@@ -112,20 +117,20 @@ class SoftmaxLoss:
 
 
 class LogitStats(NamedTuple):
-    """Statistics of the logits of each image (or text), over the candidates reduced so far.
+    """Running statistics of the logits of n images over the texts, or of n texts over the images.
 
-    log Σ exp(logit) is max + log(sum_exp). The two terms are stored apart: in float32, a single
-    value near 100 would round the loss of a well-fitted row to a multiple of about 1e-5.
+    log Σ exp(logit) is max + log(sum_exp). The two terms are stored separately because their sum
+    can be near 100, where float32 rounds to multiples of about 1e-5. Small losses would be lost.
     """
 
     max: Float[Array, " n"]
-    argmax: Int[Array, " n"]  # index of the best candidate; ties go to the lowest index
+    argmax: Int[Array, " n"]  # index of the highest logit; ties go to the lowest index
     sum_exp: Float[Array, " n"]  # Σ exp(logit - max)
     positive_sum: Float[Array, " n"]  # Σ logit over the positives
 
     @classmethod
     def empty(cls, n: int) -> LogitStats:
-        """Return the statistics of n rows without candidates."""
+        """Return the initial statistics, over no logits."""
         return cls(jnp.full(n, MASKED_LOGIT), jnp.full(n, NO_INDEX), jnp.zeros(n), jnp.zeros(n))
 
 
@@ -137,9 +142,11 @@ def _sum_and_hits(
     images: PairEmbeddings,
     texts: PairEmbeddings,
 ) -> tuple[Float[Array, ""], list[Float[Array, ""]]]:
-    """Return (loss summed over examples, [number of images, of texts] ranked first by a positive).
+    """Return (loss summed over the valid examples, [image hits, text hits]).
 
-    The loss of an example is the mean over both directions, in nats.
+    The loss of an example is the mean over both directions, in nats. Image hits is the number of
+    images whose highest logit belongs to a positive text. Text hits is the number of texts whose
+    highest logit belongs to a positive image.
     """
     return _forward(mesh, label_smoothing, scale, images, texts)[0]
 
@@ -155,22 +162,29 @@ def _forward(
     stats = reduce_pairs(_block_stats, scale, (images, texts), (empty, empty), mesh=mesh)
     num_positives = _num_positives(images.positive_id, images.mask)
     total, hits = jnp.float32(0), []
-    for query, candidate, s in ((images, texts, stats[0]), (texts, images, stats[1])):
-        loss = jnp.log(s.sum_exp) + (1 - label_smoothing) * (s.max - s.positive_sum / num_positives)
+    for query, candidate, query_stats in ((images, texts, stats[0]), (texts, images, stats[1])):
+        loss = jnp.log(query_stats.sum_exp) + (1 - label_smoothing) * (
+            query_stats.max - query_stats.positive_sum / num_positives
+        )
         if label_smoothing:
             valid = candidate.mask.astype(jnp.float32)
-            mean = matmul_float32(valid, candidate.emb) / safe_count(candidate.mask)
-            loss += label_smoothing * (s.max - scale * matmul_float32(query.emb, mean))
+            mean_emb = matmul_float32(valid, candidate.emb) / safe_count(candidate.mask)
+            mean_logit = scale * matmul_float32(query.emb, mean_emb)
+            loss += label_smoothing * (query_stats.max - mean_logit)
         total += jnp.sum(jnp.where(query.mask, loss, 0.0)) / 2
-        best_id = jnp.take(candidate.positive_id, s.argmax, mode="clip")
+        best_id = jnp.take(candidate.positive_id, query_stats.argmax, mode="clip")
         hits.append(jnp.sum(query.mask & (query.positive_id == best_id), dtype=jnp.float32))
     return (total, hits), (scale, images, texts, stats, num_positives)
 
 
-def _backward(mesh: Mesh | None, label_smoothing: float, residuals: Any, g: Any) -> tuple[Any, ...]:
-    """Recompute the logits: storing them would take [b b] floats."""
+def _backward(
+    mesh: Mesh | None, label_smoothing: float, residuals: Any, cotangents: Any
+) -> tuple[Any, ...]:
+    """Return the gradients. The logits are recomputed, since storing them would take n² floats."""
+    d_loss, _ = cotangents
     scale, images, texts, stats, num_positives = residuals
     mask = images.mask
+    # exp(logit - max) times this weight is half of a candidate's probability.
     half_weights = [jnp.where(mask, 0.5 / s.sum_exp, 0.0) for s in stats]
     sides = (
         (images, stats[0].max, half_weights[0], (1 - label_smoothing) / num_positives),
@@ -179,8 +193,8 @@ def _backward(mesh: Mesh | None, label_smoothing: float, residuals: Any, g: Any)
     zeros = jnp.zeros_like(images.emb), jnp.zeros_like(texts.emb)
     scalars = scale, label_smoothing / safe_count(mask)
     d_image, d_text = reduce_pairs(_grad_block, scalars, sides, zeros, mesh=mesh)
-    d_scale = g[0] * jnp.sum(images.emb * d_image)
-    d_image, d_text = g[0] * scale * d_image, g[0] * scale * d_text
+    d_scale = d_loss * jnp.sum(images.emb * d_image)
+    d_image, d_text = d_loss * scale * d_image, d_loss * scale * d_text
     return d_scale, cotangent_of(d_image), cotangent_of(d_text)
 
 
@@ -208,7 +222,7 @@ def _update_stats(
     *,
     axis: int,
 ) -> LogitStats:
-    """Add the candidates along `axis` to `stats`; `index` is their position in the batch."""
+    """Add the candidates along `axis` to `stats`. `index` is their position in the batch."""
     block_max = logits.max(axis, keepdims=True)
     block_argmax = jnp.where(logits == block_max, index, NO_INDEX).min(axis)
     block_max = block_max.squeeze(axis)
@@ -230,26 +244,27 @@ def _update_stats(
 def _grad_block(
     scalars: Any, images: Any, texts: Any, d_image: Float[Array, "n d"], d_text: Float[Array, "m d"]
 ) -> tuple[Float[Array, "n d"], Float[Array, "m d"]]:
-    """Add a block's gradients.
+    """Add a block's gradients to `d_image` and `d_text`, without the factor `scale`.
 
     The gradient with respect to a logit is the mean of both directions' probabilities, minus the
-    target.
+    target. `images` and `texts` are those of `sides` in `_backward`.
     """
-    scale, uniform = scalars
-    images, image_max, image_weight, target = images
+    scale, uniform_target = scalars
+    images, image_max, image_weight, positive_target = images
     texts, text_max, text_weight = texts
     logits, valid, positive = pair_logits(images, texts, scale)
     logits = jnp.where(valid, logits, MASKED_LOGIT)
     d_logits = jnp.exp(logits - image_max[:, None]) * image_weight[:, None]
     d_logits += jnp.exp(logits - text_max[None, :]) * text_weight[None, :]
-    d_logits -= jnp.where(positive, target[:, None], 0.0) + jnp.where(valid, uniform, 0.0)
+    target = jnp.where(positive, positive_target[:, None], 0.0)
+    d_logits -= target + jnp.where(valid, uniform_target, 0.0)
     return d_image + matmul_float32(d_logits, texts.emb), d_text + matmul_float32(
         d_logits.T, images.emb
     )
 
 
 def _num_positives(positive_id: Int[Array, " b"], mask: Bool[Array, " b"]) -> Float[Array, " b"]:
-    """Return the number of valid examples with each row's id, itself included; at least 1."""
+    """Return, for each row, the number of valid rows with its id (including itself), at least 1."""
     b = positive_id.shape[0]
     _, group = jnp.unique(positive_id, return_inverse=True, size=b)
     return jnp.maximum(jax.ops.segment_sum(mask.astype(jnp.float32), group, b)[group], 1)

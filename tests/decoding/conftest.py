@@ -11,6 +11,7 @@ WIDTH = 6
 
 
 def make_toy_model(vocabulary, *, seed=0, sharpness=2.0):
+    """Return the model's functions. `sharpness` scales its logits."""
     rng = np.random.default_rng(seed)
     params = {
         "embed": jnp.asarray(rng.normal(size=(vocabulary, WIDTH)), jnp.float32),
@@ -63,16 +64,16 @@ def make_toy_model(vocabulary, *, seed=0, sharpness=2.0):
 
 @pytest.fixture(scope="session")
 def toy_model():
-    """Return the constructor: `toy_model(vocabulary, seed=…)`."""
+    """Return the constructor, `toy_model(vocabulary, seed=…, sharpness=…)`."""
     return make_toy_model
 
 
 @pytest.fixture(scope="session")
 def to_lists():
-    """Return a function from GeneratedTokens to lists of token ids by row and sequence."""
+    """Return a function that converts GeneratedTokens to lists: token ids by row and sequence."""
 
     def convert(out):
         rows = zip(np.asarray(out.tokens), np.asarray(out.mask), strict=True)
-        return [[t[m].tolist() for t, m in zip(*row, strict=True)] for row in rows]
+        return [[ids[m].tolist() for ids, m in zip(*row, strict=True)] for row in rows]
 
     return convert

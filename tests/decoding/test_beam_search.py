@@ -1,4 +1,4 @@
-"""Beam search: exhaustive at full width, greedy at width 1, its order and its end rule."""
+"""Beam search: exhaustive at full width, greedy at width 1, ranking, and when a row ends."""
 
 import itertools
 
@@ -31,10 +31,10 @@ def all_sequences(vocabulary, stop, max_length, min_length=0):
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0, -0.5])
 @pytest.mark.parametrize("exhaustive", [True, False])
 def test_wide_beam_is_exhaustive_search(toy_model, to_lists, length_penalty, exhaustive):
-    """At width vocabulary ** length no hypothesis is dropped, so the n best are the best of all.
+    """At width vocabulary ** length, no hypothesis is dropped, so the n best of all are found.
 
-    This holds for both end rules: there are never `width` finished sequences, without which the
-    heuristic cannot end a row.
+    The value of `exhaustive` does not matter: a row ends early only if it has `width` finished
+    sequences, and fewer than `width` sequences exist.
     """
     model = toy_model(4, seed=1)
     stop, max_length, n = (0,), 3, 5
@@ -51,9 +51,9 @@ def test_wide_beam_is_exhaustive_search(toy_model, to_lists, length_penalty, exh
         ]
         best = sorted(scored, reverse=True)[:n]
         assert actual[i] == [sequence for _, sequence in best]
-        np.testing.assert_allclose(out.score[i], [s for s, _ in best], rtol=1e-5)
+        np.testing.assert_allclose(out.score[i], [score for score, _ in best], rtol=1e-5)
         np.testing.assert_allclose(
-            out.logprob[i], [s * len(t) ** length_penalty for s, t in best], rtol=1e-5
+            out.logprob[i], [score * len(x) ** length_penalty for score, x in best], rtol=1e-5
         )
 
 
@@ -74,7 +74,10 @@ def test_beam_of_width_one_is_greedy(toy_model, to_lists, processors, length_pen
 
 
 def reference_beam_search(model, image, prompt, settings, *, early):
-    """Search with lists of (score, sequence), as in Transformers' BeamSearchScorer."""
+    """Search with lists of (score, sequence), as in Transformers' BeamSearchScorer.
+
+    `early`: a row ends as with `exhaustive=False`.
+    """
     method, stop = settings.method, settings.stop_ids
     alive, finished = [(0.0, [])], []
     for count in range(1, settings.max_new_tokens + 1):
@@ -113,8 +116,8 @@ def test_narrow_beam_equals_the_reference_search(toy_model, to_lists, length_pen
         np.testing.assert_allclose(out.score[i], [score for score, _ in expected], rtol=1e-5)
 
 
-def test_exhaustive_end_rule_finds_better_sequences_than_the_heuristic(toy_model):
-    """The best score is at least the heuristic's on every row, and higher on some."""
+def test_exhaustive_search_finds_better_sequences_than_the_heuristic(toy_model):
+    """Its best score is at least that of `exhaustive=False` in every row, and higher in some."""
     model = toy_model(7, seed=6, sharpness=0.7)
     prompts = [[t] for t in range(1, 7)]
     best = {}
@@ -128,8 +131,8 @@ def test_exhaustive_end_rule_finds_better_sequences_than_the_heuristic(toy_model
     assert (best[True] > best[False] + 1e-3).any()
 
 
-def test_row_that_is_done_stays_unchanged(toy_model, to_lists):
-    """When a row ends does not depend on the other rows of the batch."""
+def test_finished_row_stays_unchanged_while_others_continue(toy_model, to_lists):
+    """A row generated alone equals the same row of a batch."""
     model = toy_model(7, seed=6, sharpness=0.7)
     prompts = [[t] for t in range(1, 7)]
     settings = GenerationConfig(stop_ids=(0, 4), max_new_tokens=20, method=BeamSearch(width=2, n=2))
@@ -142,7 +145,7 @@ def test_row_that_is_done_stays_unchanged(toy_model, to_lists):
 
 
 def test_missing_sequences_are_empty_with_score_minus_infinity(toy_model, to_lists):
-    """With a vocabulary of two tokens there are only two sequences of length one."""
+    """With a vocabulary of two tokens, there are only two sequences of length one."""
     model = toy_model(2)
     settings = GenerationConfig(stop_ids=(0,), max_new_tokens=1, method=BeamSearch(width=4, n=4))
     out = generate(model, settings, [[1]])

@@ -37,7 +37,7 @@ def captioner(request):
 
 
 def make_generator(model, method, **options):
-    # Without the n-gram limit, random models repeat one token.
+    # With no_repeat_ngram_size=None, random models repeat one token.
     settings = GenerationConfig(
         stop_ids=STOP, max_new_tokens=9, min_new_tokens=2, no_repeat_ngram_size=1, method=method
     )
@@ -48,7 +48,7 @@ def make_generator(model, method, **options):
 
 
 def test_greedy_is_the_argmax_of_uncached_logits(captioner, to_lists):
-    """Prompts have different lengths; the longest one fills the model up to its last position."""
+    """Prompts have different lengths. The longest one plus 9 new tokens has the maximum length."""
     model, params, tokens = captioner
     logits = jax.jit(lambda text, mask: model.caption_logits(params, tokens, text, mask))
     rows = [list(prompt) for prompt in PROMPTS]
@@ -117,15 +117,15 @@ def test_keys_and_values_of_the_image_are_shared_by_all_beams(captioner):
     assert {x.shape[2] for x in prefilled.cache if x.ndim > 1} == {MAX_LENGTH}
 
 
-def test_beams_on_eight_devices_equal_those_on_one_without_gathering_a_cache(captioner, to_lists):
+def test_sharding_does_not_change_beams_or_gather_a_cache(captioner, to_lists):
     model, params, tokens = captioner
     partitioner = Partitioner(make_mesh(config.MeshConfig(8, 1, 1)))
     prompts = pad_prompts(PROMPTS)
-    one = make_generator(model, BeamSearch(width=3))(params, tokens, *prompts)
+    expected = make_generator(model, BeamSearch(width=3))(params, tokens, *prompts)
     sharded = partitioner.shard_rows(np.asarray(tokens))
     generate = make_generator(model, BeamSearch(width=3), constrain=partitioner.constrain)
-    many = generate(jax.device_put(params, partitioner.replicated), sharded, *prompts)
-    assert to_lists(one) == to_lists(many)
-    assert many.tokens.sharding.is_equivalent_to(partitioner.batch_sharding, 3)
+    actual = generate(jax.device_put(params, partitioner.replicated), sharded, *prompts)
+    assert to_lists(actual) == to_lists(expected)
+    assert actual.tokens.sharding.is_equivalent_to(partitioner.batch_sharding, 3)
     compiled = jax.jit(lambda p, x: generate(p, x, *prompts)).lower(params, sharded).compile()
     assert "all-gather" not in compiled.as_text()

@@ -1,4 +1,4 @@
-"""Properties of every method: prompts, rows, lengths, stop tokens, buckets, devices."""
+"""Properties of every decoding method: prompts, rows, lengths, stop tokens, buckets, devices."""
 
 import itertools
 
@@ -52,7 +52,7 @@ def assert_equal(a, b):
 def test_rows_do_not_influence_each_other(model, method, to_lists):
     """A batch of prompts of different lengths equals each row generated alone."""
     batched = generate(model, method)
-    if method == "sample":  # keys depend on the row's position in the batch
+    if method == "sample":  # a row's key depends on its index in the batch
         first = generate(model, method, prompts=PROMPTS[:3])
         assert to_lists(first) == to_lists(batched)[:3]
         return
@@ -72,7 +72,7 @@ def test_sequences_end_with_a_stop_token_or_at_the_limit_and_are_padded(model, m
         assert (stops == [] and len(sequence) == 5) or stops == [len(sequence) - 1]
         assert len(sequence) > 2
         lengths.add(len(sequence))
-    assert len(lengths) > 1  # both ways to end occur
+    assert len(lengths) > 1  # some end with a stop token, others at the limit
     assert out.tokens.shape == (8, METHODS[method].n, 5)
     tokens, mask = np.asarray(out.tokens), np.asarray(out.mask)
     assert (tokens[~mask] == 9).all()
@@ -81,7 +81,7 @@ def test_sequences_end_with_a_stop_token_or_at_the_limit_and_are_padded(model, m
 
 @for_each_method
 def test_logprob_is_that_of_the_model(model, method, to_lists):
-    """Penalty and temperature do not affect it, nor do steps after the end of a sequence."""
+    """Penalties do not affect `logprob`, nor do steps after the end of a sequence."""
     out = generate(model, method, repetition_penalty=1.5, no_repeat_ngram_size=2)
     for i, row in enumerate(to_lists(out)):
         for j, sequence in enumerate(row):
@@ -91,7 +91,7 @@ def test_logprob_is_that_of_the_model(model, method, to_lists):
 
 @for_each_method
 def test_length_bucket_does_not_change_the_result(model, method, to_lists):
-    """Lengths 7 and 8 share a bucket, 9 has the next. Sequences that end early are equal in all."""
+    """Lengths 7 and 8 share a bucket, 9 has the next one. Sequences that end early are equal."""
     short, exact, longer = (generate(model, method, max_new_tokens=m) for m in (7, 8, 9))
     for a, b in ((short, exact), (exact, longer)):
         limit = a.tokens.shape[-1]
@@ -131,10 +131,10 @@ def test_lengths_of_one_bucket_share_a_compiled_program(model):
 @for_each_method
 def test_sharding_does_not_change_the_result_and_outputs_stay_sharded(model, method):
     partitioner = Partitioner(make_mesh(config.MeshConfig(4, 2, 1)))
-    one = generate(model, method)
+    expected = generate(model, method)
     image = partitioner.shard_rows(np.asarray(model.images(8)))
     sharded = generate(model, method, image=image, fields={"constrain": partitioner.constrain})
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(sharded), strict=True):
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(sharded), strict=True):
         assert b.sharding.is_equivalent_to(partitioner.batch_sharding, b.ndim)
         if a.dtype == jnp.float32:
             np.testing.assert_allclose(a, b, rtol=1e-6)
@@ -144,7 +144,7 @@ def test_sharding_does_not_change_the_result_and_outputs_stay_sharded(model, met
 
 @for_each_method
 def test_devices_do_not_exchange_caches(model, method):
-    """In a step, devices only exchange whether all sequences are finished."""
+    """In a step, devices only communicate whether all sequences are finished."""
     partitioner = Partitioner(make_mesh(config.MeshConfig(8, 1, 1)))
     settings = GenerationConfig(stop_ids=STOP, max_new_tokens=8, method=METHODS[method])
 
@@ -202,7 +202,7 @@ def test_generation_is_deterministic(model, method):
 
 
 def test_prompt_and_new_tokens_must_fit_the_models_positions(model):
-    """With 6 positions, 4 tokens can follow a prompt of 3, since the last one is not read."""
+    """With 6 positions, 4 tokens can follow a prompt of 3: the model does not read the last one."""
     prompts = pad_prompts([[5, 1, 1], [5]])
     for max_new_tokens in (4, 5):
         generator = Generator(

@@ -1,7 +1,7 @@
 """Generation equals that of open_clip's CoCa, stored in tests/golden/decoding_open_clip.npz.
 
-The beam search of open_clip has two bugs, which the script that makes the golden file describes and
-fixes.
+open_clip's beam search has two bugs. `tests/golden/decoding_open_clip.py`, which makes the golden
+file, describes and fixes them.
 """
 
 import json
@@ -20,7 +20,7 @@ SETTINGS = json.loads(str(GOLDEN["settings"]))
 
 
 def generate(name, **settings):
-    """Return our tokens [b l] for the golden file's images, and their mask."""
+    """Generate for the golden file's images; return (tokens [b l], mask)."""
     prefix = f"{name}/state/"
     state = {n.removeprefix(prefix): GOLDEN[n] for n in GOLDEN.files if n.startswith(prefix)}
     state = {n: x.astype(np.float32) for n, x in state.items()} | {"logit_scale": np.zeros(())}
@@ -42,7 +42,7 @@ def generate(name, **settings):
 
 @pytest.mark.parametrize("name", CASES)
 def test_greedy_equals_open_clip_token_for_token(name):
-    """open_clip also ends at the pad token, and forces an end token at the maximum length."""
+    """open_clip also stops at the pad token, and forces an end token at the maximum length."""
     expected = GOLDEN[f"{name}/greedy"][:, 1:]
     has_forced_end = expected.shape[1] == SETTINGS["longest"] - 1
     length = expected.shape[1] - has_forced_end

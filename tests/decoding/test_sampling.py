@@ -1,4 +1,4 @@
-"""Greedy decoding equals a loop; samples have the right support and frequencies."""
+"""Greedy decoding equals a loop, and samples have the expected support and frequencies."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ def model(toy_model):
 
 
 def reference_greedy(model, image, prompt, settings):
-    """Take the argmax at every step, with the processors written as sets and loops."""
+    """Take the argmax at every step, with the settings applied by sets and loops."""
     context, sequence = list(prompt), []
     while len(sequence) < settings.max_new_tokens:
         logp = model.next_logp(image, context).copy()
@@ -63,7 +63,7 @@ def test_greedy_equals_the_argmax_loop(model, processors, to_lists):
 
 
 def test_every_processor_changes_some_sequence(model, to_lists):
-    """The test above would not notice a processor that has no effect on its prompts."""
+    """Otherwise, the test above would not test it."""
     prompts = pad_prompts([[4], [4, 6, 4, 6, 2], [4, 1, 1], [4, 7]])
 
     def generate(**processors):
@@ -78,7 +78,7 @@ def test_every_processor_changes_some_sequence(model, to_lists):
 
 
 def test_offset_of_the_logits_has_no_effect(model, to_lists):
-    """This also holds with a repetition penalty, which acts on log probabilities."""
+    """The repetition penalty is applied to log probabilities, so this holds with a penalty too."""
 
     def shifted(params, cache, token):
         logits, cache = model.step(params, cache, token)
@@ -127,7 +127,7 @@ def test_filter_logits_retains_exactly_the_tokens_of_top_k_and_top_p(method, exp
     "method", [Sampling(n=4000, temperature=1.5), Sampling(n=4000, top_k=4, top_p=0.8)]
 )
 def test_frequencies_match_the_distribution(model, method):
-    """Compare first tokens, and second ones given the first: 4000 samples, 5 standard errors."""
+    """Compare the first token, and the second given the first: 4000 samples, 5 standard errors."""
     settings = GenerationConfig(stop_ids=(0,), max_new_tokens=2, min_new_tokens=1, method=method)
     image = model.images(1)
     out = Generator(model.init_cache, model.step, settings)(

@@ -8,7 +8,7 @@ import pytest
 from imgtune_jax import config, decoding
 from imgtune_jax.partition import Partitioner, make_mesh
 
-# Each row: a begin token, a prompt token, the answer.
+# Each row: the begin token, one prefix token, the answer.
 ANSWERS = [[1, 2, 4, 0], [1, 2, 5, 5, 3, 0], [1, 2, 0], [1, 2, 6, 1, 0], [1, 2, 3, 0]]
 
 
@@ -50,7 +50,7 @@ def score_answers(model, image, **options):
 @pytest.mark.parametrize("normalize_length", [False, True])
 @pytest.mark.parametrize("block", [1, 2, 8])
 def test_scores_are_the_log_probabilities_of_the_answers(model, normalize_length, block):
-    """For every image and answer, without begin token and prompt, for every block size."""
+    """The begin token and the prefix do not count. The block size does not matter."""
     images = model.images(3)
     actual = score_answers(model, images, normalize_length=normalize_length, block=block)
     for i, image in enumerate(images):

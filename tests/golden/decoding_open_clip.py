@@ -3,13 +3,14 @@
     pip install -r tests_peers/requirements.txt transformers==4.55.4 "huggingface-hub<1"
     python -m tests.golden.decoding_open_clip
 
-with open-clip-torch 3.3.0 and torch 2.13.0. open_clip does not import its beam search with
-transformers 5, which has no BeamSearchScorer; `tests_peers/test_coca_generation.py` runs greedy
-generation live.
+The file was made with open-clip-torch 3.3.0 and torch 2.13.0. open_clip's beam search needs
+transformers 4: version 5 has no BeamSearchScorer. `tests_peers/test_coca_generation.py` compares
+the greedy captions with those of the installed open_clip.
 
-Greedy generation is open_clip's, unchanged (`top_k` with k = 1). Its beam search has two bugs,
+Greedy generation is that of open_clip (`top_k` with k = 1). open_clip's beam search has two bugs,
 which are fixed here: it sums logits instead of log probabilities, and it includes the begin token
-in the length. Its text tower masks generated tokens whose id is `pad_id`; here no id is masked.
+in the length. open_clip's text tower masks generated tokens whose id is `pad_id`. Here, no id is
+masked.
 """
 
 import json
@@ -27,7 +28,7 @@ coca_model, constants = open_clip.coca_model, open_clip.constants
 
 GOLDEN = Path(__file__).with_name("decoding_open_clip.npz")
 VOCAB, LENGTH, PAD, BEGIN, END = 16, 14, 0, 1, 3
-NO_PAD = -1
+NO_PAD = -1  # the id of no token
 IMAGES, BEAMS, SHORTEST, LONGEST = 8, 4, 5, 12
 
 SMALL = dict(
@@ -61,13 +62,13 @@ WIDE = SMALL | dict(
     multimodal_cfg={**SMALL["multimodal_cfg"], "width": 16, "heads": 4, "layers": 1},
 )
 CASES = {"small": SMALL, "wide": WIDE}
-SEEDS = {"small": 2, "wide": 39}  # captions of many lengths, for greedy and beam search
+SEEDS = {"small": 2, "wide": 39}  # chosen so that the captions have many lengths
 
 
 def build(name):
-    """Return a model with random parameters, large enough that captions differ and end.
+    """Return a model with random parameters, so large that captions differ and end.
 
-    The values are exact in float16, so that the golden file is small.
+    The values are float16 numbers, so that the golden file is small.
     """
     cfg = CASES[name] | {"text_cfg": CASES[name]["text_cfg"] | {"pad_id": NO_PAD}}
     model = coca_model.CoCa(**cfg).eval()
@@ -87,7 +88,7 @@ def images():
 
 
 def generate(model, **options):
-    """Return token ids [b l], beginning with the begin token."""
+    """Return token ids [b l], which start with the begin token."""
     pixels = (images() / 255 - constants.OPENAI_DATASET_MEAN) / constants.OPENAI_DATASET_STD
     pixels = torch.from_numpy(pixels.astype(np.float32).transpose(0, 3, 1, 2))
     common = dict(seq_len=LONGEST, pad_token_id=PAD, eos_token_id=END, sot_token_id=BEGIN)
@@ -95,7 +96,7 @@ def generate(model, **options):
 
 
 def greedy(model):
-    """Generate greedily. open_clip also ends at the pad token, and forces an end at LONGEST."""
+    """Generate greedily. open_clip also stops at the pad token, and forces an end at LONGEST."""
     return generate(model, generation_type="top_k", top_k=1, min_seq_len=1)
 
 

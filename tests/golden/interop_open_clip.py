@@ -2,8 +2,8 @@
 
     pip install -r tests_peers/requirements.txt && python -m tests.golden.interop_open_clip
 
-with open-clip-torch 3.3.0, torch 2.13.0. `tests_peers/test_open_clip.py` compares the same cases
-with the installed open_clip.
+The file was made with open-clip-torch 3.3.0 and torch 2.13.0. `tests_peers/test_open_clip.py`
+compares the same cases with the installed open_clip.
 """
 
 import json
@@ -17,13 +17,13 @@ from benchmarks import peers
 open_clip = peers.open_clip()
 
 GOLDEN = Path(__file__).with_name("interop_open_clip.npz")
-VOCAB, LENGTH, EOT = 40, 7, 39
+VOCAB, LENGTH, EOT = 40, 7, 39  # EOT: id of the end-of-text token
 
 VISION = dict(layers=2, width=16, head_width=8, patch_size=4, image_size=8)
 TEXT = dict(context_length=LENGTH, vocab_size=VOCAB, width=16, heads=4, layers=2)
 TANH = dict(act_kwargs=dict(approximate="tanh"), norm_kwargs=dict(eps=1e-6))
 
-# name -> model config, whether the text tower is a separate module (CustomTextCLIP)
+# name -> (model config, whether the text tower is a separate module, as in CustomTextCLIP)
 CASES = {
     "clip": (dict(vision_cfg=VISION, text_cfg=TEXT), False),
     "quick_gelu": (
@@ -71,23 +71,23 @@ CASES = {
 
 
 def build(name):
-    """Build the case's model with random parameters; defaults of 0 and 1 would hide mistakes."""
+    """Build a case's model with random parameters. Defaults of 0 and 1 would hide mistakes."""
     cfg, custom = CASES[name]
-    kind = open_clip.CustomTextCLIP if custom else open_clip.CLIP
-    model = kind(embed_dim=8, output_dict=True, **cfg).eval()
+    model_class = open_clip.CustomTextCLIP if custom else open_clip.CLIP
+    model = model_class(embed_dim=8, output_dict=True, **cfg).eval()
     rng = np.random.default_rng(len(name))
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if key.startswith("logit"):
                 continue
             noise = rng.normal(0, 0.2, tuple(parameter.shape)).astype(np.float32)
-            norm = key.endswith("weight") and ".ln_" in f".{key}"
-            parameter.copy_(torch.from_numpy(noise + norm))
+            is_norm_scale = key.endswith("weight") and ".ln_" in f".{key}"
+            parameter.copy_(torch.from_numpy(noise + is_norm_scale))
     return model
 
 
 def inputs(seed=0, n=5):
-    """Sample normalized images [n c h w], ids whose EOT is at different positions, their mask."""
+    """Sample (images [n c h w], token ids, mask). The texts have different lengths."""
     rng = np.random.default_rng(seed)
     image = rng.normal(size=(n, 3, 8, 8)).astype(np.float32)
     text = rng.integers(1, EOT, (n, LENGTH))
@@ -98,7 +98,7 @@ def inputs(seed=0, n=5):
 
 
 def outputs(model, image, text):
-    """Return unnormalized embeddings, and logits."""
+    """Return the unnormalized embeddings and the logits."""
     with torch.no_grad():
         image, text = torch.from_numpy(image), torch.from_numpy(text)
         image_features, text_features = model.encode_image(image), model.encode_text(text)

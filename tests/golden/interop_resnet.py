@@ -2,7 +2,8 @@
 
     pip install -r tests_peers/requirements.txt && python -m tests.golden.interop_resnet
 
-with torchvision 0.28.0. The file has names, shapes and outputs; the tests sample the same weights.
+The file was made with torchvision 0.28.0. It has the names and shapes of the weights, and the
+outputs; the tests sample the same weights.
 """
 
 import json
@@ -16,7 +17,7 @@ NUM_CLASSES = 5
 
 
 def sample_state_dict(shapes, seed=0):
-    """Sample a state dict of these {name: shape}; activations neither vanish nor explode."""
+    """Sample a state dict of {name: shape} such that activations neither vanish nor explode."""
     rng, state = np.random.default_rng(seed), {}
     for name, shape in shapes.items():
         if name.endswith("num_batches_tracked"):
@@ -33,7 +34,7 @@ def sample_state_dict(shapes, seed=0):
 
 
 def sample_images(n=2, size=37, seed=1):
-    """Sample images [n h w c]. The odd size distinguishes symmetric padding from SAME."""
+    """Sample images [n h w c]. The odd size distinguishes symmetric padding from "SAME"."""
     return np.random.default_rng(seed).normal(size=(n, size, size, 3)).astype(np.float32)
 
 

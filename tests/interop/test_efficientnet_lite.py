@@ -29,7 +29,7 @@ FOLDERS = (
 
 
 def photograph(name, size):
-    """Load the center square, resized bicubically, as (x - 127) / 128: what the weights expect."""
+    """Load the center square, resized bicubically and scaled as the weights expect."""
     path = next(folder / name for folder in FOLDERS if (folder / name).is_file())
     image = Image.open(path).convert("RGB")
     side = min(image.size)
@@ -72,5 +72,5 @@ def test_error_lists_all_bad_keys(tmp_path):
     np.savez(tmp_path / "bad.npz", **state)
     with pytest.raises(ValueError) as error:
         interop.load_tower(dict(format="efficientnet_lite", path=tmp_path / "bad.npz"), cfg)
-    for word in ("missing: _bn0.weight", "unexpected: _extra", "blocks_0/project/kernel"):
-        assert word in str(error.value)
+    for message in ("missing: _bn0.weight", "unexpected: _extra", "blocks_0/project/kernel"):
+        assert message in str(error.value)

@@ -1,4 +1,4 @@
-"""MiniLM's vectors against an independent BERT in float64 NumPy."""
+"""MiniLM's embeddings equal those of an independent BERT in float64 NumPy."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,16 +13,17 @@ TEXTS = ("a cat", "The quick brown fox jumps over the lazy dog.", "Ein Haus am M
 
 
 def tokens():
+    """Return (token ids, mask) of TEXTS."""
     tokenizer = Tokenizer.from_file(str(package_file(PACKAGE, "*/tokenizer.json")))
     tokenizer.no_truncation()
     tokenizer.enable_padding(length=16)
     encoded = tokenizer.encode_batch(list(TEXTS))
-    mask = np.array([e.attention_mask for e in encoded], bool)
-    return np.array([e.ids for e in encoded], np.int32), mask
+    mask = np.array([encoding.attention_mask for encoding in encoded], bool)
+    return np.array([encoding.ids for encoding in encoded], np.int32), mask
 
 
 def numpy_minilm(state, ids, mask, num_heads=12):
-    """Return MiniLM's vectors by 1810.04805 in float64, one text at a time, without padding."""
+    """Compute MiniLM's embeddings (BERT, 1810.04805) in float64, text by text, without padding."""
     weights = {name: x.astype(np.float64) for name, x in state.items()}
 
     def linear(name, x):
@@ -32,7 +33,7 @@ def numpy_minilm(state, ids, mask, num_heads=12):
         x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-12)
         return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
-    def vector(ids):
+    def embedding(ids):
         x = weights["embeddings.word_embeddings.weight"][ids]
         x = x + weights["embeddings.position_embeddings.weight"][: len(ids)]
         x = norm("embeddings.LayerNorm", x + weights["embeddings.token_type_embeddings.weight"][0])
@@ -53,10 +54,10 @@ def numpy_minilm(state, ids, mask, num_heads=12):
             x = norm(f"{layer}.output.LayerNorm", x + y)
         return x.mean(0)
 
-    return np.stack([vector(row[valid]) for row, valid in zip(ids, mask, strict=True)])
+    return np.stack([embedding(row[valid]) for row, valid in zip(ids, mask, strict=True)])
 
 
-def test_minilm_vectors_equal_an_independent_float64_bert():
+def test_minilm_embeddings_equal_an_independent_float64_bert():
     cfg = dict(name="bert", variant="minilm-l6")
     params = interop.load_tower(dict(format="bert", package=PACKAGE), cfg)
     ids, mask = tokens()
@@ -65,7 +66,7 @@ def test_minilm_vectors_equal_an_independent_float64_bert():
     ours = tower.apply({"params": params}, jnp.asarray(ids), jnp.asarray(mask), train=False).pooled
     state = interop.read_state_dict(package_file(PACKAGE, "*.safetensors"))
     expected = numpy_minilm(state, ids, mask)
-    # float32 against float64 over six layers; values are of order 0.3.
+    # float32 is compared with float64, after six layers; values are of order 0.3.
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=2e-6)
 
 

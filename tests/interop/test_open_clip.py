@@ -1,4 +1,4 @@
-"""open_clip models against the outputs that tests/golden/interop_open_clip.py saved."""
+"""Converted open_clip models have the outputs that tests/golden/interop_open_clip.py saved."""
 
 import json
 from pathlib import Path
@@ -12,11 +12,12 @@ from imgtune_jax.types import Batch
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "interop_open_clip.npz")
 CASES = sorted({name.partition("/")[0] for name in GOLDEN.files if "/" in name})
-# In float32, PyTorch sums in another order, over a few layers.
+# PyTorch sums in another order, in float32, over a few layers.
 TOLERANCE = dict(rtol=1e-4, atol=1e-5)
 
 
 def case(name):
+    """Return (open_clip config, whether the model is a CustomTextCLIP, state dict)."""
     cfg = json.loads(str(GOLDEN[f"{name}/cfg"]))
     custom = cfg.pop("custom")
     prefix = f"{name}/state/"
@@ -24,8 +25,8 @@ def case(name):
     return cfg, custom, {n.removeprefix(prefix): GOLDEN[n] for n in names}
 
 
-def towers(model, params):
-    """Return unnormalized embeddings of the saved inputs."""
+def embed(model, params):
+    """Return the unnormalized embeddings of the saved images and texts."""
     image = jnp.asarray(GOLDEN["image"].transpose(0, 2, 3, 1))
     text, mask = jnp.asarray(GOLDEN["text"], jnp.int32), jnp.asarray(GOLDEN["text_mask"])
     pooled = model.image.apply({"params": params["image"]}, image, train=False).pooled
@@ -40,7 +41,7 @@ def test_outputs_equal_those_of_open_clip(name):
     cfg, _, state = case(name)
     model = models.build_model(interop.config_from_open_clip(cfg))
     params = interop.load_open_clip(state, model)
-    image, text = towers(model, params)
+    image, text = embed(model, params)
     np.testing.assert_allclose(image, GOLDEN[f"{name}/image_features"], **TOLERANCE)
     np.testing.assert_allclose(text, GOLDEN[f"{name}/text_features"], **TOLERANCE)
     image, text = models.unit_norm(image), models.unit_norm(text)
@@ -54,15 +55,18 @@ def test_outputs_equal_those_of_open_clip(name):
 def test_import_then_export_returns_the_same_weights(name):
     cfg, custom, state = case(name)
     model = models.build_model(interop.config_from_open_clip(cfg))
-    back = interop.save_open_clip(interop.load_open_clip(state, model), model, custom_text=custom)
-    assert back.keys() == state.keys()
-    split = ("visual.class_embedding", "visual.positional_embedding")
-    for key in state.keys() - set(split):
-        np.testing.assert_array_equal(back[key], state[key], err_msg=key)
+    exported = interop.save_open_clip(
+        interop.load_open_clip(state, model), model, custom_text=custom
+    )
+    assert exported.keys() == state.keys()
+    merged = ("visual.class_embedding", "visual.positional_embedding")
+    for key in state.keys() - set(merged):
+        np.testing.assert_array_equal(exported[key], state[key], err_msg=key)
     # The class token's position is added to the token on import, so only their sum is equal.
-    total = [s[split[0]] + s[split[1]][0] for s in (state, back)]
-    np.testing.assert_array_equal(*total)
-    np.testing.assert_array_equal(back[split[1]][1:], state[split[1]][1:])
+    token, position = merged
+    sums = [weights[token] + weights[position][0] for weights in (state, exported)]
+    np.testing.assert_array_equal(*sums)
+    np.testing.assert_array_equal(exported[position][1:], state[position][1:])
 
 
 def test_exported_folder_loads_as_the_same_model(tmp_path):
@@ -70,12 +74,13 @@ def test_exported_folder_loads_as_the_same_model(tmp_path):
     model = models.build_model(interop.config_from_open_clip(cfg))
     params = interop.load_open_clip(state, model)
     interop.save_open_clip_folder(tmp_path, model, params)
-    again_cfg, again = interop.load_open_clip_folder(tmp_path)
-    loaded = models.build_model(again_cfg)
+    loaded_cfg, loaded_params = interop.load_open_clip_folder(tmp_path)
+    loaded = models.build_model(loaded_cfg)
     assert (loaded.image, loaded.text) == (model.image, model.text)
     np.testing.assert_allclose(loaded.image_mean, model.image_mean, rtol=1e-7)
-    for ours, theirs in zip(towers(model, params), towers(loaded, again), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    embeddings = zip(embed(model, params), embed(loaded, loaded_params), strict=True)
+    for expected, actual in embeddings:
+        np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize("modality", ["image", "text"])
@@ -100,17 +105,22 @@ def test_error_lists_all_bad_keys():
     state["visual.transformer.resblocks.0.attn.in_proj_weight"] = np.zeros((47, 16))
     with pytest.raises(ValueError) as error:
         interop.load_open_clip(state, model)
-    for word in ("missing: ln_final.weight", "unexpected: visual.novelty", "(41, 16)", "(47, 16)"):
-        assert word in str(error.value)
+    for message in (
+        "missing: ln_final.weight",
+        "unexpected: visual.novelty",
+        "(41, 16)",
+        "(47, 16)",
+    ):
+        assert message in str(error.value)
 
 
 def test_quick_gelu_weights_have_other_outputs_with_gelu():
-    """Therefore the converted config includes the activation."""
+    """This is why the converted config includes the activation."""
     cfg, _, state = case("quick_gelu")
     quick_gelu = models.build_model(interop.config_from_open_clip(cfg))
     gelu = models.build_model(interop.config_from_open_clip({**cfg, "quick_gelu": False}))
     params = interop.load_open_clip(state, quick_gelu)
-    difference = np.abs(np.subtract(towers(quick_gelu, params)[0], towers(gelu, params)[0])).max()
+    difference = np.abs(np.subtract(embed(quick_gelu, params)[0], embed(gelu, params)[0])).max()
     assert difference > 1e-3
 
 
@@ -119,7 +129,7 @@ def test_unsupported_feature_is_an_error():
     cfg["vision_cfg"] = {**cfg["vision_cfg"], "ls_init_value": 1e-5, "qk_norm": False}
     with pytest.raises(ValueError, match="ls_init_value=1e-05") as error:
         interop.config_from_open_clip(cfg)
-    assert "qk_norm" not in str(error.value)  # it is switched off
+    assert "qk_norm" not in str(error.value)  # its value is False, so the feature is unused
 
 
 def test_position_embeddings_are_resized_to_another_image_size(tmp_path):

@@ -1,6 +1,6 @@
-"""Reading PyTorch files safely.
+"""PyTorch files are read correctly and run no code.
 
-The tests write the files in PyTorch's two formats, without PyTorch.
+The tests write files in PyTorch's two formats, without PyTorch.
 """
 
 import collections
@@ -18,7 +18,7 @@ TYPES = {"<f4": "FloatStorage", "<f8": "DoubleStorage", "<i8": "LongStorage", "<
 
 
 class _Writer(pickle._Pickler):
-    """A pickler that writes arrays as PyTorch does: _rebuild_tensor_v2 of a storage."""
+    """A pickler that writes a `_Tensor` as PyTorch does: a call of _rebuild_tensor_v2."""
 
     def __init__(self, stream, storages):
         super().__init__(stream, protocol=2)
@@ -28,8 +28,8 @@ class _Writer(pickle._Pickler):
         if isinstance(obj, _StorageOf):
             key = str(len(self.storages))
             self.storages[key] = obj.array
-            kind = _Global("torch", TYPES[obj.array.dtype.newbyteorder("<").str])
-            return ("storage", kind, key, "cpu", obj.array.size)
+            storage_class = _Global("torch", TYPES[obj.array.dtype.newbyteorder("<").str])
+            return ("storage", storage_class, key, "cpu", obj.array.size)
         return None
 
     def save(self, obj, save_persistent_id=True):
@@ -52,25 +52,29 @@ class _Writer(pickle._Pickler):
 
 
 class _Global:
+    """A class or function that is pickled by name."""
+
     def __init__(self, module, name):
         self.module, self.name = module, name
 
 
 class _StorageOf:
+    """The storage of a tensor, which PyTorch writes outside the pickle."""
+
     def __init__(self, array):
         self.array = array
 
 
 class _Tensor:
-    """A view of a flat storage; offset and strides in elements."""
+    """A view of a flat storage. Offset and strides are in elements."""
 
     def __init__(self, storage, shape, strides, offset=0):
         self.storage, self.shape, self.strides, self.offset = storage, shape, strides, offset
 
 
 def as_tensor(array):
-    steps = np.ascontiguousarray(array).strides if array.ndim else ()
-    return _Tensor(np.ravel(array), array.shape, tuple(s // array.itemsize for s in steps))
+    byte_strides = np.ascontiguousarray(array).strides if array.ndim else ()
+    return _Tensor(np.ravel(array), array.shape, tuple(s // array.itemsize for s in byte_strides))
 
 
 def write_zip(path, content):
@@ -120,12 +124,12 @@ def test_views_have_their_strides_and_offset(write, tmp_path):
     storage = np.arange(12, dtype="<f4")
     tensors = {
         "transposed": _Tensor(storage, (4, 3), (1, 4)),
-        "tail": _Tensor(storage, (2, 3), (3, 1), offset=6),
+        "second_half": _Tensor(storage, (2, 3), (3, 1), offset=6),
     }
     write(tmp_path / "m.pt", tensors)
     read = load_state_dict(tmp_path / "m.pt")
     np.testing.assert_array_equal(read["transposed"], storage.reshape(3, 4).T)
-    np.testing.assert_array_equal(read["tail"], storage[6:].reshape(2, 3))
+    np.testing.assert_array_equal(read["second_half"], storage[6:].reshape(2, 3))
 
 
 def test_state_dict_is_read_from_a_checkpoint(write, tmp_path):
@@ -134,11 +138,13 @@ def test_state_dict_is_read_from_a_checkpoint(write, tmp_path):
 
 
 class Attack:
+    """An object that calls a function when it is unpickled."""
+
     def __init__(self, function, *args):
-        self.reduced = function, args
+        self.call = function, args
 
     def __reduce__(self):
-        return self.reduced
+        return self.call
 
 
 @pytest.mark.parametrize(
@@ -160,7 +166,7 @@ def test_view_beyond_its_storage_is_refused(write, tmp_path):
         load_state_dict(tmp_path / "m.pth")
 
 
-def test_error_says_that_a_file_is_not_a_pytorch_file(tmp_path):
+def test_file_that_is_not_a_pytorch_file_is_an_error(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
         archive.writestr("readme", "x")
     with pytest.raises(ValueError, match=r"one data\.pkl"):

@@ -1,4 +1,4 @@
-"""torchvision's ResNet against the outputs that tests/golden/interop_resnet.py saved."""
+"""A converted ResNet has the outputs that tests/golden/interop_resnet.py saved."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def test_outputs_equal_those_of_torchvision(tmp_path):
     params = interop.load_tower(dict(format="resnet", path=tmp_path / "resnet.npz"), cfg)
     tower, image = models.build_tower(cfg), jnp.asarray(script.sample_images())
     pooled = tower.apply({"params": params}, image, train=False).pooled
-    # Folded norms round differently, over 15 convolutions; values are of order 1.
+    # Folded norms round differently in each of 15 convolutions; values are of order 1.
     np.testing.assert_allclose(pooled, golden["pooled"], rtol=1e-4, atol=2e-5)
     logits = tower.apply({"params": params}, image, method="classify")
     np.testing.assert_allclose(logits, golden["logits"], rtol=1e-4, atol=2e-5)

@@ -1,4 +1,4 @@
-"""Reading and writing weight files, and the errors."""
+"""Reading and writing weight files, and errors for invalid files and configs."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from imgtune_jax import interop, models, param_tree
 from imgtune_jax.package_files import package_file
 
 
-def tree():
+def make_params():
     rng = np.random.default_rng(0)
     kernel = rng.normal(size=(3, 2)).astype(np.float32)
     return {
@@ -17,16 +17,16 @@ def tree():
 
 
 def test_saved_params_load_unchanged(tmp_path):
-    interop.save_params(tree(), tmp_path / "p.safetensors")
+    interop.save_params(make_params(), tmp_path / "p.safetensors")
     loaded = interop.load_params(tmp_path / "p.safetensors")
-    assert loaded.keys() == tree().keys()
+    assert loaded.keys() == make_params().keys()
     assert loaded["logit_scale"].shape == () and loaded["logit_scale"] == np.float32(2.5)
-    ours, theirs = (t["image"]["blocks_0"]["attn"]["q"]["kernel"] for t in (tree(), loaded))
-    np.testing.assert_array_equal(ours, theirs)
+    kernels = (x["image"]["blocks_0"]["attn"]["q"]["kernel"] for x in (loaded, make_params()))
+    np.testing.assert_array_equal(*kernels)
 
 
 def test_subtree_loads_alone_and_a_missing_one_is_an_error(tmp_path):
-    interop.save_params(tree(), tmp_path / "p.safetensors")
+    interop.save_params(make_params(), tmp_path / "p.safetensors")
     block = interop.load_params(tmp_path / "p.safetensors", "image/blocks_0")
     assert list(block) == ["attn"]
     with pytest.raises(
@@ -43,11 +43,11 @@ def test_npz_with_a_pickle_is_refused(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".pth"])
 @pytest.mark.parametrize("fraction", [0, 0.5, 0.99])
-def test_truncated_file_is_named(suffix, fraction, tmp_path):
+def test_error_for_a_truncated_file_names_it(suffix, fraction, tmp_path):
     complete, truncated = tmp_path / "complete.npz", tmp_path / f"truncated{suffix}"
     if suffix == ".safetensors":
-        interop.save_params(tree(), complete)
-    else:  # a PyTorch file is a zip too
+        interop.save_params(make_params(), complete)
+    else:  # PyTorch files are zip files too
         np.savez(complete, a=np.ones(100))
     content = complete.read_bytes()
     truncated.write_bytes(content[: int(fraction * len(content))])
@@ -78,7 +78,7 @@ def test_error_lists_the_files_of_an_ambiguous_pattern():
         (dict(format="resnet", path="x.pth"), "fits ResNet, not Bert"),
     ],
 )
-def test_bad_weights_config_is_explained(init, message):
+def test_invalid_weights_config_is_an_error(init, message):
     with pytest.raises(ValueError, match=message):
         interop.load_tower(init, dict(name="bert", variant="minilm-l6"))
 

@@ -1,4 +1,4 @@
-"""The losses as functions of arrays, against dense formulas."""
+"""The losses as functions of arrays equal dense formulas."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import pytest
 from imgtune_jax.objectives import sigmoid_loss, softmax_loss, token_cross_entropy
 from imgtune_jax.types import TokenScores
 
-N, D = 12, 5
+N, D = 12, 5  # number of examples, width of the embeddings
 GROUPS = jnp.arange(N) // 3
 MASK = jnp.arange(N) % 5 != 2
 
@@ -29,11 +29,11 @@ def dense_softmax_loss(image, text, scale, groups, mask, label_smoothing):
     uniform = mask / mask.sum()
     target = (1 - label_smoothing) * positive / positive.sum(1, keepdims=True)
     target = jnp.where(mask[:, None], target + label_smoothing * uniform[None], 0)
-    both = [
+    losses = [
         -jnp.where(target > 0, target * jax.nn.log_softmax(x), 0).sum()
         for x in (logits, transposed)
     ]
-    return (both[0] + both[1]) / 2 / mask.sum()
+    return (losses[0] + losses[1]) / 2 / mask.sum()
 
 
 def dense_sigmoid_loss(image, text, scale, bias, groups, mask):
@@ -68,8 +68,8 @@ def test_softmax_loss_equals_optax_on_one_hot_labels():
     image, text = embeddings()
     logits = 7.0 * jnp.matmul(image, text.T, precision="highest")
     labels = jnp.arange(N)
-    both = [optax.softmax_cross_entropy_with_integer_labels(x, labels) for x in (logits, logits.T)]
-    expected = jnp.stack(both).mean()
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+    expected = jnp.stack([cross_entropy(x, labels) for x in (logits, logits.T)]).mean()
     np.testing.assert_allclose(softmax_loss(image, text, scale=7.0), expected, rtol=1e-6)
 
 
@@ -95,8 +95,8 @@ def test_sigmoid_loss_equals_optax(groups, mask):
 
 def test_sigmoid_loss_has_no_bias_by_default():
     image, text = embeddings()
-    without = sigmoid_loss(image, text, scale=7.0)
-    assert without == sigmoid_loss(image, text, scale=7.0, bias=0.0)
+    default = sigmoid_loss(image, text, scale=7.0)
+    assert default == sigmoid_loss(image, text, scale=7.0, bias=0.0)
 
 
 @pytest.mark.parametrize(("label_smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.2, 1e-2)])

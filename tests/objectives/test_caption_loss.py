@@ -1,4 +1,4 @@
-"""The captioning loss against a float64 loop over tokens; masked tokens do not affect it."""
+"""The captioning loss equals a float64 loop over tokens; masked tokens do not affect it."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from imgtune_jax import objectives
 from imgtune_jax.objectives.caption_loss import CaptionLoss
 from imgtune_jax.types import Batch, Outputs, TokenScores, metric_value
 
-B, L, V = 4, 6, 11
+B, L, V = 4, 6, 11  # batch size, text length, vocabulary size
 
 
 def make_example(seed=0):
@@ -36,14 +36,14 @@ def make_example(seed=0):
 
 def reference_loss(logits, batch, smoothing, z_loss):
     """Return (loss, cross-entropy, number of tokens), computed token by token in float64."""
-    z = logits.astype(np.float64)
+    logits = logits.astype(np.float64)
     losses, cross_entropies = [], []
     for i in range(B):
         for t in range(L - 1):
             if not batch.example_mask[i] or not batch.target_mask[i, t + 1]:
                 continue
-            logsumexp = np.log(np.exp(z[i, t]).sum())
-            log_p = z[i, t] - logsumexp
+            logsumexp = np.log(np.exp(logits[i, t]).sum())
+            log_p = logits[i, t] - logsumexp
             cross_entropies.append(-log_p[int(batch.text[i, t + 1])])
             target = np.full(V, smoothing / V)
             target[int(batch.text[i, t + 1])] += 1 - smoothing
@@ -87,7 +87,7 @@ def test_batch_without_targets_has_zero_loss():
     assert loss == 0 and metric_value(metrics["perplexity"]) == 1
 
 
-def test_captioning_is_a_weighted_term_and_its_errors_name_what_is_missing():
+def test_captioning_has_a_weight_and_errors_name_the_missing_input():
     _, batch, outputs = make_example()
     weighted = objectives.build_objective({"captioning": dict(weight=2.0, label_smoothing=0.1)})
     total, metrics = weighted(outputs, batch)

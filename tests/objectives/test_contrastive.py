@@ -1,4 +1,4 @@
-"""Contrastive losses: equal to loops over pairs in float64, in blocks and on many devices."""
+"""The contrastive losses equal loops over pairs in float64, also in blocks and on many devices."""
 
 import dataclasses
 
@@ -78,7 +78,7 @@ def test_loss_equals_brute_force(name, masked):
 
 
 def central_differences(name, outputs, batch, step=1e-5):
-    """Return the gradients of `brute_force` by field, entry by entry, in float64."""
+    """Return {field: gradient of `brute_force`}, computed entry by entry in float64."""
 
     def differences(field):
         value = np.asarray(getattr(outputs, field), np.float64)
@@ -104,7 +104,7 @@ def loss_and_grads(name, *, mesh=None):
 
 
 def assert_close(actual, expected, rtol=1e-6):
-    # atol: gradients near zero are sums of terms of size 1 that cancel.
+    # atol: a gradient near zero is a sum of terms of size 1 that cancel.
     def compare(a, b):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-7)
 
@@ -116,7 +116,7 @@ def test_gradients_equal_central_differences(name):
     outputs, batch = make_example(valid=np.arange(12) % 5 != 2, bias=BIAS.get(name))
     _, grads = loss_and_grads(name)(outputs, batch)
     for field, expected in central_differences(name, outputs, batch).items():
-        # atol: float32 sums of terms of size 1.
+        # atol: a gradient is a float32 sum of terms of size 1.
         np.testing.assert_allclose(getattr(grads, field), expected, rtol=1e-5, atol=5e-7)
 
 
@@ -156,11 +156,11 @@ def test_memory_does_not_grow_with_the_square_of_the_batch(name, sharded, monkey
     batch = Batch(jax.ShapeDtypeStruct((n,), bool, sharding=sharding))
     program = loss_and_grads(name, mesh=partitioner.mesh if sharded else None).lower(outputs, batch)
     temporary = program.compile().memory_analysis().temp_size_in_bytes
-    assert temporary < 4 * n * n / 16  # all logits, sharded, would take 4 n² / 8 bytes
+    assert temporary < 4 * n * n / 16  # half of the bytes of 1/8 of all logits
 
 
 @pytest.mark.parametrize("name", ["softmax", "softmax_group"])
-def test_batch_recalls_equal_an_argmax(name, monkeypatch):
+def test_batch_recall_equals_that_of_an_argmax(name, monkeypatch):
     outputs, batch = make_example(24, 3, valid=np.arange(24) % 5 != 2)
     monkeypatch.setattr(pairs, "BLOCK_SIZE", 50)
     valid = np.flatnonzero(batch.example_mask)
@@ -215,7 +215,7 @@ def test_missing_groups_are_an_error():
         SoftmaxLoss(positives="group")(outputs, batch.replace(group=None))
 
 
-def test_total_is_the_weighted_sum_and_metrics_have_the_terms_names():
+def test_total_is_the_weighted_sum_and_metrics_are_named_after_the_losses():
     outputs, batch = make_example(bias=None)
     objective = objectives.build_objective({"softmax": {"weight": 2.0}, "sigmoid": {"weight": 0.5}})
     loss, metrics = objective(outputs, batch)
