@@ -12,7 +12,8 @@ from pathlib import Path
 
 from imgtune_jax.errors import UserError
 
-# Types of errors for users. Not all such errors are a `UserError`.
+# Exceptions that are printed as one message, without a traceback. Some mistakes of users still
+# raise the built-in types instead of a `UserError`.
 USER_ERRORS = (UserError, ValueError, FileNotFoundError, FileExistsError)
 
 # Folders that only the source checkout contains, not the wheel: {name: a path in a checkout}.

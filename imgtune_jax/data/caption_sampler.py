@@ -83,7 +83,7 @@ class CaptionSampler:
             if weight > 0 and record.captions.get(name)
         ]
         if not available:
-            record.check("captions")
+            record.check("captions")  # if they could not be read, raises that fault instead
             raise BadRecord(
                 FaultCause.MISSING_CAPTION,
                 f"the record has no caption in the sets {sorted(self.weights)}; its sets are "

@@ -50,7 +50,7 @@ def metric_label(metric: str) -> str:
         "text_to_image_": "text → image ",
         "recall@": "R@",
         "num_": "",
-        "lp_": "",
+        "lp_": "",  # linear probe
         "Bleu_": "BLEU-",
         "ROUGE_L": "ROUGE-L",
         "acc1": "accuracy",

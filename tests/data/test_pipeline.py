@@ -77,7 +77,7 @@ def test_orders_differ_by_epoch_and_seed(make_pipeline):
     assert len(set(orders(3) + orders(4) + orders(5))) == 9
 
 
-def test_epoch_end_is_the_first_batch_after_the_epoch_of_a_step(make_pipeline):
+def test_epoch_end_is_the_first_batch_that_begins_in_a_later_epoch(make_pipeline):
     pipeline = make_pipeline()
     assert [pipeline.epoch_end(t) for t in (0, 4, 5, 9, 10)] == [5, 5, 10, 10, 14]
 

@@ -8,9 +8,9 @@ transformers 4: version 5 has no BeamSearchScorer. `tests_peers/test_coca_genera
 the greedy captions with those of the installed open_clip.
 
 Greedy generation is that of open_clip (`top_k` with k = 1). open_clip's beam search has two bugs,
-which are fixed here: it sums logits instead of log probabilities, and it includes the begin token
-in the length. open_clip's text tower masks generated tokens whose id is `pad_id`. Here, no id is
-masked.
+which are fixed here: it sums logits instead of log probabilities, and it counts the begin token in
+the length that divides a sequence's score. open_clip's text tower masks generated tokens whose id
+is `pad_id`. Here, no id is masked.
 """
 
 import json
@@ -66,7 +66,7 @@ SEEDS = {"small": 2, "wide": 39}  # chosen so that the captions have many length
 
 
 def build(name):
-    """Return a model with random parameters, so large that captions differ and end.
+    """Return a model with random parameters, large enough that captions differ and reach their end.
 
     The values are float16 numbers, so that the golden file is small.
     """
