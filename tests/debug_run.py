@@ -28,7 +28,7 @@ def settings(kind="", **changes):
     debug_config = config_dict(kind)
     for key, value in changes.items():
         *parents, leaf = key.split(".")
-        node = c
+        node = debug_config
         for parent in parents:
             node = node[parent]
         with node.ignore_type():
