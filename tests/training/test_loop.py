@@ -80,7 +80,7 @@ def test_relative_workdir_works(tmp_path, monkeypatch):
 
 def test_resuming_with_another_config_is_an_error(tmp_path):
     loop.train(settings(**{"total.steps": 1}), tmp_path)
-    with pytest.raises(ValueError, match=r"optim\.lr: 0\.001 there, 0\.5 now"):
+    with pytest.raises(ValueError, match=r"optim\.lr: 0\.001 in the saved run, 0\.5 now"):
         loop.train(settings(**{"total.steps": 1, "optim.lr": 0.5}), tmp_path)
     loop.train(settings(**{"total.steps": 1, "log_every": 2}), tmp_path)  # a mutable key
 
