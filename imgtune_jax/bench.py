@@ -1,7 +1,7 @@
-"""Measure the input speed of a config's training, stage by stage, and the speed of its step.
+"""Measure the speed of a config's training input, stage by stage, and of its training step.
 
-The input is that of training on images. With a feature cache, this is the first epoch of each view;
-later epochs read features and decode no image.
+The input is measured without cached features. A run with a feature cache has this input speed only
+while it fills the cache; later epochs read features instead of images.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from imgtune_jax.data import image
 from imgtune_jax.training.experiment import Experiment, build_experiment
 from imgtune_jax.types import Batch
 
-NUM_RECORDS = 256  # that each stage is timed on
-PIPELINE_SECONDS = 10.0  # minimum time of the full pipeline
-NUM_STEPS = 3
+NUM_RECORDS = 256  # number of records that each stage is timed on
+PIPELINE_SECONDS = 10.0  # minimum time for which the full pipeline is timed
+NUM_STEPS = 3  # number of timed steps, after a first one that compiles
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """Records per second: each stage alone in one thread, the full pipeline, the training step."""
+    """Records per second of each stage (alone, in one thread), full pipeline and training step."""
 
     stages: dict[str, float]
     pipeline: float
@@ -37,7 +37,7 @@ class Throughput:
 
     @property
     def bottleneck(self) -> str:
-        """The slower side, "input" or "compute"."""
+        """The slower of "input" (full pipeline) and "compute" (training step)."""
         return "input" if self.pipeline < self.step else "compute"
 
 
@@ -70,10 +70,10 @@ def time_stages(pipeline: data.Pipeline) -> dict[str, float]:
     speeds: dict[str, float] = {}
 
     def timed(stage: str, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-        out, seconds = _timed(lambda: [function(item) for item in items])
+        results, seconds = _timed(lambda: [function(item) for item in items])
         if items:
             speeds[stage] = len(items) / seconds
-        return out
+        return results
 
     records = timed("read", lambda i: pipeline.source[build_row.locate(i)[1]], positions)
     images = _readable([record.image for record in records])
@@ -81,7 +81,7 @@ def time_stages(pipeline: data.Pipeline) -> dict[str, float]:
     if pipeline.transform is not None:
         transform, rngs = pipeline.transform, map(np.random.default_rng, itertools.count())
         timed("decode and transform", lambda x: transform(image.open_image(x), next(rngs)), images)
-    rows = timed("all of a row", build_row, positions)
+    rows = timed("full row", build_row, positions)
     batch = list(itertools.islice(itertools.cycle(rows), size))
     if pipeline.tokenizer is not None:
         texts = [row["caption"].text for row in batch if "caption" in row]
@@ -93,10 +93,10 @@ def time_stages(pipeline: data.Pipeline) -> dict[str, float]:
 
 
 def time_pipeline(pipeline: data.Pipeline) -> tuple[float, data.NumpyBatch]:
-    """Return this host's records per second, with the config's threads and workers, and a batch."""
+    """Return (records per second of this host with the config's parallelism, a batch)."""
     num_parallel = max(1, pipeline.num_threads) * max(1, pipeline.num_workers)
     batches = pipeline.batches()
-    # Batches that are read in parallel become ready together, so count in multiples of them.
+    # About `num_parallel` batches become ready at a time, so count in multiples of that number.
     for _ in range(num_parallel):
         batch = next(batches)
     start_time, count = time.perf_counter(), 0
@@ -116,7 +116,7 @@ def time_step(experiment: Experiment, batch: Batch) -> float:
         state, metrics = experiment.train_step(state, frozen, batch)
         jax.block_until_ready(metrics)
         times.append(time.perf_counter() - start_time)
-    return experiment.config.batch_size / statistics.median(times[1:])  # the first one compiles
+    return experiment.config.batch_size / statistics.median(times[1:])  # the first step compiles
 
 
 def format_table(speeds: Throughput, config: Config) -> str:
@@ -132,15 +132,15 @@ def format_table(speeds: Throughput, config: Config) -> str:
         f"the pipeline is {speeds.pipeline / speeds.step:.2g} times as fast as the step.",
     ]
     if jax.default_backend() == "cpu":
-        lines += ["On a CPU both share the cores, so a run is slower than either."]
+        lines += ["On a CPU, pipeline and step share the cores, so a run is slower than either."]
     return "\n".join(lines)
 
 
 def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
-    """Return the result of a call, and its seconds."""
+    """Return (result of a call, seconds that it took)."""
     start_time = time.perf_counter()
-    out = function()
-    return out, time.perf_counter() - start_time
+    result = function()
+    return result, time.perf_counter() - start_time
 
 
 def _readable(images: Sequence[Any]) -> list[Any]:

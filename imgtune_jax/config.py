@@ -1,8 +1,7 @@
 """Parse a ConfigDict into validated frozen dataclasses. No other file reads a ConfigDict.
 
 The dataclasses define the meaning and the type of each key; `configs/base.py` has every default.
-Settings of a component (a tower, a source, a loss) are plain dicts here, since the component
-checks them.
+Settings of a component (a tower, a source, a loss) remain plain dicts, which the component checks.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ ComponentConfig = dict[str, Any]  # {"name": key in a table of components, **fie
 
 @dataclass(frozen=True)
 class Duration:
-    """A length of training in one of three units. At most one is set; all None means never."""
+    """A length of training in one of three units. At most one is not None; all None means never."""
 
     steps: int | None
     epochs: float | None
@@ -45,7 +44,7 @@ class Duration:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; one of them may be -1, which takes the remaining devices."""
+    """Number of devices along each axis. One axis may be -1, which means all remaining devices."""
 
     data: int
     fsdp: int
@@ -54,7 +53,7 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class WeightsConfig:
-    """Pretrained weights by tower: {} is random, else {"format", and "package" or "path"}."""
+    """Pretrained weights by tower: {"format", and "package" or "path"}; {} means random weights."""
 
     image: dict[str, Any]
     text: dict[str, Any]
@@ -83,16 +82,16 @@ class LockConfig:
 class DataConfig:
     """Training data.
 
-    `caption_weights` are the sampling weights of a record's caption sets. `prefixes` maps a caption
-    set to the string before its captions, such as "<de>", which has no loss. `transforms` augment
-    images.
+    `caption_weights` maps each caption set of a record, such as one language, to its sampling
+    weight. `prefixes` maps a caption set to a string that is put before its captions, such as
+    "<de>"; its tokens have no loss. `transforms` augment images.
 
-    `length_buckets`: texts of a batch are padded to the smallest of these lengths that fits all of
-    them, or to the tokenizer's length if none does. A step is compiled for each length; padding
-    changes no value.
+    `length_buckets`: the texts of a batch are padded to the smallest of these lengths that fits all
+    of them, or to the tokenizer's length if none does. The step is compiled once per length. The
+    choice of length changes no result.
 
-    More than the fraction `max_bad_fraction` of unreadable records ends the run; it is checked
-    after `max_bad_fraction_after` records.
+    The run ends if more than the fraction `max_bad_fraction` of its records is unreadable. This is
+    checked after the first `max_bad_fraction_after` records.
     """
 
     source: ComponentConfig
@@ -111,8 +110,8 @@ class DataConfig:
 class CacheConfig:
     """Feature cache: the outputs of frozen prefixes, computed once per input.
 
-    `image_views` augmentations of each image, or `text_views` captions sampled from each record,
-    are cached. With 0 views, or without a frozen prefix, the full tower runs at every step.
+    `image_views` augmentations of each image and `text_views` sampled captions of each record are
+    cached. With 0 views, or without a frozen prefix, the full tower runs at every step.
 
     `path` is a folder that runs may share, "auto" for the user's cache folder, None for no cache.
     `dtype` is float32, bfloat16 or int8 (with one scale per vector).
@@ -128,8 +127,8 @@ class CacheConfig:
 class OptimConfig:
     """Optimizer and schedule.
 
-    A multiplier is (regex that matches a full parameter path, factor). The first match wins, and
-    every parameter must match one.
+    A multiplier is (regex, factor). The regex must match the full path of a parameter. The first
+    match wins, and every parameter must match one regex.
     """
 
     name: str
@@ -198,8 +197,9 @@ class Config:
 def parse_config(config: Any) -> Config:
     """Parse and validate a ConfigDict, or the result of `Config.to_dict`.
 
-    Raises ValueError naming every invalid key at once: unknown (with the nearest known one),
-    renamed (with the new name), missing, or of another type than expected.
+    Checks in this order: no key was renamed or removed; no key is unknown, missing or of the wrong
+    type; no value is out of range or contradicts another. Raises ValueError listing all errors of
+    the first check that fails.
     """
     tree = _to_builtins(config)
     errors = list(config_history.rename_errors(tree)) if isinstance(tree, Mapping) else []
@@ -213,7 +213,7 @@ def parse_config(config: Any) -> Config:
 
 def _parse(kind: Any, value: Any, path: str, errors: list[str]) -> Any:
     """Return `value` as the type `kind`; append to `errors` if it has another type."""
-    if isinstance(value, ConfigDict):  # ConfigDict.to_dict does not convert those inside a tuple
+    if isinstance(value, ConfigDict):  # to_dict does not convert ConfigDicts inside a tuple
         value = value.to_dict()
     if dataclasses.is_dataclass(kind):
         return _parse_fields(kind, value, path, errors)
@@ -249,8 +249,8 @@ def _parse_fields(kind: Any, value: Any, path: str, errors: list[str]) -> Any:
     hints = typing.get_type_hints(kind)
     for key in value:
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {_names(kind)}"
+            nearest = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {_names(kind)}"
             errors.append(f"{path}.{key} is unknown; {hint}")
     missing = [name for name in hints if name not in value]
     errors.extend(f"{path}.{name} is missing" for name in missing)
@@ -260,12 +260,12 @@ def _parse_fields(kind: Any, value: Any, path: str, errors: list[str]) -> Any:
 
 
 def _names(kind: Any) -> str:
-    """Return the field names of a dataclass, for an error."""
+    """Return the field names of a dataclass, to list them in an error."""
     return ", ".join(f.name for f in dataclasses.fields(kind))
 
 
 def _to_builtins(value: Any) -> Any:
-    """Convert nested mappings to dicts and lists to tuples, so that equal configs are equal."""
+    """Convert nested mappings to dicts and lists to tuples, so that equal configs compare equal."""
     if isinstance(value, ConfigDict):
         value = value.to_dict()
     if isinstance(value, Mapping):
@@ -275,36 +275,36 @@ def _to_builtins(value: Any) -> Any:
     return value
 
 
-def _value_errors(c: Config) -> Iterable[str]:
+def _value_errors(config: Config) -> Iterable[str]:
     """Yield an error for each value that is out of range or contradicts another."""
     durations = {
-        "total": c.total,
-        "eval_every": c.eval_every,
-        "checkpoint.every": c.checkpoint.every,
-        "optim.warmup": c.optim.warmup,
-        "optim.cooldown": c.optim.cooldown,
+        "total": config.total,
+        "eval_every": config.eval_every,
+        "checkpoint.every": config.checkpoint.every,
+        "optim.warmup": config.optim.warmup,
+        "optim.cooldown": config.optim.cooldown,
     }
     for name, duration in durations.items():
         lengths = {k: v for k, v in dataclasses.asdict(duration).items() if v is not None}
         if len(lengths) > 1:
             yield (
                 f"config.{name} = {lengths}; expected one unit; set one of steps, epochs, "
-                f"examples, the others None"
+                f"examples, and the others to None"
             )
         if any(v < 0 for v in lengths.values()):
-            yield f"config.{name} = {lengths}; expected 0 or more, a duration is not negative"
-    if all(v is None for v in dataclasses.asdict(c.total).values()):
+            yield f"config.{name} = {lengths}; expected 0 or more, since a duration is not negative"
+    if all(v is None for v in dataclasses.asdict(config.total).values()):
         yield "config.total has no length; set one of steps, epochs, examples"
-    if c.batch_size < 1 or c.accumulation < 1 or c.batch_size % c.accumulation:
+    if config.batch_size < 1 or config.accumulation < 1 or config.batch_size % config.accumulation:
         yield (
-            f"config.batch_size = {c.batch_size} does not divide into config.accumulation = "
-            f"{c.accumulation} microbatches; set it to a multiple"
+            f"config.batch_size = {config.batch_size} does not divide into config.accumulation = "
+            f"{config.accumulation} microbatches; set it to a multiple"
         )
-    if not c.objectives:
+    if not config.objectives:
         yield "config.objectives is empty; name at least one, e.g. dict(softmax=dict(weight=1.0))"
     for key in ("image_views", "text_views"):
-        if (views := getattr(c.cache, key)) < 0:
-            yield f"config.cache.{key} = {views}; expected 0 or more, views are not negative"
+        if (views := getattr(config.cache, key)) < 0:
+            yield f"config.cache.{key} = {views}; expected 0 or more, since a count is not negative"
 
 
 def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
@@ -334,7 +334,7 @@ def save_config(config: Config, path: str | Path) -> None:
 
 
 def load_config(path: str | Path) -> Config:
-    """Load a config that `save_config` saved, also one with the keys of an older version.
+    """Load a config that this or an older version of `save_config` saved.
 
     Raises FileNotFoundError if there is no such file.
     """

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 # Keys added later, with the value that older runs implicitly used: (group, key, value).
 ADDED_KEYS = (("data", "prefixes", {}), ("data", "length_buckets", ()))
 
-# In the paths below, `*` stands for any key. Both groups hold evaluators by name.
+# In the paths below, `*` stands for any key: here, the user's name for an evaluator.
 _EVALUATORS = ("evals.*", "baselines.*")
 
 # Renamed keys: (path of the old key, new key).
@@ -33,12 +33,12 @@ RENAMED_VALUES = (
     ("model.decoder.input_from", "tokens", "text_tower"),
     *((f"{evaluator}.name", "answers", "scoring_classifier") for evaluator in _EVALUATORS),
 )
-# Removed keys, with the reason: (path, reason). No result depended on them.
+# Removed keys, on which no result depended: (path, reason of the removal).
 REMOVED_KEYS = (("model.image.depthwise", "the backend determines the form of the convolution"),)
 
 
 class _Match(NamedTuple):
-    """A key that matches a path: its dotted name, and the group that holds it."""
+    """A key that matches a path, its dotted name, and the group that contains it."""
 
     dotted: str
     group: dict[str, Any]

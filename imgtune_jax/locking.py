@@ -1,8 +1,9 @@
 """Locking: which parameters a config freezes, and the frozen prefix of each tower.
 
 `config.lock` determines the frozen parameters by path. The contiguous run of frozen modules that
-starts at a tower's input is its *frozen prefix*: a function of the input alone, so its output can
-be cached. The other modules are the *suffix*. This is the only module that parses `blocks_<n>`.
+starts at a tower's input is its *frozen prefix*. Its output depends on the input alone, so it can
+be cached. The other modules are the *suffix*. Only this file parses `blocks_<n>`, the name of the
+module of layer n.
 """
 
 from __future__ import annotations
@@ -23,30 +24,29 @@ STATISTICS = ("input_mean", "input_std")
 
 @dataclass(frozen=True)
 class FrozenPrefix:
-    """The part of a tower that is frozen from its input on.
+    """The modules of a tower that are frozen, from its input on.
 
-    `num_layers` = n: the embeddings and the first n layers; -1: the full tower.
+    `num_layers` = n means the embeddings and the first n layers; -1 means the full tower.
     """
 
     num_layers: int
 
     @classmethod
     def from_paths(cls, is_frozen: Mapping[str, bool]) -> FrozenPrefix | None:
-        """Return the frozen prefix of a tower, None if layer 0 or a module before it trains.
+        """Return the frozen prefix of a tower, or None if layer 0 or a module before it trains.
 
-        `is_frozen` maps each path in the tower, such as 'blocks_0/attn/q/kernel', to whether the
-        parameter is frozen.
+        The keys of `is_frozen` are all paths in the tower, such as 'blocks_0/attn/q/kernel'.
         """
         if all(is_frozen.values()):
             return cls(-1)
-        modules: dict[str, bool] = {}
+        module_is_frozen: dict[str, bool] = {}
         for path, frozen in is_frozen.items():
             name = path.partition("/")[0]
-            modules[name] = modules.get(name, True) and frozen
-        if not all(frozen for name, frozen in modules.items() if is_embedding(name)):
+            module_is_frozen[name] = module_is_frozen.get(name, True) and frozen
+        if not all(frozen for name, frozen in module_is_frozen.items() if is_embedding(name)):
             return None
         n = 0
-        while modules.get(f"blocks_{n}", False):
+        while module_is_frozen.get(f"blocks_{n}", False):
             n += 1
         return cls(n) if n else None
 
@@ -64,13 +64,13 @@ class FrozenPrefix:
 
 
 def layer_index(path: str) -> int | None:
-    """Return n of 'blocks_<n>/…', a path in a tower; None for a parameter outside the layers."""
+    """Return n for a path 'blocks_<n>/…' in a tower, or None for a path outside the layers."""
     match = re.match(r"blocks_(\d+)(?:/|$)", path)
     return int(match.group(1)) if match else None
 
 
 def num_layers(paths: Iterable[str]) -> int:
-    """Return the number of layers of a tower with these paths in it."""
+    """Return the number of layers of a tower, given the paths in it."""
     layers = [layer for layer in map(layer_index, paths) if layer is not None]
     return max(layers) + 1 if layers else 0
 
@@ -81,7 +81,7 @@ def is_embedding(path: str) -> bool:
 
 
 def tower_paths(paths: Iterable[str], modality: str) -> list[str]:
-    """Return the paths in a tower, 'blocks_0/…', of the model's paths, 'image/blocks_0/…'."""
+    """Return the paths in one tower ('blocks_0/…'), given the model's ('image/blocks_0/…')."""
     prefix = f"{modality}/"
     return [path.removeprefix(prefix) for path in paths if path.startswith(prefix)]
 
@@ -117,7 +117,7 @@ def frozen_paths(cfg: LockConfig, paths: Sequence[str]) -> dict[str, bool]:
 
 
 def _frozen_tower_paths(paths: Sequence[str], modality: str, num_unlocked: int) -> set[str]:
-    """Return the paths of a locked tower, without its last layers and the modules after them."""
+    """Return the paths of a locked tower before its last `num_unlocked` layers (0: all paths)."""
     in_tower = tower_paths(paths, modality)
     count = num_layers(in_tower)
     if num_unlocked and not 0 < num_unlocked <= count:

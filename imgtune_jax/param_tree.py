@@ -35,12 +35,12 @@ def param_paths(params: Params) -> list[str]:
 
 
 def path_str(path: tuple[Any, ...]) -> str:
-    """Return a key path of any pytree (`jax.tree_util`) as 'image/blocks_0/attn/q/kernel'."""
+    """Format a `jax.tree_util` key path as 'image/blocks_0/attn/q/kernel'."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
 def split(params: Params, is_frozen: Mapping[str, bool]) -> tuple[Params, Params]:
-    """Split a tree into (trainable, frozen) trees. `is_frozen` has every path of the tree."""
+    """Split a tree into (trainable, frozen) trees. `is_frozen` must have every path of the tree."""
     trainable, frozen = {}, {}
     for path, leaf in flatten(params).items():
         (frozen if is_frozen[path] else trainable)[path] = leaf
@@ -53,7 +53,7 @@ def merge(trainable: Params, frozen: Params) -> Params:
 
 
 def select(params: Params, keep: Callable[[str], bool]) -> Params:
-    """Return the tree of the paths for which `keep` is true."""
+    """Return the tree of the leaves whose path satisfies `keep`."""
     return unflatten({path: leaf for path, leaf in flatten(params).items() if keep(path)})
 
 
@@ -67,7 +67,7 @@ def match_rules(rules: Sequence[tuple[str, V]], paths: Iterable[str], key: str) 
 
     A rule is (regular expression, value); the expression must match the full path. Raises
     ValueError listing the paths that no rule matches and the rules, other than '.*', that match no
-    path. `key` is the config key of the rules, for the error.
+    path. The error names `key`, the config key of the rules.
     """
     compiled = [(re.compile(pattern), value) for pattern, value in rules]
     values: dict[str, V] = {}
@@ -97,7 +97,7 @@ def match_rules(rules: Sequence[tuple[str, V]], paths: Iterable[str], key: str) 
 
 
 def params_digest(params: Params) -> str:
-    """Return the SHA-256 of paths, shapes, dtypes and values, which no sharding changes."""
+    """Return the SHA-256 of paths, shapes, dtypes and values; it does not depend on sharding."""
     digest = hashlib.sha256()
     for path, leaf in sorted(flatten(params).items()):
         array = np.asarray(jax.device_get(leaf))

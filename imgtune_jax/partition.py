@@ -1,7 +1,8 @@
 """The mesh, the table of sharding rules, and the Partitioner that applies them.
 
-The mesh is always an argument: there is no ambient mesh and no context manager. Mesh axes are
-`data` (batch only), `fsdp` (batch, and stored parameters) and `tensor` (wide dimensions).
+The mesh is always an argument: there is no global mesh and no context manager. The mesh axis `data`
+shards the batch only. `fsdp` (fully sharded data parallelism) shards the batch and the stored
+parameters. `tensor` shards attention heads, the MLP's hidden layer and the vocabulary.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from imgtune_jax import config as config_lib
 from imgtune_jax.param_tree import path_str
 from imgtune_jax.types import Batch, PyTree
 
-# Logical axes of activations -> mesh axes. The batch is sharded over `data` and `fsdp`. Otherwise
-# the residual stream is replicated, so GSPMD gathers parameters rather than activations.
+# Logical axes of activations -> mesh axes. The length and width of the residual stream are
+# replicated, so that XLA's partitioner (GSPMD) gathers parameters rather than activations.
 ACTIVATION_AXES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "length": None,
@@ -30,17 +31,18 @@ ACTIVATION_AXES: dict[str, str | tuple[str, ...] | None] = {
     "vocab": "tensor",
 }
 
-# (regex searched in a parameter's path, mesh axis of each dimension). The first match with the
-# parameter's rank wins; without one, the largest divisible dimension is sharded over `fsdp`.
+# (regex searched in a parameter's path, mesh axis of each dimension). The first match with as many
+# dimensions as the parameter wins. Without a match, `fsdp` shards the largest dimension that it
+# divides.
 PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"/(q|k|v|fc1|vocabulary)/kernel$", ("fsdp", "tensor")),
     (r"/(out|fc2)/kernel$", ("tensor", "fsdp")),
     (r"/(q|k|v|fc1)/bias$", ("tensor",)),
     (r"/(token_embed|word_embeddings)/embedding$", ("tensor", "fsdp")),
 )
-MIN_FSDP_SIZE = (
-    2**10
-)  # elements; smaller arrays are replicated, since a gather costs more than it saves
+# Number of elements below which a parameter without a rule is replicated, since gathering it would
+# cost more than sharding it saves.
+MIN_FSDP_SIZE = 2**10
 
 
 def make_mesh(
@@ -67,7 +69,7 @@ def make_mesh(
 
 @dataclass(frozen=True)
 class Partitioner:
-    """Shardings of all arrays of a program on a mesh."""
+    """Shardings of batches, activations and parameters on a mesh."""
 
     mesh: jax.sharding.Mesh
 
@@ -89,7 +91,7 @@ class Partitioner:
     def check_batch_size(self, batch_size: int, name: str = "batch") -> None:
         """Raise ValueError unless `batch_size` is a multiple of the number of batch shards.
 
-        `name` is what the error, which suggests sizes that fit, calls the batch.
+        The error calls the batch `name` and suggests sizes that fit.
         """
         n = self.num_batch_shards
         if batch_size % n:
@@ -114,7 +116,7 @@ class Partitioner:
         )
 
     def put_batch(self, local: Mapping[str, np.ndarray]) -> Batch:
-        """Make the global, sharded Batch of this host's rows; other keys than its are dropped."""
+        """Make the global, sharded Batch from this host's rows; drop keys that Batch lacks."""
         arrays = {
             name: jax.make_array_from_process_local_data(self.batch_sharding, np.asarray(value))
             for name, value in local.items()
@@ -128,13 +130,13 @@ class Partitioner:
         return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
     def shard_rows(self, array: np.ndarray) -> jax.Array:
-        """Shard an array that every host holds in full by its first dimension."""
+        """Shard the first dimension of an array that every host holds in full."""
         return jax.make_array_from_callback(
             array.shape, self.batch_sharding, lambda index: array[index]
         )
 
     def _param_sharding(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
-        """Return the sharding of a parameter by PARAM_RULES, else over `fsdp` if it is large."""
+        """Return a parameter's sharding by PARAM_RULES, or over `fsdp` if no rule matches."""
         for pattern, axes in PARAM_RULES:
             if re.search(pattern, path) and len(axes) == len(shape):
                 return self._sharding(axes, shape)
@@ -146,7 +148,7 @@ class Partitioner:
         return self._sharding(default_axes, shape)
 
     def _sharding(self, axes: Sequence[Any], shape: tuple[int, ...]) -> NamedSharding:
-        """Return the sharding by mesh axes, without those that do not divide their dimension."""
+        """Return the sharding over mesh axes; drop an axis that does not divide its dimension."""
         spec = []
         for axis, size in zip(axes, shape, strict=True):
             names = axis if isinstance(axis, tuple) else (axis,) if axis else ()

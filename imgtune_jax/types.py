@@ -17,14 +17,15 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 PyTree = Any
 Params = dict[str, Any]
 
-# Pins the layout of an activation, given the logical axis of each dimension.
+# Constrains the sharding of an activation, given the logical axis of each dimension: a key of
+# `partition.ACTIVATION_AXES`, such as "batch", or None.
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 
 MODALITIES = ("image", "text")
 
 
 def no_constraint(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """Return x unchanged, the default `Constrain`: the compiler chooses the layout."""
+    """Return x unchanged: the default `Constrain`, with which the compiler chooses the sharding."""
     del axes
     return x
 
@@ -35,9 +36,10 @@ class Batch:
 
     `image` is uint8 RGB; the model normalizes it on the device, since mean and std belong to the
     weights. If a tower's frozen prefix is cached, `image_features` or `text_features` is the output
-    of the prefix: [b d], pooled but before the head, for a full tower, or else tokens [b l d]. Rows
-    with `example_mask == False` are padding or unreadable records: no loss, metric or gradient may
-    depend on them.
+    of the prefix: pooled features [b d] if only the head remains, else tokens [b l d].
+
+    Rows with `example_mask == False` are padding or unreadable records. No loss, metric or gradient
+    may depend on them.
     """
 
     example_mask: Bool[Array, " b"]
@@ -46,16 +48,16 @@ class Batch:
     text_features: Float[Array, "b ..."] | None = None
     text: Int[Array, "b l"] | None = None
     text_mask: Bool[Array, "b l"] | None = None
-    target_mask: Bool[Array, "b l"] | None = None  # the text, without begin token and prefix
+    target_mask: Bool[Array, "b l"] | None = None  # text_mask without begin token and prefix
     group: Int[Array, " b"] | None = None  # rows with one value are positives of each other
 
 
 class TokenScores(NamedTuple):
     """Scores of each token of a caption under the decoder, from the second token on; t = l - 1.
 
-    All are float32. In nats: the token's log probability given the tokens before it, the logsumexp
-    of the logits, and the mean log probability of all v tokens of the vocabulary. `correct` is 1 if
-    no token has a higher logit, else 0.
+    All are float32. `log_prob` is the token's log probability in nats, given all earlier tokens.
+    `logsumexp` is that of the v logits of the vocabulary, and `mean_log_prob` the mean of their log
+    probabilities, in nats. `correct` is 1 if no token has a higher logit, else 0.
     """
 
     log_prob: Float[Array, "b t"]
@@ -73,14 +75,14 @@ class Outputs:
 
     image_emb: Float[Array, "b d"] | None = None
     text_emb: Float[Array, "b d"] | None = None
-    logit_scale: Float[Array, ""] | None = None  # multiplies cosine similarities; after exp
+    logit_scale: Float[Array, ""] | None = None  # exp(parameter), multiplies cosine similarities
     logit_bias: Float[Array, ""] | None = None
     token_scores: TokenScores | None = None
 
 
 @struct.dataclass
 class TrainState:
-    """The arrays that a step replaces, sharded, donated and saved as one tree.
+    """The arrays that a step updates. They are sharded, donated and saved as one tree.
 
     `params` are the trainable parameters; the frozen ones are an argument of the step.
     """
@@ -104,7 +106,7 @@ Metrics = dict[str, Metric]
 
 
 def metric_value(metric: Metric) -> jax.Array:
-    """Return total / count of a metric, and for an `ExpMean` the exponential of it."""
+    """Return a metric's total / count, or exp(total / count) for an `ExpMean`."""
     total, count = metric
     mean = total / jnp.maximum(count, 1)
     return jnp.exp(mean) if isinstance(metric, ExpMean) else mean

@@ -1,4 +1,4 @@
-"""Runs of configs/debug.py with changes, for several tests."""
+"""Helpers of several tests, which train configs/debug.py with changes."""
 
 import importlib.util
 import json
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def config_dict(kind=""):
-    """Return the debug config as a ConfigDict."""
+    """Return the debug config as a ConfigDict; `kind` is its argument, such as "coca"."""
     spec = importlib.util.spec_from_file_location("debug", ROOT / "configs" / "debug.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -24,16 +24,16 @@ def config_dict(kind=""):
 
 
 def settings(kind="", **changes):
-    """Return the parsed debug config with changes of dotted keys."""
-    c = config_dict(kind)
+    """Return the parsed debug config, with `changes` by dotted key."""
+    debug_config = config_dict(kind)
     for key, value in changes.items():
         *parents, leaf = key.split(".")
-        node = c
+        node = debug_config
         for parent in parents:
             node = node[parent]
         with node.ignore_type():
             node[leaf] = value
-    return config.parse_config(c)
+    return config.parse_config(debug_config)
 
 
 def metrics(workdir):
@@ -43,7 +43,7 @@ def metrics(workdir):
 
 def losses(workdir):
     """Return the logged training losses."""
-    return np.array([m["train/loss"] for m in metrics(workdir) if "train/loss" in m])
+    return np.array([line["train/loss"] for line in metrics(workdir) if "train/loss" in line])
 
 
 def start(workdir, *changes, devices=1, kind=""):

@@ -1,4 +1,4 @@
-"""`imgtune bench data`: the speed of a config's input, and of its step."""
+"""`imgtune bench data`: the speed of a config's training input and training step."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ def in_root_and_quick(monkeypatch):
     monkeypatch.setattr(bench, "PIPELINE_SECONDS", 0.2)
 
 
-STAGES = ["read", "decode", "decode and transform", "all of a row", "tokenize"]
+STAGES = ["read", "decode", "decode and transform", "full row", "tokenize"]
 
 
 def test_table_has_every_stage_and_names_the_bottleneck():
@@ -25,7 +25,7 @@ def test_table_has_every_stage_and_names_the_bottleneck():
     speeds = bench.measure(config)
     assert list(speeds.stages) == [*STAGES, "tokenize and batch", "put on the device"]
     assert all(speed > 0 for speed in speeds.stages.values())
-    assert speeds.stages["all of a row"] < speeds.stages["decode"]
+    assert speeds.stages["full row"] < speeds.stages["decode"]
     text = bench.format_table(speeds, config)
     for speed in (*speeds.stages.values(), speeds.pipeline, speeds.step):
         assert f" {speed:.0f}" in text
@@ -66,12 +66,12 @@ def test_user_error_is_one_message(arguments, message, in_root, tmp_path):
         arguments = [a.replace("=configs/", f"={ROOT}/configs/") for a in arguments]
         message = message.replace("configs/", f"{ROOT}/configs/")
     code = f"from imgtune_jax.cli import main; main(['bench', *{arguments}])"
-    done = subprocess.run(
-        # -P: as for a console script, the working folder is not in the import path
+    process = subprocess.run(
+        # With -P, the working folder is not in the import path, as for a console script.
         [sys.executable, "-P", "-c", code],
         capture_output=True,
         text=True,
         cwd=ROOT if in_root else tmp_path,
     )
-    assert done.returncode != 0
-    assert message in done.stderr and "Traceback" not in done.stderr
+    assert process.returncode != 0
+    assert message in process.stderr and "Traceback" not in process.stderr

@@ -1,4 +1,4 @@
-"""Configs are validated as a whole, older ones still load, and golden files pin every default."""
+"""Configs are validated, older ones still load, and golden files contain every default."""
 
 import copy
 import importlib.util
@@ -29,7 +29,7 @@ def base():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_resolved_config_equals_its_golden_file(path):
-    """A changed default is a visible diff. Refresh: python -m tests.golden.make_configs"""
+    """So each changed default is a visible diff. To update: python -m tests.golden.make_configs"""
     resolved = json.loads(json.dumps(config.parse_config(load(path)).to_dict()))
     golden = json.loads((GOLDEN / f"{path.stem}.json").read_text())
     assert config.flatten_config(resolved) == golden
@@ -45,13 +45,13 @@ def test_config_states_only_its_differences_from_another(path):
 
 @pytest.mark.parametrize("lock_flag", [["--config.lock.image=False"], ["--noconfig.lock.image"]])
 def test_every_group_can_be_set_on_the_command_line(lock_flag):
-    """`lock` too, although ConfigDict has a method of that name."""
+    """`lock` is tested, since ConfigDict has a method of that name."""
     values = flags.FlagValues()
     command = ["train.py", f"--config={ROOT / 'configs' / 'lit_emoji.py'}", "--workdir=w"]
-    rest = cli.parse_flags(values, [*command, *lock_flag, "--config.optim.lr=0.5", "rest"])
+    positional = cli.parse_flags(values, [*command, *lock_flag, "--config.optim.lr=0.5", "other"])
     changed = config.parse_config(values.config)
     default = config.parse_config(load(ROOT / "configs" / "lit_emoji.py"))
-    assert rest == ["train.py", "rest"] and values.workdir == "w"
+    assert positional == ["train.py", "other"] and values.workdir == "w"
     assert config.differences(default, changed) == {
         "lock.image": (True, False),
         "optim.lr": (0.001, 0.5),
@@ -84,7 +84,7 @@ OLD_EVALUATORS = {
 
 
 def config_with_every_renamed_key():
-    """(a config dict, the same config as an older version saved it)."""
+    """Return (a config as a dict, the same config as an older version saved it)."""
     new = json.loads(json.dumps(base().to_dict()))
     old = copy.deepcopy(new)
     for group, key, value in config_history.ADDED_KEYS:

@@ -31,12 +31,12 @@ def modules():
 
 
 def package_of(path):
-    """The name in LEVELS of a file: its sub-package, or the module itself."""
+    """Return the name of a file in LEVELS: that of its sub-package, or else its own."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imported(path):
-    """Yield the dotted names of all imports in a file, also of those inside functions."""
+    """Yield the dotted names of all imports in a file, including those inside functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -49,14 +49,16 @@ def imported(path):
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_are_from_lower_levels(path):
-    here = package_of(path)
-    assert here in LEVEL_OF, f"{here} is new; add it to LEVELS and to docs/architecture.md"
+    package = package_of(path)
+    assert package in LEVEL_OF, f"{package} is new; add it to LEVELS and to docs/architecture.md"
     for name in imported(path):
         parts = name.split(".")
-        if parts[0] != "imgtune_jax" or len(parts) == 1 or parts[1] == here:
+        if parts[0] != "imgtune_jax" or len(parts) == 1 or parts[1] == package:
             continue
-        is_lower = LEVEL_OF.get(parts[1], -1) < LEVEL_OF[here]
-        assert is_lower, f"{path.relative_to(ROOT)} ({here}) imports {name}: not on a lower level"
+        is_lower = LEVEL_OF.get(parts[1], -1) < LEVEL_OF[package]
+        assert is_lower, (
+            f"{path.relative_to(ROOT)} ({package}) imports {name}: not on a lower level"
+        )
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
@@ -74,8 +76,8 @@ def test_data_imports_neither_jax_nor_flax():
 
 def test_importing_the_package_imports_no_jax():
     code = "import sys, imgtune_jax; print('jax' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout == "False\n", done.stderr
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert process.stdout == "False\n", process.stderr
 
 
 def test_file_names_are_unique():
@@ -83,7 +85,8 @@ def test_file_names_are_unique():
     assert not [name for name, count in counts.items() if count > 1]
 
 
-# Names that do not state what they build, load, … except `imgtune_jax.load`, a user's entry point.
+# Function names that do not state what is built or loaded. Only `imgtune_jax.load`, which users
+# call, may have one.
 VAGUE_NAMES = {"build", "load", "save", "run", "describe", "draw"}
 
 
@@ -96,7 +99,7 @@ def test_public_functions_are_named_after_their_object(path):
 
 @pytest.mark.parametrize("package", ["objectives", "evals", "data", "models", "decoding"])
 def test_every_component_is_in_the_table_of_its_package(package):
-    """Each file is listed in HELPERS, or a table has a component of it, so configs can name it."""
+    """A file that is not in HELPERS defines a component that is in a table of its package."""
     import imgtune_jax.data
     import imgtune_jax.decoding
     import imgtune_jax.evals
@@ -121,7 +124,7 @@ def test_every_component_is_in_the_table_of_its_package(package):
     assert helpers <= others, f"{sorted(helpers - others)}: in HELPERS, but absent or in a table"
 
 
-# Files without a component, which components share.
+# Files that define no component; several components share their code.
 HELPERS: dict[str, set[str]] = {
     "objectives": {"__init__.py", "contrastive.py", "pairs.py"},
     "evals": {

@@ -29,13 +29,13 @@ def lock_config(**changes):
 
 
 def frozen(paths=PATHS, **changes):
-    """The set of frozen paths."""
+    """Return the set of paths that a lock config with changes freezes."""
     return {p for p, is_frozen in locking.frozen_paths(lock_config(**changes), paths).items()
             if is_frozen}  # fmt: skip
 
 
 def prefix(*frozen_paths):
-    """The frozen prefix of a text tower with two layers."""
+    """Return the frozen prefix of a text tower with two layers, given its frozen paths."""
     return FrozenPrefix.from_paths({path: path in frozen_paths for path in TEXT_PATHS})
 
 

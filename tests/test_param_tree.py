@@ -1,4 +1,4 @@
-"""Parameter trees by path."""
+"""Functions on parameter trees by path: flatten, split, merge, select, map, match, digest."""
 
 import jax
 import numpy as np
@@ -71,12 +71,12 @@ def test_first_matching_rule_wins():
     assert values == {"image/a": 0.1, "image/b/c": 0.1, "logit_scale": 1.0}
 
 
-def test_path_without_rule_is_an_error():
+def test_path_that_no_rule_matches_is_an_error():
     with pytest.raises(ValueError, match=r"multipliers: .*\n.*no rule matches \['logit_scale'\]"):
         param_tree.match_rules([("image/.*", 0.1)], PATHS, "multipliers")
 
 
-def test_rule_without_path_is_an_error_but_for_the_default_rule():
+def test_rule_that_matches_no_path_is_an_error_except_for_the_default_rule():
     with pytest.raises(ValueError, match=r"match no parameter: \['imgae/\.\*'\]"):
         param_tree.match_rules([("imgae/.*", 0.1), (".*", 1.0)], PATHS, "multipliers")
     rules = [("image/.*", 0.1), ("logit_scale", 0.2), (".*", 1.0)]

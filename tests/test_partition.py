@@ -9,7 +9,7 @@ from imgtune_jax import config
 from imgtune_jax.partition import Partitioner, make_mesh
 
 
-def partitioner(data, fsdp, tensor):
+def build_partitioner(data, fsdp, tensor):
     return Partitioner(make_mesh(config.MeshConfig(data, fsdp, tensor)))
 
 
@@ -26,7 +26,7 @@ def test_mesh_error_names_the_number_of_devices(sizes):
 def test_batch_size_error_names_sizes_that_fit():
     message = "batch size 100 does not divide over 8 devices; set it to 96 or 104"
     with pytest.raises(ValueError, match=message):
-        partitioner(8, 1, 1).check_batch_size(100)
+        build_partitioner(8, 1, 1).check_batch_size(100)
 
 
 @pytest.mark.parametrize(
@@ -48,17 +48,17 @@ def test_parameters_are_sharded_by_path_and_shape(path, shape, expected):
     for parent in parents:
         node = node.setdefault(parent, {})
     node[leaf] = jax.ShapeDtypeStruct(shape, np.float32)
-    (sharding,) = jax.tree.leaves(partitioner(2, 2, 2).param_shardings(tree))
+    (sharding,) = jax.tree.leaves(build_partitioner(2, 2, 2).param_shardings(tree))
     assert sharding.spec == expected
 
 
 def test_put_batch_shards_rows_in_order_and_local_rows_undoes_it():
-    part = partitioner(4, 2, 1)
+    partitioner = build_partitioner(4, 2, 1)
     image = np.arange(16 * 2 * 2 * 3, dtype=np.uint8).reshape(16, 2, 2, 3)
-    batch = part.put_batch(
+    batch = partitioner.put_batch(
         {"image": image, "example_mask": np.ones(16, bool), "index": np.arange(16)}
     )
     np.testing.assert_array_equal(batch.image, image)
     assert len(batch.image.sharding.device_set) == 8
     assert batch.image.addressable_shards[0].data.shape == (2, 2, 2, 3)
-    np.testing.assert_array_equal(part.local_rows(batch.image), image)
+    np.testing.assert_array_equal(partitioner.local_rows(batch.image), image)

@@ -17,13 +17,13 @@ from imgtune_jax.locking import STATISTICS
 from imgtune_jax.partition import Partitioner
 from imgtune_jax.types import MODALITIES, Batch, Params
 
-MAX_EXAMPLES = 4096
+MAX_EXAMPLES = 4096  # rounded up to full batches; unreadable records count
 
 
 def calibrate(
     model: models.ImageTextModel, params: Params, batches: Iterator[Batch], partitioner: Partitioner
 ) -> Params:
-    """Return `params` with measured `input_mean` and `input_std` of each standardizing head.
+    """Return `params` with measured `input_mean` and `input_std` in each standardizing head.
 
     A dimension that never varies gets a standard deviation of 1. No batch is read if no head
     standardizes. Raises ValueError if no example is valid.
@@ -48,7 +48,7 @@ def calibrate(
 
 
 def _with_statistics(head: Params, features: list[np.ndarray]) -> Params:
-    """Return a head's parameters with the mean and standard deviation of features [n d]."""
+    """Return a head's parameters with the mean and std of features [n d], n examples."""
     x = np.concatenate(features).astype(np.float64)
     if not len(x):
         raise ValueError(

@@ -1,8 +1,9 @@
 """Checkpoints with Orbax: atomic and asynchronous; the newest n and the best n are retained.
 
 A checkpoint holds the TrainState (step, trainable parameters, optimizer state, moving average) and
-a small JSON record. The data position is the step itself, since a batch is a function of seed and
-step. Frozen parameters are saved once per run, outside the checkpoints, under their digest.
+a small JSON record (metrics, digest of the frozen parameters, counts of bad records). The step is
+also the position in the data, since a batch is a function of seed and step. Frozen parameters are
+saved once per run, outside the checkpoints, in a folder named after their digest.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ class Checkpointer:
         self._manager = ocp.CheckpointManager(workdir / workdir_files.CHECKPOINTS, options=options)
 
     def save(self, step: int, state: TrainState, record: Mapping[str, Any]) -> None:
-        """Start saving; the arrays are copied before this returns. A saved step is not replaced."""
+        """Start saving in the background; do nothing if this step is already saved.
+
+        The arrays are copied before this method returns, so the caller may donate them.
+        """
         if step in self._manager.all_steps():
             return
         metrics = record.get("metrics") or None
@@ -53,7 +57,7 @@ class Checkpointer:
         self._manager.save(step, args=args, metrics=metrics)
 
     def restore(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Return the state of a step, with the shardings of `target`, and its record."""
+        """Return (state with the shardings of `target`, JSON record) of a saved step."""
         args = ocp.args.Composite(state=_restore_args(target), record=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=args)
         return restored["state"], restored["record"]
@@ -63,7 +67,7 @@ class Checkpointer:
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait for saves, and close the folder."""
+        """Wait until all saves are on disk, then close the checkpoint manager."""
         self.wait()
         self._manager.close()
 
@@ -71,8 +75,9 @@ class Checkpointer:
 def restore_params(workdir: Path, step: int | None, target: Params) -> tuple[Params, str, int]:
     """Restore for inference: return (trainable parameters, digest of the frozen ones, step).
 
-    If the run has a moving average, it is returned instead of the parameters. The optimizer state
-    is not read. `step` None is the newest. Raises FileNotFoundError listing the saved steps.
+    If the run has an exponential moving average (EMA) of the parameters, the average is returned
+    instead. The optimizer state is not read. `step=None` means the newest checkpoint. If there is
+    no such checkpoint, raises FileNotFoundError, which lists the saved steps.
     """
     folder = workdir / workdir_files.CHECKPOINTS
     steps = saved_steps(workdir)
@@ -102,16 +107,18 @@ def saved_steps(workdir: Path) -> list[int]:
     folder = workdir / workdir_files.CHECKPOINTS
     if not folder.is_dir():
         return []
-    return sorted(int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdigit())
+    return sorted(
+        int(path.name) for path in folder.iterdir() if path.is_dir() and path.name.isdigit()
+    )
 
 
 def latest_step(workdir: Path) -> int | None:
-    """Return the step of the newest complete checkpoint, None if there is none."""
+    """Return the step of the newest complete checkpoint, or None without checkpoints."""
     return max(saved_steps(workdir), default=None)
 
 
 def save_frozen(workdir: Path, frozen: Params) -> str:
-    """Save the frozen parameters once, under `frozen/<digest>`; return the digest."""
+    """Save the frozen parameters in `frozen/<digest>` if they are not there; return the digest."""
     digest = _short_digest(frozen)
     folder = workdir / workdir_files.FROZEN / digest
     if frozen and not folder.exists():
@@ -133,7 +140,7 @@ def restore_frozen(workdir: Path, digest: str, target: PyTree) -> Params:
     if (actual := _short_digest(frozen)) != digest:
         raise ValueError(
             f"{folder} has the digest {actual}; expected {digest}, since frozen parameters do not "
-            f"change after the start of training; restore the folder from a copy"
+            f"change after the start of training; restore the folder from a backup"
         )
     return frozen
 

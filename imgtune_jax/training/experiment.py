@@ -21,7 +21,8 @@ from imgtune_jax.training import optim, state
 from imgtune_jax.training.step import TrainStep, make_train_step
 from imgtune_jax.types import MODALITIES, Batch, Outputs, Params, TrainState
 
-INIT_KEY = 0x1417  # folded into the key for the parameters; steps fold in 0, 1, 2, …
+# Initialization folds this constant into the run's PRNG key; step n of training folds in n.
+INIT_KEY = 0x1417
 
 
 @dataclass(frozen=True)
@@ -52,22 +53,22 @@ class StepCounts:
 
 @dataclass(frozen=True)
 class Experiment:
-    """The static side of a run; parameters are arguments.
+    """All parts of a run except its parameters, which methods take as arguments.
 
-    The fields suffice for inference. Everything that only training or evaluation needs, such as the
-    data source, is a property that is built on first use.
+    The fields suffice for inference. Parts that only training or evaluation needs, such as the data
+    source, are properties that are built on first use.
     """
 
     config: Config
     partitioner: Partitioner
-    model: models.ImageTextModel  # frozen layers run in eval mode
+    model: models.ImageTextModel  # frozen modules run in evaluation mode
     is_frozen: dict[str, bool]  # by parameter path
     preprocess: data.Compose  # PIL image or array -> u8[h w 3], deterministic
     tokenizer: data.Tokenizer
 
     @cached_property
     def key(self) -> jax.Array:
-        """The PRNG key of the run; parameters and steps fold their constants into it."""
+        """The PRNG key of the run, from which initialization and steps derive theirs."""
         return jax.random.key(self.config.seed)
 
     @cached_property
@@ -83,7 +84,7 @@ class Experiment:
 
     @cached_property
     def abstract_state(self) -> TrainState:
-        """ShapeDtypeStructs with shardings of the TrainState: the target of a restore."""
+        """The TrainState as ShapeDtypeStructs with shardings, for restoring a checkpoint."""
         return state.abstract_train_state(
             self.abstract_split_params[0],
             self.optimizer,
@@ -98,30 +99,30 @@ class Experiment:
 
     @cached_property
     def step_counts(self) -> StepCounts:
-        """The config's durations in steps of this source."""
+        """The config's durations in steps, given the number of training records."""
         return StepCounts.from_config(self.config, len(self.source))
 
     @cached_property
     def pipeline(self) -> data.Pipeline:
         """The training batches of this host, without cached features."""
-        c = self.config
+        config = self.config
         return data.Pipeline(
             source=self.source,
-            transform=data.build_transform(c.data.transforms or c.preprocess),
+            transform=data.build_transform(config.data.transforms or config.preprocess),
             tokenizer=self.tokenizer,
-            caption_weights=c.data.caption_weights,
-            prefixes=c.data.prefixes,
-            length_buckets=c.data.length_buckets,
-            batch_size=c.batch_size,
-            seed=c.seed,
+            caption_weights=config.data.caption_weights,
+            prefixes=config.data.prefixes,
+            length_buckets=config.data.length_buckets,
+            batch_size=config.batch_size,
+            seed=config.seed,
             shuffle=True,
             host_index=jax.process_index(),
             host_count=jax.process_count(),
-            num_threads=c.data.num_threads,
-            num_workers=c.data.num_workers,
-            prefetch=c.data.prefetch,
-            max_bad_fraction=c.data.max_bad_fraction,
-            max_bad_fraction_after=c.data.max_bad_fraction_after,
+            num_threads=config.data.num_threads,
+            num_workers=config.data.num_workers,
+            prefetch=config.data.prefetch,
+            max_bad_fraction=config.data.max_bad_fraction,
+            max_bad_fraction_after=config.data.max_bad_fraction_after,
         )
 
     @cached_property
@@ -153,7 +154,10 @@ class Experiment:
 
     @cached_property
     def train_step(self) -> TrainStep:
-        """The jitted training step. It donates its state, which is laid out as `abstract_state`."""
+        """The jitted training step.
+
+        It donates its input state. Its output state has the shardings of `abstract_state`.
+        """
 
         def forward(params: Params, batch: Batch, rng: jax.Array) -> Outputs:
             return self.model.apply(params, batch, rng=rng, train=True)
@@ -175,28 +179,28 @@ class Experiment:
         )
 
     def build_all(self, *, with_baselines: bool) -> None:
-        """Build everything that training needs, so that nothing is written for an invalid config.
+        """Build all parts of training, so that an invalid config fails before anything is written.
 
         Raises ValueError if parts of the config do not fit each other or the data.
         """
-        c = self.config
+        config = self.config
         if all(self.is_frozen.values()):
             raise ValueError(
                 "config.lock freezes every parameter, so there is nothing to train; unlock at "
                 "least one"
             )
-        self.partitioner.check_batch_size(c.batch_size // c.accumulation, "microbatch")
+        self.partitioner.check_batch_size(config.batch_size // config.accumulation, "microbatch")
         _ = self.pipeline, self.evaluators, self.train_step
         if with_baselines:
             _ = self.baselines
 
     def image_side_is_frozen(self) -> bool:
-        """Whether image features depend on the image alone: tower and pooler are frozen."""
+        """Whether image tower and pooler are frozen, so that an image's features never change."""
         prefixes = ("image/", "image_pooler/")
         return all(frozen for path, frozen in self.is_frozen.items() if path.startswith(prefixes))
 
     def init_params(self) -> Params:
-        """Initialize all parameters on the mesh, pretrained towers from their files."""
+        """Initialize all parameters on the mesh, or load them if a tower is pretrained."""
         pretrained = {}
         for modality in MODALITIES:
             weights: Mapping[str, Any] = getattr(self.config.weights, modality)
@@ -216,18 +220,22 @@ class Experiment:
         return state.create_train_state(trainable, self.optimizer, self.abstract_state)
 
     def build_evaluators(self, cfg: Mapping[str, ComponentConfig]) -> dict[str, evals.Evaluator]:
-        """Build evaluators by name; a validation loss without an objective has the training one."""
+        """Build evaluators by name.
+
+        A validation loss (`name="loss"`) without `objective` evaluates the training objectives.
+        """
         objective = self.config.objectives
-        filled = {
+        with_objective = {
             name: {"objective": objective, **fields} if fields.get("name") == "loss" else fields
             for name, fields in cfg.items()
         }
-        return evals.build_evaluators(filled, mesh=self.partitioner.mesh)
+        return evals.build_evaluators(with_objective, mesh=self.partitioner.mesh)
 
     def predictor(self, params: Params, *, use_memo: bool = True) -> ModelPredictor:
-        """The model with parameters, as evaluators and users call it.
+        """Return the model with these parameters, as evaluators and users call it.
 
-        With `use_memo`, it holds the image features of data sets in memory between calls.
+        With `use_memo`, the predictor keeps results that evaluators share, such as the image
+        features of a data set, in memory.
         """
         return ModelPredictor.build(
             self.model,
@@ -241,7 +249,10 @@ class Experiment:
 
 
 def build_experiment(config: Config, *, tokenizer_dir: Path | None = None) -> Experiment:
-    """Build the experiment of a config; `tokenizer_dir` (a run's copy) replaces the config's path.
+    """Build the experiment of a config.
+
+    With `tokenizer_dir`, a run's copy of its tokenizer, the tokenizer is loaded from that folder
+    instead of from the config's path or package.
 
     Raises ValueError if parts of the config do not fit each other.
     """
@@ -257,13 +268,14 @@ def build_experiment(config: Config, *, tokenizer_dir: Path | None = None) -> Ex
     if model.decoder is not None and not tokenizer.bos_ids:
         raise ValueError(
             "config.tokenizer has no begin token, which config.model.decoder needs to predict the "
-            "first token of a caption; train one that has it with data.train_tokenizer"
+            "first token of a caption; use a tokenizer that has one, such as those that "
+            "data.train_tokenizer trains"
         )
     if config.data.length_buckets and depends_on_padding(model.text):
         raise ValueError(
-            f"config.data.length_buckets = {config.data.length_buckets} with a text tower that "
-            "reads its padding (mask_padding=False or shifted_class_mask=True), whose outputs "
-            "change with the length; set length_buckets=()"
+            f"config.data.length_buckets = {config.data.length_buckets}, but the outputs of a text "
+            "tower that reads its padding (mask_padding=False or shifted_class_mask=True) change "
+            "with the padded length; set length_buckets=()"
         )
     return Experiment(
         config=config,

@@ -1,9 +1,12 @@
 """Feature cache: the output of each tower's frozen prefix, computed once and read from disk later.
 
 A store's folder is named by a digest of everything that its values depend on: frozen weights,
-architecture, preprocessing, augmentation, views, seed and data. So a store of other values is never
-read, and all runs with one key share one store. Training fills it: in the first epoch of each view
-the frozen prefix runs batch by batch, and later epochs read its rows. `fill_cache` fills it ahead.
+architecture, preprocessing, augmentation, views, seed and data. So a run never reads values that
+were computed from other settings, and all runs with the same key share one store.
+
+A view is one random augmentation of an image, or one sampled caption of a record. Training fills a
+store: in the first epoch of each view the frozen prefix runs batch by batch, and later epochs read
+its rows. `fill_cache` fills a store before training.
 """
 
 from __future__ import annotations
@@ -32,9 +35,9 @@ log = logging.getLogger("imgtune_jax.training.feature_cache")
 
 
 def build_batch_source(experiment: Experiment, frozen: Params) -> BatchSource:
-    """Build the training batches, with a store for each tower that config.cache names.
+    """Build the source of training batches, with a store for each cached tower.
 
-    `frozen` are all frozen parameters.
+    `frozen` contains all frozen parameters.
     """
     stores = open_stores(experiment, frozen)
     prefix_fns = {tower: _compile_prefix(experiment, frozen, tower) for tower in stores}
@@ -45,17 +48,18 @@ def build_batch_source(experiment: Experiment, frozen: Params) -> BatchSource:
 
 
 def fill_cache(experiment: Experiment) -> dict[str, data.FeatureStore]:
-    """Fill the stores ahead of training, in source order; a second call continues where it stopped.
+    """Fill the stores before training, in the order of the records; return the stores by tower.
 
-    Returns the stores by tower. Raises ValueError if nothing can be cached.
+    A call continues where an interrupted one stopped. Raises ValueError if the config caches no
+    tower.
     """
     _, frozen = experiment.split_params(experiment.init_params())
     batch_source = build_batch_source(experiment, frozen)
     stores = dict(batch_source.stores)
     if not stores:
         raise ValueError(
-            "nothing to cache: set config.cache.path, and lock a tower whose config.cache views "
-            "are not 0"
+            "nothing to cache: set config.cache.path, and lock a tower whose number of views "
+            "(config.cache.image_views or text_views) is not 0"
         )
     for tower, store in stores.items():
         unused = {"tokenizer": None} if tower == "image" else {"transform": None}
@@ -75,7 +79,7 @@ def fill_cache(experiment: Experiment) -> dict[str, data.FeatureStore]:
 
 
 def open_stores(experiment: Experiment, frozen: Params) -> dict[str, data.FeatureStore]:
-    """Open the store of each tower that config.cache names and that has a frozen prefix."""
+    """Open the store of each tower that has a frozen prefix and views in config.cache."""
     cfg, stores = experiment.config.cache, {}
     if cfg.path is None:
         return stores
@@ -95,7 +99,7 @@ def open_stores(experiment: Experiment, frozen: Params) -> dict[str, data.Featur
 
 
 def cache_root(path: str) -> Path:
-    """Return the folder that `config.cache.path` names; "auto" is in the user's cache folder."""
+    """Return the folder that `config.cache.path` names; "auto" means the user's cache folder."""
     if path != "auto":
         return Path(path)
     user_cache = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
@@ -103,41 +107,44 @@ def cache_root(path: str) -> Path:
 
 
 def cache_key(experiment: Experiment, frozen: Params, tower: str) -> dict[str, Any]:
-    """Return everything that a cached value depends on, by name, ready for JSON.
+    """Return everything that a cached value depends on, as a dict that JSON can represent.
 
-    The names are part of the manifest of a store, so they must not change.
+    The names are hashed into the folder names of stores. If one changed, no existing store would
+    be found.
     """
-    c = experiment.config
+    config = experiment.config
     prefix = experiment.model.frozen_prefix(tower)
     assert prefix is not None, "only a frozen prefix is cached"
     key: dict[str, Any] = {
         "weights": param_tree.params_digest(_frozen_prefix_params(experiment, frozen, tower)),
-        "architecture": c.model[tower],
+        "architecture": config.model[tower],
         "layers": prefix.num_layers,
-        "compute_dtype": c.model.get("dtype"),
+        "compute_dtype": config.model.get("dtype"),
         "source": experiment.source.fingerprint,
     }
     if tower == "image":
         normalization = ("image_size", "image_mean", "image_std")
-        key["normalisation"] = {k: v for k, v in c.model.items() if k in normalization}
-        key["preprocess"] = c.data.transforms or c.preprocess
+        key["normalisation"] = {k: v for k, v in config.model.items() if k in normalization}
+        key["preprocess"] = config.data.transforms or config.preprocess
         key["pixels"] = data.TRANSFORMS_VERSION
-        key["seed"] = c.seed if c.data.transforms else None  # preprocessing is deterministic
+        # Without augmentation, the pixels do not depend on the seed.
+        key["seed"] = config.seed if config.data.transforms else None
     else:
         key["tokenizer"] = experiment.tokenizer.fingerprint
-        key["captions"], key["seed"] = c.data.caption_weights, c.seed
-        if c.data.prefixes:
-            key["prefixes"] = c.data.prefixes
+        key["captions"], key["seed"] = config.data.caption_weights, config.seed
+        if config.data.prefixes:
+            key["prefixes"] = config.data.prefixes
     return json.loads(json.dumps(key))
 
 
 def _log_key_changes(folder: Path, key: Mapping[str, Any]) -> None:
-    """Log which parts of a new key differ from the most similar store of the same tower."""
+    """Log which entries of a new key differ from the most similar store of the same tower."""
     tower = folder.name.partition("-")[0]
     manifests = [json.loads(p.read_text()) for p in folder.parent.glob(f"{tower}-*/manifest.json")]
     changes = [differing_keys({k: m[k] for k in key if k in m}, key) for m in manifests]
     if changes:
-        log.info("no cache of these features: new are %s", ", ".join(min(changes, key=len)))
+        entries = ", ".join(min(changes, key=len))
+        log.info("these features are not cached yet; the most similar store differs in %s", entries)
 
 
 def _compile_prefix(
@@ -155,12 +162,13 @@ def _compile_prefix(
 def _frozen_prefix_params(experiment: Experiment, frozen: Params, tower: str) -> Params:
     """Return the parameters of a tower's frozen prefix."""
     return param_tree.select(
-        frozen, lambda p: p.startswith(f"{tower}/") and experiment.model.in_frozen_prefix(p)
+        frozen,
+        lambda path: path.startswith(f"{tower}/") and experiment.model.in_frozen_prefix(path),
     )
 
 
 def _feature_shape(experiment: Experiment, tower: str) -> tuple[int, ...]:
-    """Return the shape of one row of a tower's features: (d,) pooled, or (l, d) tokens."""
+    """Return the shape of one row of a tower's features: (d,) if pooled, else tokens (l, d)."""
     size, length = experiment.config.model["image_size"], experiment.tokenizer.length
     channels = len(experiment.model.image_mean)
 

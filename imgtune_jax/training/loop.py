@@ -1,4 +1,4 @@
-"""The training loop: batch → step → log → evaluate → save. It names no loss, tower or data set."""
+"""The training loop: batch → step → log → evaluate → save, for any loss, tower and data set."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from imgtune_jax.training.run import Run, build_run
 
 log = logging.getLogger("imgtune_jax.training")
 
-EXIT_SIGTERM = 143  # a shell's exit status of a process that SIGTERM ended
+EXIT_SIGTERM = 143  # the exit status that a shell reports for a process ended by SIGTERM
 
 
 def train(config: Config, workdir: Path) -> evals.ModelPredictor:
     """Train from step 0, or from the newest checkpoint in `workdir`; return the final model.
 
-    Raises ValueError if `workdir` holds a run with another config or parts of the config do not fit
-    each other, NonFiniteLossError if the loss becomes NaN or infinite, and
+    Raises ValueError if parts of the config do not fit each other, or if `workdir` holds a run with
+    another config. Raises NonFiniteLossError if the loss becomes NaN or infinite, and
     data.TooManyBadRecordsError if too many records are unreadable.
     """
     run = build_run(build_experiment(config), workdir)
@@ -43,10 +43,10 @@ def train(config: Config, workdir: Path) -> evals.ModelPredictor:
 
 
 def _train_steps(run: Run) -> None:
-    """Run the steps after `run.start`, logging, evaluating and saving where the config says so."""
+    """Run the steps after `run.start`; log, evaluate and save as often as the config says."""
     train_step, steps = run.experiment.train_step, run.experiment.step_counts
     previous_handler = signal.signal(signal.SIGTERM, lambda *_: setattr(run, "preempted", True))
-    # With cached features the step needs no parameter of the frozen prefix, so it is left out.
+    # The step does not read the parameters of a cached frozen prefix, so they are left out.
     frozen = param_tree.select(run.frozen, run.batch_source.needs_param)
     pending: tuple[int, Any] | None = None
     try:
@@ -56,7 +56,7 @@ def _train_steps(run: Run) -> None:
             run.logger.add_wait_time(time.perf_counter() - wait_start)
             run.state, metrics = train_step(run.state, frozen, batch)
             if pending is not None:
-                # Step n is dispatched before n - 1 is read, so the device stays busy.
+                # Metrics of step n - 1 are fetched after step n starts, so the device stays busy.
                 _fetch_metrics(run, *pending)
             pending = (n, metrics)
             is_last, is_preempted = n == steps.total, _is_preempted(run, n)
@@ -77,7 +77,7 @@ def _train_steps(run: Run) -> None:
 
 
 def _fetch_metrics(run: Run, step: int, metrics: Mapping[str, Any]) -> None:
-    """Fetch the metrics of a step, and log them if due.
+    """Fetch the metrics of a step; log those of every `log_every`-th step and of the last.
 
     Raises NonFiniteLossError if the loss is NaN or infinite.
     """
@@ -85,13 +85,13 @@ def _fetch_metrics(run: Run, step: int, metrics: Mapping[str, Any]) -> None:
     if not math.isfinite(loss):
         run.checkpointer.wait()
         # The parameters saved at step - 1 are those that produced this loss, so they are bad too.
-        good = [s for s in checkpoint.saved_steps(run.workdir) if s < step - 1]
+        good_steps = [s for s in checkpoint.saved_steps(run.workdir) if s < step - 1]
         folder = run.workdir / workdir_files.CHECKPOINTS
         raise NonFiniteLossError(
             f"loss is {loss} at step {step}; last good checkpoint: "
-            f"{folder / str(good[-1]) if good else 'none yet'}. "
+            f"{folder / str(good_steps[-1]) if good_steps else 'none yet'}. "
             f"Lower config.optim.lr, lengthen config.optim.warmup or set config.optim.clip_norm; "
-            f"changed settings need a new --workdir"
+            f"a run with changed settings needs a new --workdir"
         )
     run.logger.update_progress(step)
     total, log_every = run.experiment.step_counts.total, run.experiment.config.log_every
@@ -100,7 +100,7 @@ def _fetch_metrics(run: Run, step: int, metrics: Mapping[str, Any]) -> None:
 
 
 def _evaluate(run: Run, step: int) -> None:
-    """Run all evaluators; log curves, and append to results.jsonl."""
+    """Run all evaluators; log their metrics, and append them to results.jsonl."""
     start_time = time.perf_counter()
     predictor = run.predictor()
     run.last_metrics = {}
@@ -112,11 +112,12 @@ def _evaluate(run: Run, step: int) -> None:
 
 
 def _evaluate_baselines(run: Run) -> None:
-    """Run the baselines on the initial model; append to results.jsonl."""
+    """Run the baselines on the initial model; append their metrics to results.jsonl."""
     predictor = run.predictor()
     for name, evaluator in run.experiment.baselines.items():
         start_time = time.perf_counter()
         values = evaluator(predictor)
+        # Baselines have no curves. The call excludes their time from the training speed.
         run.logger.log_eval(0, {}, time.perf_counter() - start_time)
         model = run.experiment.config.baselines[name]["name"]
         _append_result(run, name, evaluator, values, model=model, step=0)
@@ -137,11 +138,11 @@ def _append_result(
 
 
 def _save_checkpoint(run: Run, step: int) -> None:
-    """Save the state with the metrics of the evaluators since the last checkpoint."""
+    """Save the state, and the metrics that were evaluated after the last checkpoint."""
     best_metric = run.experiment.config.checkpoint.best_metric
     if best_metric is not None and run.last_metrics and best_metric not in run.last_metrics:
         raise ValueError(
-            f"config.checkpoint.best_metric = {best_metric!r} is not reported; "
+            f"config.checkpoint.best_metric = {best_metric!r} is not reported by any evaluator; "
             f"expected one of: {', '.join(sorted(run.last_metrics))}"
         )
     record = {

@@ -1,7 +1,7 @@
 """Logs of a run: progress bar, metrics.jsonl, timing.jsonl, TensorBoard and W&B.
 
-`metrics.jsonl` holds only values that are a function of config and data, so the files of two runs
-can be compared byte for byte; wall-clock times are in `timing.jsonl`.
+`metrics.jsonl` holds only values that are a function of config and data, so two runs of one config
+write the same bytes. Wall-clock times are in `timing.jsonl`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ except ImportError:
 
 
 class MetricLogger:
-    """Logs the metrics of one run; without `active`, on all hosts but the first, it logs nothing.
+    """Logs the metrics of one run, on the first host only.
 
+    `active` is False on the other hosts, where the methods do nothing.
     W&B is used if it is installed; WANDB_MODE=disabled turns it off.
     """
 
@@ -42,7 +43,7 @@ class MetricLogger:
     ) -> None:
         self._active = active
         self._batch_size = batch_size
-        self._wait_seconds = 0.0
+        self._wait_seconds = 0.0  # since the last `log_train`
         self._last_time, self._last_step = time.perf_counter(), start  # of the last `log_train`
         if not active:
             return
@@ -90,7 +91,7 @@ class MetricLogger:
         self._last_time, self._last_step, self._wait_seconds = now, step, 0.0
 
     def log_eval(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
-        """Log the metrics of an evaluation; its seconds do not count as training time."""
+        """Log the metrics of an evaluation, and exclude its `seconds` from the training speed."""
         self._last_time += seconds
         if self._active:
             self._write(self._metrics, step, metrics)
@@ -104,7 +105,7 @@ class MetricLogger:
                 self._wandb.finish()
 
     def _write(self, file: Any, step: int, values: Mapping[str, float]) -> None:
-        """Append the finite values to a JSONL file; send all of them to TensorBoard and W&B."""
+        """Append the finite values to a JSONL file; send all values to TensorBoard and W&B."""
         record = {"step": step} | {k: v for k, v in values.items() if math.isfinite(v)}
         file.write(json.dumps(record) + "\n")
         file.flush()

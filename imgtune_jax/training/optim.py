@@ -1,4 +1,7 @@
-"""Optimizers and schedules on Optax, with multipliers by parameter path."""
+"""Optimizers and schedules built on Optax, with multipliers by parameter path.
+
+Numbers such as 2106.04560 are arXiv identifiers.
+"""
 
 from __future__ import annotations
 
@@ -42,11 +45,15 @@ def adafactor(
 def muon(
     beta: float = 0.95, ns_steps: int = 5, nesterov: bool = True, b1: float = 0.9, b2: float = 0.999
 ) -> optax.GradientTransformation:
-    """Return Muon (2502.16982), scaled to Adam's RMS, for kernels [m n], and Adam for others."""
+    """Return Muon (2502.16982) for kernels [m n], and Adam for all other parameters.
+
+    Muon's updates are scaled to the root mean square (RMS) of Adam's. `ns_steps` is the number of
+    Newton-Schulz iterations.
+    """
 
     def labels(params: Params) -> Params:
         return param_tree.map_with_path(
-            lambda p, x: "muon" if p.endswith("/kernel") and x.ndim == 2 else "adam", params
+            lambda path, x: "muon" if path.endswith("/kernel") and x.ndim == 2 else "adam", params
         )
 
     return optax.partition(
@@ -69,7 +76,7 @@ def muon(
 
 
 def _scale_to_adam_rms(updates: PyTree, params: PyTree | None) -> PyTree:
-    """Multiply orthogonal updates [m n] by 0.2 √max(m, n), for Adam's RMS (2502.16982, eq. 4)."""
+    """Scale orthogonal updates [m n] to Adam's RMS, by 0.2 √max(m, n) (2502.16982, eq. 4)."""
     return jax.tree.map(lambda u: u * 0.2 * math.sqrt(max(u.shape)), updates)
 
 
@@ -81,13 +88,15 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 }
 
 
+# A schedule returns a factor of the learning rate. `t` is the number of steps after the warm-up so
+# far, `length` the number of all steps after the warm-up.
 def cosine(t: jax.Array, length: jax.Array, warmup: int, cooldown: int) -> jax.Array:
-    """Return half a period of a cosine, from 1 to 0."""
+    """Fall from 1 to 0 along half a period of a cosine."""
     return 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(t / length, 0, 1)))
 
 
 def rsqrt(t: jax.Array, length: jax.Array, warmup: int, cooldown: int) -> jax.Array:
-    """Return √(w / (w + t)), w the warm-up steps (2106.04560), with a linear cool-down to 0."""
+    """Return √(w / (w + t)) for w warm-up steps (2106.04560), with a linear cool-down to 0."""
     timescale = max(warmup, 1)
     return jnp.sqrt(timescale / (timescale + t)) * constant_rate(t, length, warmup, cooldown)
 
@@ -98,7 +107,7 @@ def constant_rate(t: jax.Array, length: jax.Array, warmup: int, cooldown: int) -
 
 
 def linear_decay(t: jax.Array, length: jax.Array, warmup: int, cooldown: int) -> jax.Array:
-    """Return a line from 1 to 0."""
+    """Fall linearly from 1 to 0."""
     return jnp.clip(1 - t / length, 0, 1)
 
 
@@ -111,7 +120,7 @@ SCHEDULES: dict[str, Callable[..., jax.Array]] = {
 
 
 def make_schedule(name: str, *, lr: float, total: int, warmup: int, cooldown: int) -> Schedule:
-    """Return step -> learning rate: linear warm-up, then the named schedule over the other steps.
+    """Return step -> learning rate: linear warm-up, then the named schedule.
 
     All lengths are in steps. Raises ValueError for an unknown name, or if warm-up and cool-down
     exceed the total.
@@ -128,18 +137,19 @@ def make_schedule(name: str, *, lr: float, total: int, warmup: int, cooldown: in
 
     def schedule(step: Any) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
-        shape = SCHEDULES[name](
+        factor = SCHEDULES[name](
             jnp.maximum(step - warmup, 0), max(total - warmup, 1), warmup, cooldown
         )
-        # step + 1, so that the first update is not zero; step `warmup` has the full rate.
-        return lr * jnp.minimum(1.0, (step + 1) / (warmup + 1)) * shape
+        # With step + 1 instead of step, the first update is not zero. Step `warmup` is the first
+        # with the full rate.
+        return lr * jnp.minimum(1.0, (step + 1) / (warmup + 1)) * factor
 
     return schedule
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """A gradient transformation, and its schedule for reporting."""
+    """A gradient transformation, and its learning-rate schedule, which is logged."""
 
     tx: optax.GradientTransformation
     schedule: Schedule
@@ -148,10 +158,14 @@ class Optimizer:
 def build_optimizer(
     cfg: config_lib.OptimConfig, paths: Sequence[str], *, total: int, warmup: int, cooldown: int
 ) -> Optimizer:
-    """Chain clip → precondition → + weight decay · param → · multiplier → · (-lr).
+    """Build the optimizer of a config, as a chain of gradient transformations.
 
-    Weight decay is decoupled and scaled by the learning rate (AdamW, 1711.05101). `paths` are the
-    paths of all parameters, frozen ones included, so that one set of rules fits every locking.
+    The chain clips by the global norm, preconditions (as Adam does, for example), adds weight decay
+    times the parameter, and multiplies by the path's multiplier and by the negative learning rate.
+    So weight decay is decoupled and scaled by the learning rate (AdamW, 1711.05101).
+
+    `paths` are the paths of all parameters, including frozen ones. So the same multiplier rules are
+    valid whatever the config locks.
     Raises ValueError for an unknown name or argument and for rules that do not fit the paths.
     """
     if cfg.name not in OPTIMIZERS:
@@ -162,18 +176,19 @@ def build_optimizer(
     known = list(inspect.signature(precondition).parameters)
     if unknown := sorted(set(cfg.args) - set(known)):
         raise ValueError(
-            f"config.optim.args has the unknown {unknown}; {cfg.name} takes {', '.join(known)}"
+            f"config.optim.args has unknown keys {unknown}; {cfg.name} takes {', '.join(known)}"
         )
     schedule = make_schedule(cfg.schedule, lr=cfg.lr, total=total, warmup=warmup, cooldown=cooldown)
     lr_of = param_tree.match_rules(cfg.lr_multipliers, paths, "config.optim.lr_multipliers")
     decay_of = param_tree.match_rules(
         cfg.weight_decay_multipliers, paths, "config.optim.weight_decay_multipliers"
     )
-    scale_of = {p: lr_of[p] * f for p, f in layer_decay(cfg.layer_decay, paths).items()}
+    layer_decay_of = layer_decay(cfg.layer_decay, paths)
+    scale_of = {path: lr_of[path] * factor for path, factor in layer_decay_of.items()}
     tx = optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
         precondition(**cfg.args),
-        _add_weight_decay({p: cfg.weight_decay * m for p, m in decay_of.items()}),
+        _add_weight_decay({path: cfg.weight_decay * m for path, m in decay_of.items()}),
         _scale_by_path(scale_of),
         optax.scale_by_learning_rate(schedule),
     )
@@ -181,10 +196,11 @@ def build_optimizer(
 
 
 def layer_decay(factor: float, paths: Sequence[str]) -> dict[str, float]:
-    """Return layer-wise rate multipliers by path (BEiT, 2106.08254), for towers of `depth` layers.
+    """Return layer-wise learning-rate multipliers by path (BEiT, 2106.08254).
 
-    Layer i has factor^(depth - i), embeddings factor^(depth + 1). Modules after the layers, heads
-    and everything outside the towers have 1.
+    In a tower of `depth` layers, layer i has the multiplier factor^(depth - i), and the embeddings
+    have factor^(depth + 1). All other parameters, such as those of modules after the layers and of
+    heads, have 1.
     """
     multipliers = dict.fromkeys(paths, 1.0)
     for tower in MODALITIES:

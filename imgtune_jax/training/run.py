@@ -1,4 +1,4 @@
-"""Build a run: an experiment with a workdir, parameters and a step, new or resumed."""
+"""Build a run, new or resumed: an experiment with a workdir, parameters and a step."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Run:
     checkpointer: Checkpointer
     start: int  # the step that this process starts from: 0, or that of a checkpoint
     state: TrainState
-    frozen: Params  # kernels in the type that products read
+    frozen: Params  # kernels cast to the dtype of matrix products
     frozen_digest: str
     batch_source: BatchSource
     batches: Iterator[Batch]  # batch `start` and all later ones
@@ -61,15 +61,15 @@ class Run:
 
     @cached_property
     def _predictor(self) -> evals.ModelPredictor:
-        """The compiled functions and the memo that the predictors of all steps share."""
+        """The predictor whose compiled functions and memo the predictors of all steps reuse."""
         return self.experiment.predictor(eval_params(self.state, self.frozen))
 
     def predictor(self) -> evals.ModelPredictor:
-        """The model with the parameters of the current step."""
+        """Return the model with the parameters of the current step."""
         return self._predictor.with_params(eval_params(self.state, self.frozen))
 
     def close(self) -> None:
-        """Close the logs and, after all saves that have started, the checkpoints."""
+        """Close the logs, and wait until all saves that have started are on disk."""
         self.logger.close()
         self.checkpointer.close()
 
@@ -86,7 +86,7 @@ def build_run(experiment: Experiment, workdir: Path) -> Run:
 
     workdir_files.check_same_config(config, workdir)
     workdir_files.write_config(config, workdir)
-    # A new run evaluates its baselines, which are logged as step 0, again.
+    # Without a checkpoint, baselines are evaluated again, so their records (step 0) are dropped.
     workdir_files.truncate_logs(workdir, -1 if saved_step is None else saved_step)
     checkpointer = Checkpointer(workdir, config.checkpoint)
     if saved_step is None:
@@ -103,6 +103,7 @@ def _new_run(experiment: Experiment, workdir: Path, checkpointer: Checkpointer) 
     _, frozen = experiment.split_params(params)
     batch_source = feature_cache.build_batch_source(experiment, frozen)
     batches = batch_source.batches(0)
+    # Calibration reads the first batches; training then starts with the same ones.
     recorded: collections.deque[Batch] = collections.deque()
     params = calibrate.calibrate(
         experiment.model, params, record_batches(batches, recorded), experiment.partitioner
@@ -146,14 +147,14 @@ def _resumed_run(
 
 
 def record_batches(batches: Iterator[Batch], recorded: collections.deque[Batch]) -> Iterator[Batch]:
-    """Yield batches, recording each."""
+    """Yield batches, appending each to `recorded`."""
     for batch in batches:
         recorded.append(batch)
         yield batch
 
 
 def replay_batches(recorded: collections.deque[Batch], batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Yield the recorded batches, releasing each, then the others."""
+    """Yield the recorded batches, removing each from `recorded`, and then `batches`."""
     while recorded:
         yield recorded.popleft()
     yield from batches

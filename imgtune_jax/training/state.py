@@ -1,4 +1,4 @@
-"""Parameters and TrainStates on the mesh: initialized, from pretrained towers, or abstract."""
+"""Parameters and TrainStates on the mesh, as arrays or as abstract arrays (ShapeDtypeStructs)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def init_params(
     partitioner: Partitioner,
     pretrained: Mapping[str, Params],
 ) -> Params:
-    """Return `init(key)` laid out on the mesh, with the sub-trees of `pretrained` instead.
+    """Return `init(key)` laid out on the mesh, with some sub-trees replaced by `pretrained` ones.
 
     `pretrained` maps a top-level name ("image", "text") to a tree of NumPy arrays. The other
-    components are sampled. Raises ValueError listing every path that is missing, unknown or of
-    another shape than the model's.
+    components are initialized randomly. Raises ValueError listing every path that is missing,
+    unknown or of another shape than the model's.
     """
     abstract = jax.eval_shape(init, key)
     _check_pretrained(abstract, pretrained)
@@ -62,7 +62,7 @@ def _check_pretrained(abstract: Params, pretrained: Mapping[str, Params]) -> Non
 
 
 def with_shardings(abstract: PyTree, partitioner: Partitioner) -> PyTree:
-    """Add to each ShapeDtypeStruct of a tree its sharding by path and shape."""
+    """Add a sharding, chosen by path and shape, to each ShapeDtypeStruct of a tree."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         abstract,
@@ -73,13 +73,13 @@ def with_shardings(abstract: PyTree, partitioner: Partitioner) -> PyTree:
 def abstract_train_state(
     trainable: PyTree, optimizer: Optimizer, partitioner: Partitioner, *, with_ema: bool
 ) -> TrainState:
-    """Return the ShapeDtypeStructs, with shardings, of the TrainState of these parameters."""
+    """Return the TrainState of these parameters as ShapeDtypeStructs with shardings."""
     shapes = jax.eval_shape(lambda p: _initial_state(p, optimizer, with_ema), trainable)
     return with_shardings(shapes, partitioner)
 
 
 def create_train_state(trainable: Params, optimizer: Optimizer, target: TrainState) -> TrainState:
-    """Create the TrainState of step 0, laid out as `target`, an `abstract_train_state`."""
+    """Create the TrainState of step 0, with the shardings of an `abstract_train_state`."""
     with_ema = target.ema_params is not None
     shardings = jax.tree.map(lambda x: x.sharding, target)
     create = jax.jit(lambda p: _initial_state(p, optimizer, with_ema), out_shardings=shardings)
@@ -92,5 +92,8 @@ def _initial_state(trainable: Params, optimizer: Optimizer, with_ema: bool) -> T
 
 
 def eval_params(state: TrainState, frozen: Params) -> Params:
-    """Return all parameters to evaluate, the moving average instead of `params` if there is one."""
+    """Return all parameters for evaluation: frozen and trainable ones.
+
+    If the state has an exponential moving average (EMA), it replaces the trainable parameters.
+    """
     return param_tree.merge(state.params if state.ema_params is None else state.ema_params, frozen)

@@ -31,10 +31,11 @@ def make_train_step(
 ) -> TrainStep:
     """Return the pure function step(state, frozen, batch) -> (state, metrics).
 
-    `forward(params, batch, rng)` gets the merged parameters; only `state.params` is differentiated.
+    `forward(params, batch, rng)` gets all parameters; gradients are computed for those in
+    `state.params`, not for the frozen ones.
     The random key of a step is fold_in(key, step), so resuming needs no RNG state. Metrics are
-    scalars of the global batch: the loss, each unweighted term, the gradient norm, the learning
-    rate, and the logit scale and bias if the model has them.
+    scalars of the global batch: the loss, each term of the objective before its weight, the
+    gradient norm, the learning rate, and the logit scale and bias if the model has them.
     """
 
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Scalars]:
@@ -74,11 +75,12 @@ def loss_and_grads(
 ) -> tuple[Params, Float[Array, ""], Metrics, Outputs]:
     """Return (gradients, loss, metrics, outputs) of the full batch, in `accumulation` microbatches.
 
-    Accumulation is exact for every objective, contrastive ones included (GradCache, 2101.06983):
-    the outputs of all microbatches are computed first, and the loss of the full batch is
-    differentiated with respect to them. Each microbatch then runs again, with the same random key,
-    and its vector-Jacobian product maps its part of these gradients to the parameters. So negatives
-    come from the full batch, and scale and bias are counted once.
+    Accumulation is exact for every objective, contrastive ones included (GradCache, arXiv
+    2101.06983). The outputs of all microbatches are computed first, and the loss of the full batch
+    is differentiated with respect to them. Each microbatch then runs again, with the same random
+    key, and its vector-Jacobian product maps its part of these gradients to the parameters. So
+    negatives come from the full batch, and the gradients of logit scale and bias do not grow with
+    the number of microbatches.
     """
     if accumulation > 1:
         return _accumulate(forward, objective, params, batch, rng, accumulation)
@@ -129,7 +131,10 @@ def _accumulate(
 
 
 def _split_microbatches(x: jax.Array, k: int) -> jax.Array:
-    """Split [b …] -> [k b/k …]. Strided, so that every device splits the rows that it holds."""
+    """Split [b …] into k microbatches [k b/k …].
+
+    Microbatch i has rows i, i + k, i + 2k, …, so that each device splits the rows that it holds.
+    """
     return x.reshape(x.shape[0] // k, k, *x.shape[1:]).swapaxes(0, 1)
 
 

@@ -1,4 +1,4 @@
-"""Files in a run's folder: their names, config.json, and logs that are truncated on resume."""
+"""Files in a run's folder: names, reading and writing config.json, truncating logs on resume."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 FROZEN = "frozen"
 
-# A resumed run may change these keys, since the parameters it learns do not depend on them.
+# A resumed run may change keys that start with one of these, since the learned parameters do not
+# depend on them.
 MUTABLE_KEYS = (
     "baselines",
     "cache.path",
@@ -49,9 +50,11 @@ def check_same_config(config: Config, workdir: Path) -> None:
         if not key.startswith(MUTABLE_KEYS)
     }
     if changed:
-        lines = [f"{key}: {old!r} there, {new!r} now" for key, (old, new) in changed.items()]
+        lines = [
+            f"{key}: {old!r} in the saved run, {new!r} now" for key, (old, new) in changed.items()
+        ]
         raise ValueError(
-            f"{workdir} holds a run with another config; expected equal settings to resume it. "
+            f"{workdir} holds a run with another config; resuming it needs equal settings. "
             f"Set these back, or choose a new --workdir:\n  " + "\n  ".join(lines)
         )
 

@@ -1,4 +1,4 @@
-"""A captioning run is resumed, sharded and accumulated exactly, as a contrastive one is."""
+"""Resuming, sharding and gradient accumulation do not change the losses of a captioning run."""
 
 import signal
 
@@ -21,7 +21,7 @@ def in_root(monkeypatch):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """A run on one device."""
+    """The workdir of a run on one device."""
     workdir = tmp_path_factory.mktemp("uninterrupted")
     assert start(workdir, kind="coca").wait(timeout=600) == 0
     return workdir

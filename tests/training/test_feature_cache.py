@@ -1,4 +1,4 @@
-"""The feature cache changes no loss, survives kills, and never serves features of another key."""
+"""The feature cache changes no loss, survives kills, and never returns features of another key."""
 
 import dataclasses
 import itertools
@@ -16,7 +16,7 @@ from imgtune_jax.training import feature_cache, loop
 from imgtune_jax.training.experiment import build_experiment
 from tests.debug_run import ROOT, losses, settings, signal_after, start
 
-# One view of an image, one caption per record; three epochs.
+# No augmentation, and one caption per record. Six steps are three epochs.
 DETERMINISTIC = {
     "data.transforms": (),
     "data.caption_weights": dict(name=1.0),
@@ -32,19 +32,19 @@ def in_root(monkeypatch):
 
 
 def cached(folder, dtype="float32", image_views=1, text_views=1):
-    """Config changes: a feature cache in `folder`."""
+    """Return the config changes for a feature cache in `folder`."""
     fields = dict(path=str(folder), dtype=dtype, image_views=image_views, text_views=text_views)
     return {f"cache.{k}": v for k, v in fields.items()}
 
 
 def build(**changes):
-    """(experiment, frozen parameters) of the debug config with changes."""
+    """Return (experiment, frozen parameters) of the debug config with changes."""
     experiment = build_experiment(settings(**changes))
     return experiment, experiment.split_params(experiment.init_params())[1]
 
 
 def stored_features(folder):
-    """{tower: all its rows} of a cache folder."""
+    """Return {tower: all rows of its store} of a cache folder."""
     features = {}
     for path in sorted(folder.iterdir()):
         store = data.FeatureStore.load(path)
@@ -88,7 +88,7 @@ def test_cached_run_equals_uncached_run(tmp_path, lock_changes):
     changes = {**DETERMINISTIC, **lock_changes}
     loop.train(settings(**changes), tmp_path / "uncached")
     loop.train(settings(**changes, **cached(tmp_path / "cache")), tmp_path / "cached")
-    # The prefix is a program of its own, so float32 sums round differently.
+    # The frozen prefix is compiled separately, so float32 sums round differently.
     np.testing.assert_allclose(
         losses(tmp_path / "cached"), losses(tmp_path / "uncached"), rtol=1e-5
     )
@@ -108,7 +108,7 @@ def test_cached_equals_uncached_over_fifty_steps(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_cache_filled_during_training_equals_cache_filled_ahead(tmp_path, dtype):
-    """Two augmented views of the images, sampled captions for the texts, both stored."""
+    """Images have two augmented views, captions are sampled, and both towers are cached."""
     augmented = settings().data
     changes = {**DETERMINISTIC, **LOCKS["both towers: the heads train"]}
     changes["data.transforms"] = augmented.transforms
@@ -120,20 +120,21 @@ def test_cache_filled_during_training_equals_cache_filled_ahead(tmp_path, dtype)
     times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "ahead").glob("*/*")}
     loop.train(settings(**ahead), tmp_path / "b")
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "ahead").glob("*/*")} == times
-    one, other = stored_features(tmp_path / "during"), stored_features(tmp_path / "ahead")
-    assert one.keys() == {"image", "text"}
-    for tower in one:
-        # A row may round differently in another batch, and then to the next value of the dtype.
+    filled_during = stored_features(tmp_path / "during")
+    filled_ahead = stored_features(tmp_path / "ahead")
+    assert filled_during.keys() == {"image", "text"}
+    for tower in filled_during:
+        # The same row may round differently in another batch, by at most one step of the dtype.
         step = {"float32": 1e-6, "bfloat16": 2**-7, "int8": 2 / 127}[dtype]
-        scale = np.abs(other[tower]).max(-1, keepdims=True)
-        assert (np.abs(one[tower] - other[tower]) <= step * scale).all()
+        scale = np.abs(filled_ahead[tower]).max(-1, keepdims=True)
+        assert (np.abs(filled_during[tower] - filled_ahead[tower]) <= step * scale).all()
     np.testing.assert_allclose(
         losses(tmp_path / "a"), losses(tmp_path / "b"), rtol=1e-5 if dtype == "float32" else 1e-3
     )
 
 
 def test_run_killed_while_filling_equals_uninterrupted_run(tmp_path):
-    """Bit for bit, in the losses and in the store."""
+    """Losses and stored features are equal bit for bit."""
     common = ["--config.lock.image=True", "--config.batch_size=256", "--config.cache.image_views=2"]
     paths = {name: tmp_path / f"{name}_cache" for name in ("uninterrupted", "killed")}
     flags = {name: [*common, f"--config.cache.path={paths[name]}"] for name in paths}
@@ -159,8 +160,8 @@ def test_fill_cache_continues_where_it_stopped(tmp_path):
     for _ in itertools.islice(ordered.batches(0), 3):
         ordered.flush()
     feature_cache.fill_cache(experiment)
-    one, other = stored_features(tmp_path / "full"), stored_features(tmp_path / "stopped")
-    np.testing.assert_array_equal(one["image"], other["image"])
+    uninterrupted, continued = (stored_features(tmp_path / name) for name in ("full", "stopped"))
+    np.testing.assert_array_equal(uninterrupted["image"], continued["image"])
 
 
 def test_features_do_not_depend_on_the_mesh(tmp_path):
@@ -183,7 +184,7 @@ def test_second_run_decodes_no_image_and_runs_no_frozen_prefix(tmp_path, monkeyp
     loop.train(settings(**changes), tmp_path / "first")
 
     def fail(*args, **kwargs):
-        raise AssertionError("this is in the cache")
+        raise AssertionError("computed features that are in the cache")
 
     monkeypatch.setattr("imgtune_jax.data.image.open_image", fail)
     monkeypatch.setattr("imgtune_jax.training.batch_source.BatchSource._compute_features", fail)
@@ -224,54 +225,58 @@ ONE_MORE_OBJECTIVE = dict(sigmoid=dict(weight=1.0))
 
 
 def store_names(**changes):
-    """{tower: the name of its store's folder} of a config."""
+    """Return {tower: name of its store's folder} for the debug config with changes."""
     stores = feature_cache.open_stores(*build(**changes))
     return {tower: store.folder.name for tower, store in stores.items()}
 
 
 @pytest.fixture(scope="module")
 def base_names(tmp_path_factory):
-    """(config changes, names of their stores): both towers cached."""
+    """(config changes that cache both towers, names of their stores)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         folder = tmp_path_factory.mktemp("base")
-        both = {"data.transforms": (), **LOCKS["both towers: the heads train"], **cached(folder)}
-        return both, store_names(**both)
+        base_changes = {
+            "data.transforms": (),
+            **LOCKS["both towers: the heads train"],
+            **cached(folder),
+        }
+        return base_changes, store_names(**base_changes)
 
 
 @pytest.mark.parametrize("change", IMAGE_KEY_CHANGES.values(), ids=IMAGE_KEY_CHANGES)
 def test_image_key_depends_on_every_part(base_names, change, caplog):
-    both, base = base_names
+    base_changes, base = base_names
     with caplog.at_level("INFO", logger="imgtune_jax.training.feature_cache"):
-        assert store_names(**(both | change))["image"] != base["image"]
-    assert "no cache of these features: new are" in caplog.text
+        assert store_names(**(base_changes | change))["image"] != base["image"]
+    assert "these features are not cached yet" in caplog.text
 
 
 @pytest.mark.parametrize("change", TEXT_KEY_CHANGES.values(), ids=TEXT_KEY_CHANGES)
 def test_text_key_depends_on_every_part(base_names, change):
-    both, base = base_names
-    assert store_names(**(both | change))["text"] != base["text"]
+    base_changes, base = base_names
+    assert store_names(**(base_changes | change))["text"] != base["text"]
 
 
-def test_key_does_not_depend_on_what_changes_no_feature(base_names):
-    both, base = base_names
+def test_key_does_not_depend_on_settings_that_change_no_feature(base_names):
+    base_changes, base = base_names
     other = {"optim.lr": 0.5, "batch_size": 256, "model.embed_dim": 16}
-    assert store_names(**(both | other | {"objectives": ONE_MORE_OBJECTIVE})) == base
-    experiment, frozen = build(**both)
+    assert store_names(**(base_changes | other | {"objectives": ONE_MORE_OBJECTIVE})) == base
+    experiment, frozen = build(**base_changes)
     seeded = dataclasses.replace(experiment, config=dataclasses.replace(experiment.config, seed=1))
     keys = [feature_cache.cache_key(e, frozen, "image") for e in (experiment, seeded)]
     assert keys[0] == keys[1], "deterministic preprocessing does not depend on the seed"
 
 
 def test_store_of_another_key_is_an_error(base_names):
-    both, base = base_names
-    experiment, frozen = build(**both)
+    base_changes, base = base_names
+    experiment, frozen = build(**base_changes)
     manifest = (
         feature_cache.cache_root(experiment.config.cache.path) / base["image"] / "manifest.json"
     )
     original = manifest.read_text()
     manifest.write_text(json.dumps(json.loads(original) | {"weights": "others"}))
-    with pytest.raises(ValueError, match="they differ in weights"):
+    with pytest.raises(ValueError, match="these entries differ: weights"):
         feature_cache.open_stores(experiment, frozen)
     manifest.write_text(original)
 
@@ -291,15 +296,15 @@ def test_cache_command_fills_the_cache_and_prints_its_size(tmp_path):
     code = "from imgtune_jax.cli import main; import sys; main(['cache', *sys.argv[1:]])"
     flags = ["--config.lock.image=True", "--config.batch_size=1024"]
     flags.append(f"--config.cache.path={tmp_path}")
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code, "--config=configs/debug.py", *flags],
         capture_output=True,
         text=True,
     )
-    assert "image: 3146 rows, " in done.stdout, done.stderr
+    assert "image: 3146 rows, " in process.stdout, process.stderr
     assert stored_features(tmp_path)["image"].shape == (3146, 32)
 
 
-def test_nothing_to_cache_is_an_error(tmp_path):
+def test_filling_the_cache_without_a_locked_tower_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"nothing to cache: set config\.cache\.path, and lock"):
         feature_cache.fill_cache(build(**DETERMINISTIC, **cached(tmp_path))[0])

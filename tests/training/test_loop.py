@@ -54,9 +54,10 @@ def test_loss_curve_does_not_depend_on_the_mesh(one_device, tmp_path, mesh):
 
 def test_accumulated_run_equals_run_on_full_batches(one_device, tmp_path):
     # Microbatches sample other dropout masks than the full batch, so dropout is off in both.
-    off = {"model.image": dict(name="vit", variant="mu/16", pool="attention"), "total.steps": 8}
-    loop.train(settings(**off), tmp_path / "full")
-    loop.train(settings(**off, accumulation=4), tmp_path / "micro")
+    image = dict(name="vit", variant="mu/16", pool="attention")
+    no_dropout = {"model.image": image, "total.steps": 8}
+    loop.train(settings(**no_dropout), tmp_path / "full")
+    loop.train(settings(**no_dropout, accumulation=4), tmp_path / "micro")
     full, accumulated = losses(tmp_path / "full"), losses(tmp_path / "micro")
     np.testing.assert_allclose(accumulated, full, rtol=1e-5)
     assert not np.allclose(full, one_device[:8], rtol=1e-5), "dropout makes no difference"
@@ -79,7 +80,7 @@ def test_relative_workdir_works(tmp_path, monkeypatch):
 
 def test_resuming_with_another_config_is_an_error(tmp_path):
     loop.train(settings(**{"total.steps": 1}), tmp_path)
-    with pytest.raises(ValueError, match=r"optim\.lr: 0\.001 there, 0\.5 now"):
+    with pytest.raises(ValueError, match=r"optim\.lr: 0\.001 in the saved run, 0\.5 now"):
         loop.train(settings(**{"total.steps": 1, "optim.lr": 0.5}), tmp_path)
     loop.train(settings(**{"total.steps": 1, "log_every": 2}), tmp_path)  # a mutable key
 
@@ -117,7 +118,7 @@ def test_invalid_config_is_an_error_before_anything_is_written(tmp_path, changes
 
 
 def test_metric_names(tmp_path):
-    evals = {"toy": dict(name="retrieval", source=heldout(), caption_set="name")}
+    evals = {"toy": dict(name="retrieval", source=held_out_source(), caption_set="name")}
     loop.train(settings(**{"total.steps": 2, "evals": evals, "checkpoint.best_metric":
                          "val/toy/image_to_text_R@1"}), tmp_path)  # fmt: skip
     first, second, evaluated = metrics(tmp_path)
@@ -128,7 +129,7 @@ def test_metric_names(tmp_path):
     assert all(np.isfinite(v) for v in jax.tree.leaves(result["metrics"]))
 
 
-def heldout():
+def held_out_source():
     return dict(
         name="webdataset", path="corpora/emoji/heldout.tar", image=("google.webp",),
         captions=dict(name=("name", "en")), group=("concept",),
@@ -136,7 +137,7 @@ def heldout():
 
 
 def folder_with_bad_records(folder):
-    """Save forty images, of which four are unreadable and one has no caption; return a source."""
+    """Save 40 records, four with an unreadable image and one without caption; return a source."""
     rng = np.random.default_rng(0)
     rows = ["filepath,title"]
     for i in range(40):
@@ -173,14 +174,12 @@ def test_bad_records_are_skipped_and_counted_up_to_the_cap(tmp_path, caplog):
     assert all(counted[c] == counted["seen"] // 40 for c in causes)
     assert all(f"{i}.jpg" in caplog.text for i in range(5))
     changes["data.max_bad_fraction"] = 0.1
-    with pytest.raises(
-        TooManyBadRecordsError, match=r"5 of 40 records are broken \(12\.5%, allowed"
-    ):
+    with pytest.raises(TooManyBadRecordsError, match=r"5 of 40 records are bad \(12\.5%, allowed"):
         loop.train(settings(**changes), tmp_path / "capped")
 
 
 def test_length_buckets_change_no_loss(tmp_path):
-    """With a text tower that reads its padding, they are an error."""
+    """Length buckets are an error with a text tower that reads its padding."""
     image = dict(settings().model["image"], dropout=0.0)
     changes = {"model.image": image, "total.steps": 6, "data.caption_weights": {"name": 1.0}}
     buckets = {"data.length_buckets": (8, 10)}
@@ -193,7 +192,7 @@ def test_length_buckets_change_no_loss(tmp_path):
 
 
 def test_frozen_kernels_in_bfloat16_change_no_metric(tmp_path, monkeypatch):
-    """Bit for bit, since every product rounds them to bfloat16."""
+    """Metrics are equal bit for bit, since every product rounds the kernels to bfloat16."""
     changes = {"model.dtype": "bfloat16", "lock.image": True, "total.steps": 4}
     loop.train(settings(**changes), tmp_path / "bfloat16")
     monkeypatch.setattr(models.ImageTextModel, "cast_frozen_kernels", lambda self, frozen: frozen)

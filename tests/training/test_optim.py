@@ -1,4 +1,4 @@
-"""Optimizers equal Optax's; schedules; multipliers by path."""
+"""Optimizers equal Optax's; learning-rate schedules; multipliers by parameter path."""
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ def build(cfg, total=10, warmup=0, cooldown=0):
 
 
 def train(optimizer, steps=3, grad=0.01):
-    """The parameters after a few steps on fixed gradients."""
+    """Return the parameters after a few steps with fixed gradients."""
     params = init_params()
     state = optimizer.tx.init(params)
     grads = jax.tree.map(lambda x: grad * jnp.sin(3 * x + 1), params)
@@ -104,7 +104,7 @@ def test_multipliers_scale_rate_and_decay_by_path():
     )
 
 
-def test_layer_decay_is_a_power_of_the_distance_from_the_top():
+def test_layer_decay_is_a_power_of_the_distance_from_the_output():
     paths = [
         *param_tree.param_paths(init_params()), "image_head/kernel", "text/blocks_0/fc1/kernel"
     ]  # fmt: skip

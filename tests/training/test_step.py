@@ -1,4 +1,4 @@
-"""The step: accumulation is exact, frozen parameters do not train, sharding changes no value."""
+"""Training step: exact accumulation; frozen parameters do not train; sharding changes no value."""
 
 import dataclasses
 
@@ -40,7 +40,7 @@ def forward(params, batch, rng, *, noise=0.0, bias=True):
     return Outputs(unit(image), unit(text), jnp.exp(params["logit_scale"]), b)
 
 
-def example(n=16, seed=0):
+def example_batch(n=16, seed=0):
     rng = np.random.default_rng(seed)
     return Batch(
         example_mask=jnp.asarray(np.arange(n) % 7 != 3),
@@ -49,13 +49,13 @@ def example(n=16, seed=0):
     )
 
 
-LOSSES = [(SoftmaxLoss(), False), (SigmoidLoss(), True)]
+LOSSES = [(SoftmaxLoss(), False), (SigmoidLoss(), True)]  # (objective, whether it uses a bias)
 
 
 @pytest.mark.parametrize(("objective", "bias"), LOSSES)
 @pytest.mark.parametrize("accumulation", [2, 4, 8])
 def test_accumulated_gradients_equal_those_of_the_full_batch(objective, bias, accumulation):
-    params, batch, rng = init(jax.random.key(0)), example(), jax.random.key(1)
+    params, batch, rng = init(jax.random.key(0)), example_batch(), jax.random.key(1)
 
     def f(params, batch, rng):
         return forward(params, batch, rng, bias=bias)
@@ -65,15 +65,15 @@ def test_accumulated_gradients_equal_those_of_the_full_batch(objective, bias, ac
         f, objective, params, batch, rng, accumulation=accumulation
     )
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
-    # The parameters include logit_scale and logit_bias, whose gradients must not be added k times.
+    # The parameters include logit_scale and logit_bias, whose gradients must count once.
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
     jax.tree.map(close, grads, expected)
     np.testing.assert_allclose(outputs.image_emb, expected_outputs.image_emb, rtol=1e-5, atol=1e-6)
 
 
 def test_accumulation_repeats_the_randomness_in_its_second_pass():
-    """With noise, the gradients are those of the outputs that the loss was computed on."""
-    params, batch, rng = init(jax.random.key(0)), example(), jax.random.key(1)
+    """With random noise in the outputs, the gradients belong to the outputs of the first pass."""
+    params, batch, rng = init(jax.random.key(0)), example_batch(), jax.random.key(1)
     k = 4
 
     def f(params, batch, rng):
@@ -103,7 +103,7 @@ def sgd(lr=0.1):
 
 
 def test_frozen_parameters_have_no_update_and_no_optimizer_state():
-    params, batch = init(jax.random.key(0)), example()
+    params, batch = init(jax.random.key(0)), example_batch()
     is_frozen = {p: p.startswith("image/") for p in param_tree.param_paths(params)}
     trainable, frozen = param_tree.split(params, is_frozen)
     optimizer = Optimizer(optax.adam(0.1), lambda step: jnp.float32(0.1))
@@ -127,7 +127,9 @@ def test_one_and_eight_devices_take_the_same_steps(mesh):
     step = make_train_step(forward, SigmoidLoss(), sgd(), key=jax.random.key(0), accumulation=2)
 
     def losses(partitioner):
-        batch = jax.tree.map(lambda x: jax.device_put(x, partitioner.batch_sharding), example())
+        batch = jax.tree.map(
+            lambda x: jax.device_put(x, partitioner.batch_sharding), example_batch()
+        )
         sharded = jax.tree.map(jax.device_put, params, partitioner.param_shardings(params))
         state = TrainState(jnp.int32(0), sharded, sgd().tx.init(sharded))
         jitted, values = jax.jit(step), []
@@ -142,7 +144,7 @@ def test_one_and_eight_devices_take_the_same_steps(mesh):
 
 
 def test_ema_follows_its_recurrence():
-    params, batch = init(jax.random.key(0)), example()
+    params, batch = init(jax.random.key(0)), example_batch()
     step = make_train_step(forward, SigmoidLoss(), sgd(), key=jax.random.key(0), ema_decay=0.9)
     state = TrainState(jnp.int32(0), params, sgd().tx.init(params), params)
     after, _ = jax.jit(step)(state, {}, batch)
@@ -152,7 +154,7 @@ def test_ema_follows_its_recurrence():
 
 
 def test_randomness_depends_on_the_step_only():
-    params, batch = init(jax.random.key(0)), example()
+    params, batch = init(jax.random.key(0)), example_batch()
 
     def noisy(params, batch, rng):
         return forward(params, batch, rng, noise=0.5)

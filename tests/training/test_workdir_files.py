@@ -1,4 +1,4 @@
-"""Files of a run's folder: config.json, logs that are truncated on resume, saved parameters."""
+"""Files in a run's folder: config.json, truncated logs, checkpoints, frozen parameters."""
 
 import json
 
@@ -44,9 +44,12 @@ def test_mutable_keys_may_change_on_resume(tmp_path, changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optim.lr": 0.5}, r"optim\.lr: 0\.001 there, 0\.5 now"),
-        ({"cache.dtype": "int8"}, r"cache\.dtype: 'bfloat16' there, 'int8' now"),
-        ({"seed": 3, "batch_size": 32}, r"batch_size: 64 there, 32 now\n  seed: 0 there, 3 now"),
+        ({"optim.lr": 0.5}, r"optim\.lr: 0\.001 in the saved run, 0\.5 now"),
+        ({"cache.dtype": "int8"}, r"cache\.dtype: 'bfloat16' in the saved run, 'int8' now"),
+        (
+            {"seed": 3, "batch_size": 32},
+            r"batch_size: 64 in the saved run, 32 now\n  seed: 0 in the saved run, 3 now",
+        ),
     ],
 )
 def test_other_keys_may_not_change_on_resume(tmp_path, changes, message):
