@@ -34,7 +34,7 @@ class KVCache(NamedTuple):
 
         An entry at a position beyond the capacity is dropped.
         """
-        # With vmap, each device updates its rows; an index over all rows would make it gather them.
+        # With vmap, each device updates its rows; indexing all rows at once would gather them.
         store = jax.vmap(lambda old, index, x: old.at[:, index].set(x[:, 0], mode="drop"))
         return KVCache(*(store(old, position, x) for old, x in zip(self, new, strict=True)))
 

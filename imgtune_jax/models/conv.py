@@ -121,7 +121,7 @@ class ConvNorm(nn.Module):
 
 
 class ConvTower(nn.Module):
-    """Base of the CNN towers. Returns the mean of the last feature map, and the map as tokens.
+    """Base of the CNN towers: the mean of the last feature map, and the map as tokens.
 
     Images are normalized NHWC. `norm` is as in ConvNorm. `num_classes` adds the `classifier` that
     `classify` needs. `remat` recomputes blocks in the backward pass, except on a CPU, where XLA

@@ -76,13 +76,15 @@ class InvertedResidual(nn.Module):
 
 
 class EfficientNetLite(conv.ConvTower):
-    """Returns the mean of the last feature map (1280 channels), and the map as tokens.
+    """CNN tower: the mean of the last feature map (1280 channels), and the map as tokens.
 
-    `pool_stages` appends one mean per listed stage (0 to 6): that of the expanded map of the
-    stage's first block, 6 times as wide as the block's input (in stage 0, the input). The last
-    map represents coarse classes; earlier maps represent textures and shapes. These means are not
-    a function of the tokens, so `run_prefix` and `run_suffix` then raise ValueError. Padding is
-    TensorFlow's SAME. Other fields are as in ConvTower.
+    `pool_stages` appends further means to the vector, one per listed stage (0 to 6). Each is the
+    mean of the expanded map of the stage's first block, which is 6 times as wide as the block's
+    input (equal to it in stage 0). The last map represents coarse classes; earlier maps represent
+    textures and shapes. The further means cannot be computed from the tokens, so `run_prefix` and
+    `run_suffix` raise ValueError unless `pool_stages` is empty.
+
+    Padding is TensorFlow's SAME. Other fields are as in ConvTower.
     """
 
     CONFIG_NAME: ClassVar[str] = "efficientnet_lite"

@@ -38,9 +38,9 @@ class Segment(enum.Enum):
 class LayerStack:
     """`depth` layers, and how they run.
 
-    `num_frozen_layers` = n runs the first n layers in eval mode, without dropout; -1 runs all of
-    them so. `scan` runs the layers in a `lax.scan`; `remat` recomputes a block's activations in the
-    backward pass. Neither `scan`, `remat` nor `constrain` changes a value.
+    The first `num_frozen_layers` layers run in eval mode, without dropout; -1 means all layers.
+    `scan` runs the layers in a `lax.scan`; `remat` recomputes a block's activations in the backward
+    pass. Neither of `scan`, `remat` and `constrain` changes a value.
     """
 
     depth: int

@@ -57,7 +57,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(conv.ConvTower):
-    """Returns the mean of the last feature map (2048 channels), and the map as tokens.
+    """CNN tower: the mean of the last feature map (2048 channels), and the map as tokens.
 
     Blocks are named `stage1_0`, `stage1_1`, … Padding is symmetric, as in PyTorch; at stride 2 it
     differs from SAME. Other fields are as in ConvTower.
