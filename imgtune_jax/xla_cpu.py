@@ -1,7 +1,10 @@
-"""Forms of operations that only XLA:CPU needs, and the one place that chooses them.
+"""Forms of operations for XLA:CPU, and functions that tell when they are needed.
 
-Everything else in this package is written for accelerators. Each form here returns the same values
-as the general one; a test compares them.
+All other modules are written for accelerators. Each form here returns the same values as the
+general form; tests compare them.
+
+Axis letters: kh × kw kernel size, oh × ow output size, *n any leading axes. Matrices are [i j] and
+[k l]; their product has r rows and c columns.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Shaped
 
-CONV_BATCH = 16  # rows; 1.35 times the images per second of EfficientNet-Lite on 512 rows at once
+CONV_BATCH = 16  # rows; EfficientNet-Lite is 1.35 times as fast with 16 rows as with 512
 
 
 def is_backend() -> bool:
@@ -27,12 +30,12 @@ def is_backend() -> bool:
 
 
 def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool]:
-    """Return the options to compile a training step with on a mesh, in addition to the defaults.
+    """Return the compiler options of a training step on a mesh, in addition to the defaults.
 
-    On several CPU devices, XLA's concurrency-optimized scheduler lets each device choose among
-    collectives that do not depend on each other. Two devices can then wait in different ones until
-    the time-out aborts the process (4 of 6 runs of coca_emoji on data=4, tensor=2; without that
-    scheduler 0 of 8).
+    On several CPU devices, XLA's concurrency-optimized scheduler lets each device choose the order
+    of independent collectives. Two devices can then wait in different collectives, until a time-out
+    aborts the process. That happened in 4 of 6 runs of coca_emoji on a mesh with data=4, tensor=2;
+    without the scheduler, in 0 of 8.
     """
     several_cpus = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
     return {"xla_cpu_enable_concurrency_optimized_scheduler": False} if several_cpus else {}
@@ -48,10 +51,10 @@ def remat_needs_scan() -> bool:
 
 
 def map_chunks(f: Callable[..., Array], *inputs: Shaped[Array, "b ..."]) -> Shaped[Array, "b ..."]:
-    """Return f(*inputs) for a function whose output rows depend only on the same input rows.
+    """Return f(*inputs). Each row of the output must depend only on that row of the inputs.
 
-    On one CPU device, f runs on `CONV_BATCH` rows at a time, whose feature maps fit the
-    processor's cache. A batch that `CONV_BATCH` does not divide runs at once.
+    On one CPU device, f runs on `CONV_BATCH` rows at a time, whose feature maps fit into the
+    processor's cache. A batch whose size is not a multiple of `CONV_BATCH` runs at once.
     """
     b = len(inputs[0])
     splits = is_backend() and jax.device_count() == 1 and b > CONV_BATCH and b % CONV_BATCH == 0
@@ -65,9 +68,9 @@ def map_chunks(f: Callable[..., Array], *inputs: Shaped[Array, "b ..."]) -> Shap
 def contract(
     a: Shaped[Array, "*n i j"], b: Shaped[Array, "*n k l"], *, axes: tuple[int, int]
 ) -> Float[Array, "*n r c"]:
-    """Sum a product over one axis of each operand, -1 or -2, in float32. Leading axes are batched.
+    """Return a matrix product in float32 that sums over one axis, -1 or -2, of each operand.
 
-    Operands of lower precision take the form `dot` when the program is lowered for a CPU.
+    Leading axes are batch axes. On a CPU, operands of lower precision use the form `dot`.
     """
     general = functools.partial(_dot_general, axes=axes)
     if a.dtype == jnp.float32:
@@ -86,9 +89,9 @@ def _dot_general(a: Array, b: Array, *, axes: tuple[int, int]) -> Array:
 def dot(a: Array, b: Array, *, axes: tuple[int, int]) -> Array:
     """Return `contract(a, b, axes=axes)` in a form that XLA:CPU computes in low precision.
 
-    XLA:CPU computes in float32 unless the first operand is contracted along its last axis and both
-    are laid out in memory as their shapes state. Merging the leading axes copies heads that a
-    transpose split off into that order.
+    XLA:CPU computes in float32 unless the sum is over the last axis of the first operand and both
+    operands are stored in row-major order. Heads that were split off by a transpose are not in
+    that order; merging the leading axes copies them into it.
     """
     batch = a.shape[:-2]
     if batch:
@@ -100,8 +103,8 @@ def dot(a: Array, b: Array, *, axes: tuple[int, int]) -> Array:
 def swap_last_axes(x: Shaped[Array, "*n i j"]) -> Shaped[Array, "*n j i"]:
     """Swap the last two axes in two steps, so that XLA:CPU cannot fold a transpose into a product.
 
-    With a folded transpose, a low-precision product would sum along columns, which XLA:CPU
-    computes in float32.
+    With a folded transpose, a low-precision product would sum over axis -2 of its first operand,
+    which XLA:CPU computes in float32.
     """
     *n, i, j = x.shape
     step = math.gcd(j, 32)
@@ -117,8 +120,8 @@ def shifted_depthwise_conv(
 ) -> Float[Array, "b oh ow c"]:
     """Compute a depthwise convolution with SAME padding as kh·kw shifted multiply-adds.
 
-    XLA:CPU runs this ten times faster than a grouped convolution. `hand_written_gradients` uses
-    less memory, and supports reverse mode only.
+    XLA:CPU runs this ten times faster than a grouped convolution. `hand_written_gradients=True`
+    uses less memory, and supports reverse mode only.
     """
     if hand_written_gradients:
         return cast(Array, _shifted_with_vjp(x, kernel, stride))
@@ -137,10 +140,10 @@ def _shifted_forward(x: Array, kernel: Array, stride: int) -> tuple[Array, tuple
 def _shifted_backward(stride: int, residuals: tuple[Array, Array], g: Array) -> tuple[Any, ...]:
     """Return the gradients of `_shifted`.
 
-    Autodiff saves or sums kh·kw maps of the input's size. Here the gradient of the input is the
-    same sum over windows, with the kernel flipped and the strides filled with zeros. The gradient
-    of the kernel is summed image by image, so that an image's windows stay in the processor's
-    cache.
+    Autodiff would save or sum kh·kw maps of the size of the input. Here the gradient of the input
+    is a sum over windows as in the forward pass, with the kernel flipped and the strides filled
+    with zeros. The gradient of the kernel is summed image by image, so that an image's windows stay
+    in the processor's cache.
     """
     x, kernel = residuals
     k, (h, w), (oh, ow) = kernel.shape[0], x.shape[1:3], g.shape[1:3]
@@ -154,12 +157,12 @@ def _shifted_backward(stride: int, residuals: tuple[Array, Array], g: Array) -> 
     zeros = jnp.zeros((k * k, kernel.shape[-1]), kernel.dtype)
     kernel_grad, _ = lax.scan(add_image, zeros, (_pad_same(x, k, stride), g))
 
-    def dilation(size: int, out: int) -> tuple[int, int, int]:
+    def padding(size: int, out: int) -> tuple[int, int, int]:
         low = k - 1 - same_padding(size, k, stride)[0]
         return low, size + k - 1 - low - ((out - 1) * stride + 1), stride - 1
 
     zero = jnp.zeros((), g.dtype)
-    g = lax.pad(g, zero, ((0, 0, 0), dilation(h, oh), dilation(w, ow), (0, 0, 0)))
+    g = lax.pad(g, zero, ((0, 0, 0), padding(h, oh), padding(w, ow), (0, 0, 0)))
     return _sum_windows(g, kernel[::-1, ::-1], (h, w), 1), kernel_grad.reshape(kernel.shape)
 
 
@@ -170,7 +173,7 @@ _shifted_with_vjp.defvjp(_shifted_forward, _shifted_backward)
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     """Return TensorFlow's SAME padding before and after an axis; an odd pixel goes after.
 
-    At stride 2, PyTorch's symmetric kernel//2 differs.
+    At stride 2, PyTorch's symmetric padding by kernel // 2 differs.
     """
     total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
     return total // 2, total - total // 2
@@ -182,7 +185,7 @@ def _pad_same(x: Array, k: int, stride: int) -> Array:
 
 
 def _shifted_windows(k: int, out: Sequence[int], stride: int) -> list[tuple[slice, slice]]:
-    """Return, for each of the k·k kernel entries, the rows and columns of a padded map it reads."""
+    """Return the rows and columns of a padded map that each of k·k kernel entries multiplies."""
     rows, columns = (
         [slice(i, i + (size - 1) * stride + 1, stride) for i in range(k)] for size in out
     )
@@ -191,5 +194,8 @@ def _shifted_windows(k: int, out: Sequence[int], stride: int) -> list[tuple[slic
 
 def _sum_windows(x: Array, kernel: Array, out: Sequence[int], stride: int) -> Array:
     k, c = kernel.shape[0], kernel.shape[-1]
-    taps = zip(_shifted_windows(k, out, stride), kernel.reshape(k * k, 1, 1, 1, c), strict=True)
-    return functools.reduce(operator.add, (x[:, i, j] * weights for (i, j), weights in taps))
+    windows, weights = _shifted_windows(k, out, stride), kernel.reshape(k * k, 1, 1, 1, c)
+    taps = zip(windows, weights, strict=True)
+    return functools.reduce(
+        operator.add, (x[:, rows, columns] * weight for (rows, columns), weight in taps)
+    )

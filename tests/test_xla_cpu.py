@@ -1,4 +1,4 @@
-"""The options that XLA:CPU needs; tests/models/ has its forms of products and convolutions."""
+"""Compiler options for XLA:CPU. The tests of its products and convolutions are in tests/models."""
 
 import jax
 

@@ -1,4 +1,4 @@
-"""Towers, heads, decoder and the models composed of them. The only package with flax.linen."""
+"""Towers, heads, a decoder, and the models composed of them. Only this package uses flax.linen."""
 
 from imgtune_jax.models.build import (
     DECODERS,

@@ -1,4 +1,7 @@
-"""Multi-head attention with its projections, and the cache of keys and values for decoding."""
+"""Multi-head attention with its projections, and the cache of keys and values for decoding.
+
+Axis letters: lq queries, lk keys, dc width of the context, c = d / k width of one head.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ from imgtune_jax.models.layers import Dense, Dtype, attention, dense
 
 
 class KVCache(NamedTuple):
-    """Keys and values of k heads at l positions, retained from one decoding step to the next."""
+    """Keys `k` and values `v` at l positions, retained from one decoding step to the next."""
 
-    k: Float[Array, "b k l d"]
-    v: Float[Array, "b k l d"]
+    k: Float[Array, "b k l c"]
+    v: Float[Array, "b k l c"]
 
     @classmethod
     def init(cls, batch: int, length: int, *, num_heads: int, width: int, dtype: Dtype) -> KVCache:
@@ -27,17 +30,21 @@ class KVCache(NamedTuple):
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     def update(self, new: KVCache, position: Int[Array, " b"]) -> KVCache:
-        """Store each row's one new entry at its position; drop one beyond the capacity."""
-        # Row by row: indices over all rows would make every device gather the others' rows.
-        store = jax.vmap(lambda old, at, x: old.at[:, at].set(x[:, 0], mode="drop"))
+        """Return the cache with one new entry per row, at the position of that row.
+
+        An entry at a position beyond the capacity is dropped.
+        """
+        # With vmap, each device updates its rows; indexing all rows at once would gather them.
+        store = jax.vmap(lambda old, index, x: old.at[:, index].set(x[:, 0], mode="drop"))
         return KVCache(*(store(old, position, x) for old, x in zip(self, new, strict=True)))
 
 
 class Attention(nn.Module):
-    """Multi-head attention with projections q, k, v and out, kernels [d d].
+    """Multi-head attention with the projections `q`, `k`, `v` and `out`.
 
-    Attends from `x` to itself, or to `context`, whose width may differ. `causal` as in
-    `layers.attention`. Raises ValueError if `num_heads` does not divide the width.
+    Queries are computed from `x`; keys and values from `context`, whose width may differ, or from
+    `x` if there is no context. `causal` and `hand_written_gradients` are as in `layers.attention`.
+    Raises ValueError if the width of `x` is not divisible by `num_heads`.
     """
 
     num_heads: int
@@ -65,30 +72,30 @@ class Attention(nn.Module):
         kv_cache: KVCache | None = None,
         position: Int[Array, " b"] | None = None,
     ) -> tuple[Float[Array, "b lq d"], KVCache]:
-        """Return the output, and the keys and values that it was computed from.
+        """Return the output, and the keys and values that the queries attended to.
 
-        `kv_cache` holds keys and values computed before, instead of those of a context. With
-        `position`, x has one entry per row, which is stored in the cache at that position, and
-        attends to the positions up to it.
+        `kv_cache` provides keys and values that were computed earlier, those of a context or of
+        past positions. With `position`, `x` has one entry per row. Its key and value are stored in
+        the cache at `position`, and its query attends to the positions up to that one.
         """
         width = x.shape[-1]
         if width % self.num_heads:
             raise ValueError(
-                f"width {width} does not divide over {self.num_heads} heads; "
+                f"width {width} is not divisible by num_heads={self.num_heads}; "
                 "set num_heads to a divisor of the width"
             )
 
-        def heads(name: str, y: Array) -> Array:
+        def project(name: str, y: Array) -> Array:
             return self._split_heads(self._projection(width, name)(y))
 
-        q, causal = heads("q", x), self.causal
+        q, causal = project("q", x), self.causal
         if kv_cache is None:
             source = x if context is None else context
-            kv_cache = KVCache(heads("k", source), heads("v", source))
+            kv_cache = KVCache(project("k", source), project("v", source))
         else:
             causal = False
             if position is not None:
-                kv_cache = kv_cache.update(KVCache(heads("k", x), heads("v", x)), position)
+                kv_cache = kv_cache.update(KVCache(project("k", x), project("v", x)), position)
                 mask = jnp.arange(kv_cache.k.shape[2])[None] <= position[:, None]
         attend = functools.partial(attention, hand_written_gradients=self.hand_written_gradients)
         y = attend(q, *kv_cache, mask=mask, causal=causal)
@@ -98,10 +105,13 @@ class Attention(nn.Module):
         """Return the keys and values of a context, to pass to `attend` as `kv_cache`."""
 
         def project(name: str) -> Array:
-            p = self.variables["params"][name]
-            manual = self.hand_written_gradients
+            params = self.variables["params"][name]
             y = dense(
-                context, p["kernel"], p["bias"], dtype=self.dtype, hand_written_gradients=manual
+                context,
+                params["kernel"],
+                params["bias"],
+                dtype=self.dtype,
+                hand_written_gradients=self.hand_written_gradients,
             )
             return self._split_heads(y)
 

@@ -1,4 +1,4 @@
-"""BERT (1810.04805): bidirectional, post-norm; the text tower of the MiniLM sentence encoders."""
+"""BERT (1810.04805), a bidirectional post-norm transformer. MiniLM sentence encoders are BERTs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ INIT = initializers.Normal(0.02)
 
 
 class Bert(TextTower):
-    """Token ids to a vector: the masked mean of the last layer (MiniLM) or its first token.
+    """Text tower that pools by the masked mean of the tokens (MiniLM) or by the first token.
 
     No token attends to padding, where `text_mask` is False. `pos_embed` includes the embedding of
-    token type 0, the only type of a single text. From scratch, all matrices are normal(0.02).
-    `hand_written_gradients` as in Transformer: reverse mode only if True.
+    token type 0, since a single text has no other type. All matrices and embeddings are initialized
+    with standard deviation 0.02. `hand_written_gradients=True` supports reverse mode only.
     """
 
     CONFIG_NAME: ClassVar[str] = "bert"

@@ -1,4 +1,7 @@
-"""One transformer layer: self-attention, cross-attention if there is a context, MLP."""
+"""One transformer layer: self-attention, cross-attention if there is a context, MLP.
+
+Axis letters: m context tokens of width e, *n any leading axes.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ Cross = Literal["none", "layer", "block"]
 
 
 class MlpBlock(nn.Module):
-    """fc2(act(fc1(x))), back to the width of x, with dropout after the activation."""
+    """fc2(dropout(act(fc1(x)))). The output has the width of x."""
 
     mlp_dim: int
     act: str = "gelu"
@@ -41,7 +44,7 @@ class MlpBlock(nn.Module):
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, retained between decoding steps."""
+    """Keys and values of a layer's self- and cross-attention, retained between decoding steps."""
 
     self_attention: KVCache
     cross: KVCache | None
@@ -50,13 +53,14 @@ class LayerCache(NamedTuple):
 class Block(nn.Module):
     """One transformer layer: attention and MLP, each with a residual and a norm.
 
-    `post_norm=False` normalizes the input of a branch (ViT, CLIP); True normalizes the sum (BERT).
-    Dropout applies to the branches' outputs and inside the MLP. `hand_written_gradients` as in
-    `layers`. `cross` states how a context [b m e] is read:
-      none   not at all.
+    `post_norm=False` normalizes the inputs of attention and MLP (ViT, CLIP); True normalizes each
+    sum with the residual (BERT). Dropout applies to the outputs of attention and MLP, and inside
+    the MLP. `hand_written_gradients` is as in `layers`. `cross` is the position of cross-attention
+    to a context [b m e]:
+      none   there is no cross-attention.
       layer  between self-attention and the MLP (1706.03762, CapPa).
-      block  by a second block after the self-attention block, with its own MLP and a norm on the
-             context: open_clip's multimodal decoder.
+      block  after the MLP, followed by a second MLP, with a norm on the context (open_clip's
+             multimodal decoder).
     """
 
     num_heads: int
@@ -88,7 +92,7 @@ class Block(nn.Module):
         return self._run(x, None, None, cache, position, train=False)
 
     def project_context(self, context: Float[Array, "b m e"]) -> KVCache:
-        """Return the keys and values of a context, computed once for all decoding steps."""
+        """Return the keys and values of a context, which are the same in all decoding steps."""
         params = self.variables["params"]
         if self.cross == "block":
             norm = self._norm(None, parent=None)

@@ -47,12 +47,14 @@ LOG_100 = math.log(100.0)
 class ModelConfig:
     """The keys of a model's mapping and their defaults.
 
-    `image` and `text` are {"name": key of TOWERS, "variant": …, field: value …}; heads are the same
-    with HEADS, `decoder` with DECODERS, `image_pooler` with POOLERS. A model without `text` has no
-    heads and no logit scale; one without `decoder` generates no captions. `dtype` ("float32" or
-    "bfloat16") is the type of matrix-product operands; a component's mapping can override it.
-    `image_mean`, `image_std`: units of 0..255. `logit_scale_init`, `logit_scale_max`: logs; no
-    clamp if None. `logit_bias_init`: no bias if None; -10 in SigLIP.
+    `image` and `text` are {"name": key of TOWERS, "variant": …, field: value …}. The other
+    components have the same form. Their names are keys of HEADS, DECODERS and POOLERS. A model
+    without `text` has no heads and no logit scale; one without `decoder` generates no captions.
+
+    `dtype` ("float32" or "bfloat16") is the type of matrix-product operands; a component's mapping
+    can override it. `image_mean` and `image_std` are in units of 0..255. `logit_scale_init` and
+    `logit_scale_max` are natural logs; with `logit_scale_max` None, the scale is not clamped.
+    `logit_bias_init` None means that there is no bias; SigLIP has -10.
     """
 
     image: Mapping[str, Any]
@@ -74,8 +76,8 @@ class ModelConfig:
 def build_model(cfg: Mapping[str, Any], partitioner: Any = None) -> ImageTextModel:
     """Build the model that a mapping with the keys of ModelConfig describes.
 
-    `partitioner.constrain`, if a partitioner is given, applies to every residual stream.
-    Raises ValueError that names the component, the bad field and the valid ones.
+    The `partitioner`, if given, determines the layout of every residual stream (`constrain`).
+    Raises a ValueError that names the component, the invalid field and the valid ones.
     """
     fields = _parse_model_config(cfg)
     constrain = no_constraint if partitioner is None else partitioner.constrain
@@ -145,7 +147,7 @@ def _check_decoder_input(model: ImageTextModel) -> None:
 def build_tower(cfg: Mapping[str, Any], **defaults: Any) -> nn.Module:
     """Build a tower from {"name": …, "variant": …, field: value …}.
 
-    `defaults` apply to fields that the tower has and the mapping omits. Raises ValueError like
+    `defaults` apply to fields that the tower has and the mapping omits. Raises the ValueErrors of
     `build_model`.
     """
     return _build_component("tower", TOWERS, cfg, defaults)
@@ -170,7 +172,7 @@ def _build_component(
     if size is not None and values.get("image_size", size) != size:
         raise ValueError(
             f"{role} {name!r}: image_size={values['image_size']}, but the model's is {size}; "
-            "remove it from the tower"
+            "remove image_size from the tower"
         )
     merged = {**defaults, **sizes, **values}
     if "dtype" in merged:
@@ -205,6 +207,8 @@ def abstract_tower_params(tower: nn.Module) -> Params:
         shape = (1, tower.max_length)
         inputs = (jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_))
     else:
-        size = getattr(tower, "image_size", 32)  # a CNN's parameters fit any size
+        size = getattr(
+            tower, "image_size", 32
+        )  # only a ViT has one; the parameters of CNNs fit any size
         inputs = (jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32),)
     return initializers.abstract_params(initializers.param_specs(tower, *inputs))

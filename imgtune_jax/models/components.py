@@ -19,25 +19,26 @@ from imgtune_jax.models.pooling import TowerOutput
 from imgtune_jax.param_tree import param_paths
 from imgtune_jax.types import MODALITIES, Batch, Constrain, Params, no_constraint
 
-# The index of a component here selects the keys of its parameters and its dropout.
+# A component's index in this tuple selects its random keys, for parameters and for dropout.
 COMPONENTS = ("image", "image_head", "text", "text_head", "decoder", "image_pooler")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelComponents:
-    """Components and how they are applied, as pure functions of a parameter tree.
+    """The components of a model, and pure functions that apply them to a parameter tree.
 
-    A component that a model lacks is None. Parameters: the components by name; `logit_scale`, the
-    log of the multiplier, if there is a text tower; `logit_bias`, if `logit_bias_init` is given. A
-    component that a call does not apply may be absent from the tree: with cached features, the
-    image tower is not on the device. `frozen` names components that stay in eval mode.
+    A component that a model lacks is None. The tree has the parameters of each component under its
+    name; `logit_scale`, the log of the multiplier, if there is a text tower; and `logit_bias`, if
+    `logit_bias_init` is given. A component that a call does not apply may be absent from the tree.
+    For example, the image tower need not be on the device if its features are cached. `frozen`
+    names the components that run in eval mode even in training.
 
     `image_mean` and `image_std` are in units of 0..255; `logit_scale_init` and `logit_scale_max`
-    are logs.
+    are natural logs.
     """
 
     image: nn.Module
-    text: Any  # nn.Module | None, as the next four
+    text: Any  # nn.Module | None, like the next four
     image_head: Any
     text_head: Any
     decoder: Any
@@ -109,10 +110,10 @@ class ModelComponents:
         return self.decoder is not None and self.decoder.input_from == "text_tower"
 
     def frozen_prefix(self, tower: str) -> FrozenPrefix | None:
-        """Return the frozen prefix of a tower, or None if it trains from its input on.
+        """Return the frozen prefix of a tower, or None if it has none.
 
-        If a component reads the tower's tokens, the prefix ends after the last layer, and pooling
-        belongs to the suffix.
+        If the full tower is frozen and a component reads its tokens, the prefix ends after the last
+        layer, and pooling belongs to the suffix.
         """
         module = getattr(self, tower)
         if module is None:
@@ -132,7 +133,7 @@ class ModelComponents:
     def apply_frozen_prefix(
         self, params: Params, *, tower: str, batch: Batch
     ) -> Float[Array, "b ..."]:
-        """Return the float32 output of `frozen_prefix`: a pooled vector, or tokens [b l d]."""
+        """Return the float32 output of a frozen prefix: pooled vectors [b d] or tokens [b l d]."""
         inputs = self.tower_inputs(tower, batch)
         assert inputs is not None
         prefix = self.frozen_prefix(tower)
@@ -149,10 +150,10 @@ class ModelComponents:
         rng: jax.Array | None = None,
         train: bool = False,
     ) -> TowerOutput | None:
-        """Return the output of a tower, and of the pooler after it; None without an input.
+        """Return a tower's output, after the pooler if an image pooler exists; None without input.
 
-        The input is the batch's cached features if it has them. From pooled features, the tokens
-        are the pooled vector alone, [b 1 d].
+        The input is the batch's cached features if there are any. If they are pooled, the output's
+        tokens are the pooled vector alone, [b 1 d].
         """
         if getattr(self, tower) is None:
             return None
@@ -171,7 +172,7 @@ class ModelComponents:
         return out
 
     def tower_inputs(self, tower: str, batch: Batch) -> tuple[Array, ...] | None:
-        """Return the inputs of a tower from a batch, or None.
+        """Return the inputs that a batch has for a tower, or None.
 
         Raises ValueError for a text without its mask.
         """
@@ -198,7 +199,7 @@ class ModelComponents:
         train: bool = False,
         **options: Any,
     ) -> Any:
-        """Apply one component, with `options` of `nn.Module.apply` and of its method.
+        """Apply one component; `options` go to `nn.Module.apply` and to the method that it calls.
 
         Raises ValueError if the model or the parameters lack the component.
         """
@@ -231,7 +232,7 @@ class ModelComponents:
         select: Callable[[Any], Array],
         **options: Any,
     ) -> Float[Array, "b ..."]:
-        """Return select(output of a tower) in eval mode, in float32."""
+        """Return `select` of the output of a tower in eval mode, in float32."""
 
         def run(*inputs: Array) -> Array:
             out = self.apply_component(params, tower, *inputs, **options)
@@ -242,15 +243,16 @@ class ModelComponents:
         return run(*inputs)
 
     def cast_frozen_kernels(self, frozen: Params) -> Params:
-        """Cast the kernels of frozen parameters to the type of product operands.
+        """Cast the kernels among frozen parameters to their component's `dtype`.
 
-        Every product casts its kernel to that type, so the values are the same; in bfloat16 they
-        take half the memory. For frozen parameters only: a cast kernel would lose small updates.
+        Every matrix product casts its kernel to `dtype` anyway, so no output changes, and bfloat16
+        kernels take half the memory. Trainable kernels must stay float32: bfloat16 ones would lose
+        small updates.
         """
 
         def cast(path: tuple[Any, ...], x: Array) -> Array:
             component = getattr(self, str(path[0].key), None)
-            depthwise = x.ndim == 4 and x.shape[2] == 1  # computed in float32
+            depthwise = x.ndim == 4 and x.shape[2] == 1  # its convolution is in float32
             if getattr(path[-1], "key", None) != "kernel" or component is None or depthwise:
                 return x
             return x.astype(component.dtype)
@@ -258,11 +260,11 @@ class ModelComponents:
         return jax.tree_util.tree_map_with_path(cast, frozen)
 
     def freeze(self, is_frozen: Callable[[str], bool]) -> Self:
-        """Return the model whose frozen parts run in eval mode.
+        """Return a copy of the model whose frozen parts run in eval mode.
 
         `is_frozen` takes a parameter path such as 'image/blocks_3/attn/q/kernel'. A component
-        without trainable parameters is in eval mode. In a transformer with some, the frozen prefix
-        is: the embeddings and the contiguous frozen layers from the first on.
+        without trainable parameters runs in eval mode. In a partly frozen transformer, only the
+        frozen prefix does: the embeddings and the contiguous frozen layers after them.
         """
         paths = param_paths(self.abstract_params())
         frozen, modules = set(), {}
@@ -272,8 +274,10 @@ class ModelComponents:
                 frozen.add(name)
             module = getattr(self, name)
             if hasattr(module, "num_frozen_layers"):
-                in_tower = {p.removeprefix(f"{name}/"): is_frozen(p) for p in component_paths}
-                prefix = FrozenPrefix.from_paths(in_tower)
+                by_path = {
+                    path.removeprefix(f"{name}/"): is_frozen(path) for path in component_paths
+                }
+                prefix = FrozenPrefix.from_paths(by_path)
                 n = 0 if prefix is None else prefix.num_layers
                 modules[name] = module.clone(num_frozen_layers=n)
         return dataclasses.replace(self, frozen=frozenset(frozen), **modules)

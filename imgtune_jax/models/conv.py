@@ -1,4 +1,8 @@
-"""Convolutions with their norms, and the base class of the CNN towers. NHWC, kernels HWIO."""
+"""Convolutions with their norms, and the base class of the CNN towers.
+
+Feature maps are NHWC, kernels HWIO. Axis letters: kh × kw kernel size, oh × ow output size, i input
+and o output channels, m = h·w tokens of e channels, n classes.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +43,7 @@ def depthwise_conv(
 class GroupNorm(nn.Module):
     """Group normalization (1803.08494) of NHWC maps in float32, without running statistics.
 
-    Raises ValueError if the channels do not divide into groups of `group_size`.
+    Raises ValueError if the number of channels is not divisible by `group_size`.
     """
 
     group_size: int
@@ -49,7 +53,9 @@ class GroupNorm(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         b, h, w, c = x.shape
         if c % self.group_size:
-            raise ValueError(f"{c} channels do not divide into groups of {self.group_size}")
+            raise ValueError(
+                f"{c} channels are not divisible by group_size={self.group_size}; set a divisor"
+            )
         scale = initializers.param(self, "scale", initializers.ONES, (c,))
         bias = initializers.param(self, "bias", initializers.ZEROS, (c,))
         y = x.reshape(b, h, w, c // self.group_size, self.group_size)
@@ -62,10 +68,10 @@ class GroupNorm(nn.Module):
 class ConvNorm(nn.Module):
     """Convolution, norm, activation.
 
-    `norm="folded"` is a convolution with a bias, into which an imported BatchNorm was folded: the
-    form to load weights into, without a norm to train. `norm="group"` is a bias-free convolution
-    and a GroupNorm, for a CNN trained from scratch (He normal). A depthwise convolution has SAME
-    padding. `hand_written_gradients` as in `layers`.
+    `norm="folded"` is a convolution with a bias, for imported weights: their BatchNorm is folded
+    into kernel and bias, so there is no norm to train. `norm="group"` is a bias-free convolution
+    and a GroupNorm, for a CNN trained from scratch. Kernels are initialized He normal. A depthwise
+    convolution has SAME padding. `hand_written_gradients` is as in `layers`.
     """
 
     features: int
@@ -101,7 +107,7 @@ class ConvNorm(nn.Module):
             )
         if self.depthwise:
             return depthwise_conv(x, kernel, self.stride)
-        if self.kernel_size == 1:  # a product over channels
+        if self.kernel_size == 1:  # a matrix product over channels
             x = x[:, :: self.stride, :: self.stride]
             return layers.dense(x, kernel[0, 0], dtype=self.dtype, hand_written_gradients=manual)
         y = lax.conv_general_dilated(
@@ -115,12 +121,12 @@ class ConvNorm(nn.Module):
 
 
 class ConvTower(nn.Module):
-    """Base of CNN towers: normalized NHWC images to the mean of the last map; tokens are that map.
+    """Base of the CNN towers: the mean of the last feature map, and the map as tokens.
 
-    `norm` as in ConvNorm. `num_classes` adds the `classifier` that `classify` needs. `remat`
-    recomputes blocks in the backward pass; on a CPU, XLA merges the recomputation with the forward
-    pass. `hand_written_gradients=True` is faster, and supports reverse mode only; with False,
-    `jax.jvp` works too.
+    Images are normalized NHWC. `norm` is as in ConvNorm. `num_classes` adds the `classifier` that
+    `classify` needs. `remat` recomputes blocks in the backward pass, except on a CPU, where XLA
+    merges the recomputation with the forward pass. `hand_written_gradients=True` is faster, and
+    supports reverse mode only; with False, `jax.jvp` works too.
     """
 
     CONFIG_NAME: ClassVar[str]
@@ -140,11 +146,11 @@ class ConvTower(nn.Module):
 
     def __call__(self, image: Float[Array, "b h w c"], *, train: bool = False) -> TowerOutput:
         del train  # no dropout, no norm statistics
-        x, more = self._feature_map(image.astype(jnp.float32))
+        x, extra_means = self._feature_map(image.astype(jnp.float32))
         mean = x.mean((1, 2))
         if self.num_classes and self.is_initializing():
             self.classifier(mean)  # so that `init` creates its parameters
-        return TowerOutput(jnp.concatenate([mean, *more], axis=-1), _flatten_map(x))
+        return TowerOutput(jnp.concatenate([mean, *extra_means], axis=-1), _flatten_map(x))
 
     def run_prefix(self, image: Float[Array, "b h w c"]) -> Float[Array, "b m e"]:
         """Return the tokens, whose mean is the pooled vector."""
@@ -163,12 +169,12 @@ class ConvTower(nn.Module):
         return self.classifier(x.mean((1, 2)))
 
     def _feature_map(self, image: Array) -> tuple[Array, list[Array]]:
-        """Return the last map [b h w e], and vectors [b …] to append to its mean."""
+        """Return the last map [b h w e], and vectors per image to append to its mean."""
         raise NotImplementedError
 
     def _make_classifier(self) -> layers.Dense:
-        gradients = self.hand_written_gradients
-        return layers.Dense(self.num_classes, dtype=self.dtype, hand_written_gradients=gradients)
+        manual = self.hand_written_gradients
+        return layers.Dense(self.num_classes, dtype=self.dtype, hand_written_gradients=manual)
 
 
 def _flatten_map(x: Float[Array, "b h w e"]) -> Float[Array, "b m e"]:

@@ -1,4 +1,7 @@
-"""A caption decoder: a causal transformer that attends to an image's tokens."""
+"""A caption decoder: a causal transformer that attends to an image's tokens.
+
+Axis letters: m image tokens of width e.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ from imgtune_jax.types import Params
 class DecoderCache:
     """The state of decoding between steps. Every leaf has one row per caption.
 
-    `position` is the index of the next token. `text` belongs to the causal text tower, if any.
+    `position` is the index of the next token. `decoder` and `text` are the keys and values of the
+    decoder and, if it reads a text tower's tokens, of that tower.
     """
 
     position: Int[Array, " b"]
@@ -29,20 +33,21 @@ class DecoderCache:
 
 
 class Decoder(Transformer):
-    """Tokens and image tokens [b m e] to one vector per position, which predicts the next token.
+    """Caption decoder: one vector per text position, from which the next token is predicted.
 
     `input_from` is "ids" (Cap: the decoder has token and position embeddings) or "text_tower"
-    (CoCa: the output of a causal text tower of the same width). `cross` as in Block.
-    `context_norm` normalizes the image tokens first, for towers that do not. `tied` predicts with
-    the embedding table. `chunk` is the number of positions whose logits exist at once.
+    (CoCa: the decoder reads the output of a causal text tower of the same width). `cross` is as in
+    Block. `context_norm` normalizes the image tokens first, for towers that do not normalize them.
+    `tied` predicts with the token embeddings instead of a separate matrix. `chunk` is the number of
+    positions whose logits are in memory at once.
 
-    With `parallel_fraction`, that fraction of the training examples (sampled per example) predicts
-    all its tokens at once: every input is the same learned vector plus its position, and there is
-    no causal mask (CapPa, 2306.07915). The length would reveal what the mask hides, so texts must
-    then be padded to exactly `max_length`. Raises ValueError otherwise.
+    `parallel_fraction` of the training examples, sampled at random, predict all their tokens in
+    parallel (CapPa, 2306.07915). There is no causal mask for them, and the input at each position
+    is one learned vector plus the position embedding. A shorter input would reveal the length of
+    the caption, so texts must be padded to exactly `max_length`; another length is a ValueError.
 
-    From scratch: embeddings as in TextTransformer, matrices Xavier normal.
-    `hand_written_gradients` as in Transformer: reverse mode only if True.
+    Embeddings are initialized as in TextTransformer, matrices Xavier normal.
+    `hand_written_gradients=True` supports reverse mode only, as in Transformer.
     """
 
     CONFIG_NAME: ClassVar[str] = "decoder"
@@ -69,9 +74,9 @@ class Decoder(Transformer):
         train: bool = False,
         parallel: Bool[Array, " b"] | None = None,
     ) -> Float[Array, "b t d"]:
-        """Return a vector per position, t at most max_length.
+        """Return one vector per position; t is at most `max_length`.
 
-        `parallel` states which rows predict in parallel; if None, they are sampled in training.
+        `parallel` selects the rows that predict in parallel. If None, they are sampled in training.
         """
         self._check(inputs)
         if parallel is None and train and self.parallel_fraction:
@@ -79,8 +84,8 @@ class Decoder(Transformer):
             parallel = jax.random.bernoulli(rng, self.parallel_fraction, inputs.shape[:1])
         if parallel is not None and inputs.shape[1] != self.max_length - 1:
             raise ValueError(
-                "parallel prediction sees every position, so texts must be padded to exactly "
-                f"max_length={self.max_length}; got {inputs.shape[1] + 1}"
+                "parallel prediction would reveal the length of a text, so texts must be "
+                f"padded to exactly max_length={self.max_length}; got {inputs.shape[1] + 1}"
             )
         x = inputs
         if self.input_from == "ids":
@@ -100,11 +105,11 @@ class Decoder(Transformer):
         return x
 
     def vocab_kernel(self, params: Params) -> Float[Array, "d v"]:
-        """Return the matrix from a position's vector to logits; `params` are the decoder's."""
+        """Return the matrix that maps a position to logits, given the decoder's parameters."""
         return params["token_embed"]["embedding"].T if self.tied else params["vocabulary"]["kernel"]
 
     def init_cache(self, context: Float[Array, "b m e"], *, length: int) -> LayerCaches:
-        """Return caches for `decode_step`: image keys and values, capacity for `length` tokens."""
+        """Return caches for `decode_step`, with image keys and capacity for `length` tokens."""
         params = self.variables["params"]
         if self.context_norm:
             context = self.apply_norm("context_norm", context)

@@ -1,4 +1,8 @@
-"""EfficientNet-Lite (1905.11946; the Lite variants drop squeeze-excite and swish for ReLU6)."""
+"""EfficientNet-Lite (1905.11946). It has no squeeze-and-excitation, and ReLU6 instead of swish.
+
+Axis letters: oh × ow output size, i input and o output channels, m tokens. e is the number of
+channels of the expanded map in a block, and of the tokens.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +40,10 @@ STAGES = (
 
 
 class InvertedResidual(nn.Module):
-    """expand 1×1 → depthwise → project 1×1, with a residual if the shapes allow one.
+    """1×1 expansion, depthwise convolution and 1×1 projection.
 
-    Returns the map, and the spatial mean of the expanded map (of the input if `expand` is 1).
+    There is a residual if the stride is 1 and input and output have one shape. Returns the output
+    map, and the spatial mean of the expanded map (of the input if `expand` is 1).
     """
 
     features: int
@@ -71,12 +76,15 @@ class InvertedResidual(nn.Module):
 
 
 class EfficientNetLite(conv.ConvTower):
-    """Normalized NHWC images to a 1280-d mean-pooled vector; tokens are the last map.
+    """CNN tower: the mean of the last feature map (1280 channels), and the map as tokens.
 
-    `pool_stages` appends to the vector, for each of those stages (0 to 6), the mean of the expanded
-    (6× wide) map of its first block: coarse classes are represented at the end of the network,
-    textures and shapes before it. These means are not a function of the tokens, so with them
-    `run_prefix` is an error. Padding is TensorFlow's SAME. Other fields as in ConvTower.
+    `pool_stages` appends further means to the vector, one per listed stage (0 to 6). Each is the
+    mean of the expanded map of the stage's first block, which is 6 times as wide as the block's
+    input (equal to it in stage 0). The last map represents coarse classes; earlier maps represent
+    textures and shapes. The further means cannot be computed from the tokens, so `run_prefix` and
+    `run_suffix` raise ValueError unless `pool_stages` is empty.
+
+    Padding is TensorFlow's SAME. Other fields are as in ConvTower.
     """
 
     CONFIG_NAME: ClassVar[str] = "efficientnet_lite"
@@ -87,7 +95,7 @@ class EfficientNetLite(conv.ConvTower):
         "lite3": dict(width_factor=1.2, depth_factor=1.4),
         "lite4": dict(width_factor=1.4, depth_factor=1.8),
     }
-    # Maps of a full batch exceed a processor's cache; see `xla_cpu.map_chunks`.
+    # The maps of a full batch exceed a CPU's cache; see `xla_cpu.map_chunks`.
     MAP_CHUNKS: ClassVar[bool] = True
 
     width_factor: float = 1.0
@@ -112,12 +120,12 @@ class EfficientNetLite(conv.ConvTower):
             self.classifier = self._make_classifier()
 
     def stage_repeats(self) -> list[int]:
-        """Return the number of blocks of each stage. Lite does not deepen the first and last."""
+        """Return the number of blocks of each stage; in the first and last it is not scaled."""
         middle = [math.ceil(s.repeats * self.depth_factor) for s in STAGES[1:-1]]
         return [STAGES[0].repeats, *middle, STAGES[-1].repeats]
 
     def block_fields(self) -> list[dict[str, Any]]:
-        """Return the fields of each block in order. Lite does not widen the stem and the head."""
+        """Return the fields of each block in order. Only blocks are widened, not stem and head."""
         return [
             dict(
                 features=round_filters(stage.features, self.width_factor),
@@ -142,8 +150,8 @@ class EfficientNetLite(conv.ConvTower):
     def _check_no_pool_stages(self) -> None:
         if self.pool_stages:
             raise ValueError(
-                f"efficientnet_lite pools stages {self.pool_stages} too, which its tokens do not "
-                "hold; to cache tokens for a decoder or a pooler, set pool_stages=()"
+                f"efficientnet_lite has pool_stages={self.pool_stages}, whose means cannot be "
+                "computed from cached tokens; set pool_stages=() to cache tokens"
             )
 
     def _feature_map(self, image: Array) -> tuple[Array, list[Array]]:
@@ -159,7 +167,7 @@ class EfficientNetLite(conv.ConvTower):
 
 
 def round_filters(features: int, factor: float) -> int:
-    """Scale a width to a multiple of 8, at least 90 % of the exact one (the authors' rule)."""
+    """Return features * factor, rounded to a multiple of 8 that is at least 90% of the product."""
     scaled = features * factor
     rounded = max(8, int(scaled + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * scaled else rounded

@@ -1,10 +1,11 @@
-"""Backward passes written by hand, and the pieces they share with the forward equations.
+"""Hand-written backward passes, and functions that they share with the forward passes.
 
-They exist for two reasons. In low precision, autodiff would multiply a float32 cotangent with
-low-precision operands, and no matrix unit computes that product: it would run in float32. And
+They exist for two reasons. In low precision, autodiff would multiply a float32 cotangent by a
+low-precision operand. Matrix units cannot mix types, so that product would run in float32. And
 XLA:CPU compiles autodiff's gradients of attention and layer normalization to slower code. A
-function with such a gradient supports reverse mode only; `hand_written_gradients=False` selects
-the same function with autodiff's gradients.
+function with a hand-written gradient supports reverse mode only; `hand_written_gradients=False`
+selects the same function with autodiff's gradients. In all functions here, `g` is the cotangent of
+the output.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ Dtype = Any
 
 
 def expand_like(vector: Float[Array, " d"], like: Array) -> Array:
-    """Reshape a vector to [1 … 1 d] with the rank of `like`, as implicit promotion is an error."""
+    """Reshape a vector to [1 … 1 d] with the rank of `like`, to avoid implicit rank promotion."""
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
 
 
 def center_and_rstd(x: Array, epsilon: float) -> tuple[Array, Array]:
-    """Return x minus its mean over the last axis, and 1 / sqrt(variance + epsilon)."""
-    # E[(x-m)^2], not E[x^2]-m^2: the latter cancels when the mean is large.
+    """Return x minus its mean over the last axis, and rstd = 1 / sqrt(variance + epsilon)."""
+    # E[(x - mean)²], since E[x²] - mean² loses precision when the mean is large.
     centered = x - x.mean(-1, keepdims=True)
     return centered, lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + epsilon)
 
@@ -62,14 +63,14 @@ def attention_backward(residuals: Any, g: Array) -> tuple[Array, Array, Array, N
 def layer_norm_backward(
     epsilon: float, residuals: tuple[Array, Array], g: Array
 ) -> tuple[Array, Array, Array]:
-    """Return the gradients of layer normalization. The residuals are x and scale only."""
+    """Return the gradients of layer normalization. The residuals are x and scale."""
     x, scale = residuals
     centered, rstd = center_and_rstd(x, epsilon)
     y, rows = centered * rstd, tuple(range(x.ndim - 1))
     gy = g * y
 
     def mean_scaled(z: Array) -> Array:
-        # As a product: for a sum of products XLA:CPU expands the scale to the size of x.
+        # A matrix product: for (z * scale).sum(), XLA:CPU would expand scale to the size of x.
         return jnp.dot(z, scale, precision="highest")[..., None] / x.shape[-1]
 
     dx = rstd * (g * expand_like(scale, x) - mean_scaled(g) - y * mean_scaled(gy))

@@ -1,4 +1,7 @@
-"""Heads: a tower's pooled vector to the shared embedding space."""
+"""Heads, which map a tower's pooled vector to the shared embedding space.
+
+Axis letters: i width of the pooled vector, d = `embed_dim`.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ from imgtune_jax.models import initializers, layers
 
 
 def standardize(module: nn.Module, x: Float[Array, "b i"]) -> Float[Array, "b i"]:
-    """Return (x - input_mean) / input_std for each dimension; parameters of `module`.
+    """Return (x - input_mean) / input_std per dimension. Both are parameters of `module`.
 
-    Both are statistics, not weights: measured once on training data, then always frozen. The
-    dimensions of a locked tower differ in scale by orders of magnitude; without standardization, a
-    linear map learns the small ones last.
+    They are statistics, not weights: they are measured on training data and then stay frozen. The
+    dimensions of a locked tower's features differ in scale by orders of magnitude. Without
+    standardization, a linear map learns the small ones last.
     """
     width = (x.shape[-1],)
     mean = initializers.param(module, "input_mean", initializers.ZEROS, width)
@@ -24,9 +27,10 @@ def standardize(module: nn.Module, x: Float[Array, "b i"]) -> Float[Array, "b i"
 
 
 class IdentityHead(nn.Module):
-    """The pooled vector unchanged: for a tower whose space is the shared one. No weights.
+    """Head without weights, for a tower whose pooled vector already is an embedding.
 
-    Raises ValueError if the tower's width is not `embed_dim`.
+    `standardize` applies the function `standardize`. Raises ValueError if the tower's width is not
+    `embed_dim`.
     """
 
     embed_dim: int
@@ -44,7 +48,7 @@ class IdentityHead(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """One affine map, the projection of CLIP and LiT (`use_bias=False` for CLIP).
+    """One affine map, as in LiT and CLIP (CLIP's has no bias).
 
     `standardize` applies the function `standardize` first.
     """
@@ -60,7 +64,7 @@ class LinearHead(nn.Module):
         del train
         if self.standardize:
             x = standardize(self, x)
-        # std 1/sqrt(i), as in CLIP's projections
+        # standard deviation 1/sqrt(i), as in CLIP's projections
         shape = (x.shape[-1], self.embed_dim)
         kernel = initializers.param(self, "kernel", initializers.LECUN_NORMAL, shape)
         bias = None
@@ -71,9 +75,9 @@ class LinearHead(nn.Module):
 
 
 class MlpHead(nn.Module):
-    """norm? → fc1 → activation → dropout → fc2.
+    """MLP with one hidden layer: fc1, activation, dropout, fc2.
 
-    `input_norm` applies a LayerNorm first; `standardize` applies `standardize` before it.
+    `standardize` applies the function `standardize` first. `input_norm` then applies a LayerNorm.
     """
 
     embed_dim: int

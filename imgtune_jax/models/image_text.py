@@ -1,4 +1,7 @@
-"""An image tower with a text tower, a caption decoder or both: CLIP, LiT, SigLIP, Cap, CoCa."""
+"""An image tower with a text tower, a caption decoder or both: CLIP, LiT, SigLIP, Cap, CoCa.
+
+Axis letters: e width of a tower's features or tokens, m image tokens.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +28,10 @@ def unit_norm(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def clamp_log_scale(t: Float[Array, ""], maximum: float) -> Float[Array, ""]:
-    """Return min(t, maximum); above the maximum, keep only gradients whose descent lowers t.
+    """Return min(t, maximum), with a gradient that can lower a `t` above the maximum.
 
-    `jnp.minimum` has no gradient there: a scale above the bound could never return.
+    There, a gradient passes if gradient descent would lower `t`, and is zero otherwise. With
+    `jnp.minimum` it would always be zero, so a `t` above the maximum could never return.
     """
     return jnp.minimum(t, maximum)
 
@@ -45,15 +49,17 @@ clamp_log_scale.defvjp(_clamp_forward, _clamp_backward)
 
 @dataclasses.dataclass(frozen=True)
 class ImageTextModel(ModelComponents):
-    """A contrastive model with a text tower and heads (CLIP), a captioner with a decoder (Cap).
+    """A contrastive model (CLIP), a captioner (Cap), or both.
 
-    With both, the decoder may read the text tower's tokens: CoCa (2205.01917), from one pass.
+    A text tower and heads make the model contrastive; a decoder makes it a captioner. If it is
+    both, the decoder may read the text tower's tokens, and one forward pass computes all outputs
+    (CoCa, 2205.01917).
     """
 
     def apply(
         self, params: Params, batch: Batch, *, rng: jax.Array | None = None, train: bool = False
     ) -> Outputs:
-        """Return the outputs that the fields of the batch allow. Training needs `rng`, for dropout.
+        """Return the outputs for which the batch has inputs. Training needs `rng`, for dropout.
 
         `batch.image_features` and `batch.text_features`, if given, are outputs of
         `apply_frozen_prefix`.
@@ -100,7 +106,11 @@ class ImageTextModel(ModelComponents):
     def tower_features(self, params: Params, batch: Batch) -> dict[str, Float[Array, "b e"]]:
         """Return the pooled vectors of a batch by tower, before the heads, in float32."""
         outputs = {tower: self.apply_tower(params, tower, batch) for tower in MODALITIES}
-        return {t: out.pooled.astype(jnp.float32) for t, out in outputs.items() if out is not None}
+        return {
+            tower: out.pooled.astype(jnp.float32)
+            for tower, out in outputs.items()
+            if out is not None
+        }
 
     def encode_image(self, params: Params, image: UInt8[Array, "b h w c"]) -> Float[Array, "b d"]:
         """Return unit-norm embeddings of uint8 RGB images."""
@@ -121,7 +131,7 @@ class ImageTextModel(ModelComponents):
         )
 
     def image_tokens(self, params: Params, image: UInt8[Array, "b h w c"]) -> Float[Array, "b m e"]:
-        """Return the tokens of uint8 RGB images that the decoder reads, in float32."""
+        """Return the tokens of uint8 RGB images in float32, as the decoder reads them."""
         return self._image(params, image, "tokens")
 
     def caption_scores(
@@ -131,7 +141,7 @@ class ImageTextModel(ModelComponents):
         text: Int[Array, "b l"],
         text_mask: Bool[Array, "b l"],
     ) -> TokenScores:
-        """Return the scores of given captions, in eval mode, without logits [b l v] in memory."""
+        """Return the scores of captions in eval mode, without holding logits [b l v] in memory."""
         return self._score_tokens(
             params, image_tokens, text, self._text_tokens(params, text, text_mask)
         )
@@ -145,10 +155,11 @@ class ImageTextModel(ModelComponents):
         *,
         parallel: Bool[Array, " b"] | None = None,
     ) -> Float[Array, "b l v"]:
-        """Return the logits of the token after each position, in eval mode, all at once.
+        """Return the logits for the token after each position, in eval mode.
 
-        For tests and small sizes. `parallel` states which rows predict from positions alone,
-        without the text (CapPa); texts are then without their last position.
+        All logits are in memory at once, so it is for tests and small sizes. `parallel` selects the
+        rows that predict from position embeddings alone, without reading the text (CapPa); `text`
+        must then omit its last position.
         """
         tokens = self._text_tokens(params, text, text_mask)
         inputs = text if tokens is None else tokens
@@ -158,7 +169,7 @@ class ImageTextModel(ModelComponents):
     def decoder_cache(
         self, params: Params, image_tokens: Float[Array, "b m e"], *, length: int
     ) -> DecoderCache:
-        """Return the cache to decode up to `length` tokens. All leaves have one row per image.
+        """Return a cache for decoding up to `length` tokens. All leaves have one row per image.
 
         Raises ValueError if `length` exceeds the decoder's max_length.
         """
@@ -178,7 +189,10 @@ class ImageTextModel(ModelComponents):
     def decode_step(
         self, params: Params, cache: DecoderCache, token: Int[Array, " b"]
     ) -> tuple[Float[Array, "b v"], DecoderCache]:
-        """Return the logits of the token after `token`, which is at each row's `cache.position`."""
+        """Return the logits for the token after `token`, and the updated cache.
+
+        `token` is at position `cache.position` of each row.
+        """
         inputs, text, position = token, cache.text, cache.position
         if self.decoder.input_from == "text_tower":
             inputs, text = self._apply_decoding(params, "text", token, text, position)

@@ -1,9 +1,11 @@
-"""Initializers, and how all parameters of a component are sampled at once.
+"""Normal initializers, and sampling of all parameters of a component at once.
 
-Every initializer samples a normal distribution, as any Linen initializer: `module.init(key, x)`
-returns plain float32 arrays. A `Model` instead collects the distributions (`param_specs`) and
-samples a full component in one call (`sample_params`): one vectorized sample of standard normals
-compiles many times faster than one per parameter.
+As with any Linen initializer, `module.init(key, x)` returns plain float32 arrays. In addition, each
+initializer can state its distribution. `ModelComponents.init` collects the distributions of a
+component (`param_specs`) and samples all of them in one call (`sample_params`), since one large
+sample compiles many times faster than one sample per parameter.
+
+Axis letters: i inputs and o outputs of a kernel.
 """
 
 from __future__ import annotations
@@ -28,14 +30,14 @@ SPEC_STREAM = "param_specs"
 
 
 class NormalSpec(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
-    """The distribution of a parameter, normal(mean, std); `value` has its shape and type."""
+    """The distribution of a parameter, normal(mean, std); `value` is a placeholder."""
 
     value: Any
     mean: float = struct.field(pytree_node=False)
     std: float = struct.field(pytree_node=False)
 
     def unbox(self) -> Any:
-        """Return the placeholder, which has the parameter's shape."""
+        """Return the placeholder, which has the parameter's shape and type."""
         return self.value
 
     def replace_boxed(self, val: Any) -> NormalSpec:
@@ -90,7 +92,7 @@ class FanScaledNormal:
     variance: Callable[[int, int], float]
 
     def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
-        """Sample a kernel of shape [… i o]; axes before the last two are a window."""
+        """Sample a kernel of shape [… i o]; axes before the last two are a convolution's."""
         return self._normal(shape)(key, shape, dtype)
 
     def spec(self, shape: tuple[int, ...]) -> NormalSpec:
@@ -107,27 +109,29 @@ ONES = Normal(0.0, mean=1.0)
 # Glorot and Bengio, 2010
 XAVIER_NORMAL = FanScaledNormal(lambda fan_in, fan_out: 2 / (fan_in + fan_out))
 LECUN_NORMAL = FanScaledNormal(lambda fan_in, fan_out: 1 / fan_in)
-HE_NORMAL = FanScaledNormal(lambda fan_in, fan_out: 2 / fan_in)  # 1502.01852, before a ReLU
+HE_NORMAL = FanScaledNormal(
+    lambda fan_in, fan_out: 2 / fan_in
+)  # 1502.01852, for layers before a ReLU
 
 
 def param(module: nn.Module, name: str, initializer: Initializer, shape: tuple[int, ...]) -> Array:
-    """Declare and return a float32 parameter of a module: `module.param` for this package.
+    """Declare and return a float32 parameter of a module. Modules call it, not `module.param`.
 
-    The parameter is sampled by `initializer`. If the module has an RNG stream `SPEC_STREAM`, it is
-    `initializer.spec(shape)` instead, and nothing is sampled; see `param_specs`.
+    If the module has an RNG stream `SPEC_STREAM`, the parameter is `initializer.spec(shape)`
+    instead of a sample (see `param_specs`).
     """
     if module.has_rng(SPEC_STREAM):
         return cast(Array, module.param(name, lambda key: initializer.spec(shape)))
     if module.has_variable("params", name):
-        # Linen evaluates the initializer's shape on every trace; tracing a sample takes long.
+        # Linen traces the initializer each time, to check the shape. Zeros are traced faster.
         return module.param(name, lambda key: jnp.zeros(shape, jnp.float32))
     return module.param(name, initializer, shape, jnp.float32)
 
 
 def param_specs(module: nn.Module, *inputs: Any) -> Params:
-    """Return the NormalSpec of each parameter of a module, on abstract inputs.
+    """Return the NormalSpec of each parameter of a module, given abstract inputs.
 
-    Nothing is computed. Every parameter of the module must be declared by `param`.
+    No array is computed. Every parameter of the module must be declared by `param`.
     """
 
     def run(*inputs: Any) -> Any:
@@ -143,7 +147,7 @@ def abstract_params(specs: Params) -> Params:
 
 
 def sample_params(specs: Params, key: jax.Array) -> Params:
-    """Sample float32 parameters. Values depend on the full tree, not on each path."""
+    """Sample float32 parameters. Adding a parameter to the tree can change all other values."""
     leaves, structure = jax.tree.flatten(specs, is_leaf=_is_spec)
     remaining = [i for i, spec in enumerate(leaves) if spec.std]
     noise: dict[int, Array] = {}

@@ -1,8 +1,10 @@
-"""A stack of equal blocks: one set of parameters per layer, run by a loop or by `lax.scan`.
+"""A stack of layers, one `Block` each, that run in a loop or in a `lax.scan`.
 
-In the parameter tree the layers are `blocks_0`, `blocks_1`, … so that a regex on the path can lock
-or scale one of them. A scan stacks them inside `apply` and compiles one layer, so its compile time
-does not grow with depth.
+In the parameter tree the layers are `blocks_0`, `blocks_1`, …, so that a regex on the path can
+select one of them, to lock it for example. A scan stacks their parameters inside `apply` and
+compiles one layer, so its compile time does not grow with depth.
+
+Axis letters: m context tokens of width e.
 """
 
 from __future__ import annotations
@@ -34,10 +36,11 @@ class Segment(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class LayerStack:
-    """`depth` copies of a block, and how they run. No field changes a value, with one exception.
+    """`depth` layers, and how they run.
 
-    The exception is `num_frozen_layers`: the first n layers run in eval mode (no dropout), all of
-    them if it is -1. `remat` recomputes a block's activations in the backward pass.
+    The first `num_frozen_layers` layers run in eval mode, without dropout; -1 means all layers.
+    `scan` runs the layers in a `lax.scan`; `remat` recomputes a block's activations in the backward
+    pass. Neither of `scan`, `remat` and `constrain` changes a value.
     """
 
     depth: int
@@ -64,11 +67,11 @@ class LayerStack:
         train: bool = False,
         segment: Segment = Segment.FULL,
     ) -> Float[Array, "b l d"]:
-        """Run `block` (unbound: parent=None) with the parameters `blocks_i` of `parent`.
+        """Run `block`, an unbound module, with the parameters `blocks_i` of `parent`.
 
-        If `parent` collects intermediates, the layers are its submodules and run by a loop without
-        remat, whatever `scan` and `remat` say, so that the output of each is collected. Raises
-        KeyError if the parameters of a layer that runs are absent.
+        While `parent` is initialized or collects intermediates, the layers are its submodules, so
+        that Linen can create their parameters or collect their outputs. They then run in a loop
+        without remat. Raises KeyError if the parameters of a layer that runs are absent.
         """
         x = self.constrain(x, layers.RESIDUAL_AXES)
         n = self.depth if self.num_frozen_layers == -1 else self.num_frozen_layers
@@ -78,7 +81,7 @@ class LayerStack:
         run = functools.partial(
             self._run_submodules if bound else self._run, parent, block, (mask, context), keys
         )
-        # Two runs, not one: no gradient is computed through a run whose parameters are all frozen.
+        # The frozen layers run separately, so that no gradient is computed through them.
         if segment is not Segment.SUFFIX:
             x = run(x, range(n), train=False)
         if segment is not Segment.PREFIX:
@@ -89,49 +92,50 @@ class LayerStack:
         self,
         parent: nn.Module,
         block: Block,
-        others: tuple[Array | None, ...],
+        mask_and_context: tuple[Array | None, ...],
         keys: Array,
         x: Array,
         indices: range,
         *,
         train: bool,
     ) -> Array:
-        """Run layers as submodules of `parent`, which initializes them and collects outputs."""
+        """Run layers as submodules of `parent`."""
         for i in indices:
             layer = block.clone(parent=parent, name=f"blocks_{i}")
-            if train and block.dropout:  # the same dropout as in `_run`
+            if train and block.dropout:  # so that dropout is the same as in `_run`
                 assert layer.scope is not None
                 layer.scope.rngs = {**layer.scope.rngs, "dropout": LazyRng.create(keys[i])}
-            x = self.constrain(layer(x, *others, train=train), layers.RESIDUAL_AXES)
+            x = self.constrain(layer(x, *mask_and_context, train=train), layers.RESIDUAL_AXES)
         return x
 
     def _run(
         self,
         parent: nn.Module,
         block: Block,
-        others: tuple[Array | None, ...],
+        mask_and_context: tuple[Array | None, ...],
         keys: Array,
         x: Array,
         indices: range,
         *,
         train: bool,
     ) -> Array:
-        """Run layers as a function of their parameters, by a loop or a scan."""
+        """Run layers as functions of their parameters, in a loop or in a scan."""
         params = [parent.variables["params"][f"blocks_{i}"] for i in indices]
         keys = keys[indices.start : indices.stop]
 
         def layer(x: Array, layer_params: Params, key: Array) -> Array:
             rngs = {"dropout": key}
-            y = block.apply({"params": layer_params}, x, *others, train=train, rngs=rngs)
+            variables = {"params": layer_params}
+            y = block.apply(variables, x, *mask_and_context, train=train, rngs=rngs)
             return self.constrain(cast(Array, y), layers.RESIDUAL_AXES)
 
         scan = self.scan or (self.remat and xla_cpu.remat_needs_scan())
         if self.remat:
-            # Inside a scan nothing can be merged across iterations, so no barrier is needed.
+            # XLA merges no computations across the iterations of a scan, so no barrier is needed.
             layer = functools.partial(jax.checkpoint, prevent_cse=not scan)(layer)
         if scan and len(params) > 1:
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
-            return jax.lax.scan(lambda x, p: (layer(x, *p), None), x, (stacked, keys))[0]
+            return jax.lax.scan(lambda x, inputs: (layer(x, *inputs), None), x, (stacked, keys))[0]
         for i, layer_params in enumerate(params):
             x = layer(x, layer_params, keys[i])
         return x

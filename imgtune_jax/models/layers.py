@@ -4,6 +4,9 @@ Parameters are float32. `dtype` is the type of matrix-product operands only: pro
 in float32, and all element-wise operations (norm, softmax, activation, residual) are float32.
 `hand_written_gradients=True` supports reverse mode only (see `gradients.py`); False supports
 `jax.jvp` and `jax.linearize` too, with the same values.
+
+Axis letters: *n any leading axes, i inputs, o outputs, lq queries, lk keys. In `attention`, d is
+the width of one head.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from imgtune_jax.xla_cpu import contract
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI CLIP's
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # of OpenAI's CLIP
     "relu": jax.nn.relu,
     "relu6": jax.nn.relu6,
     "silu": jax.nn.silu,
@@ -34,7 +37,7 @@ RESIDUAL_AXES = ("batch", "length", "embed")  # logical axes of the residual str
 
 
 def activation(name: str) -> Callable[[Array], Array]:
-    """Return the activation function of that name. Raises ValueError for an unknown name."""
+    """Return an activation function by name. Raises ValueError for an unknown name."""
     if name not in ACTIVATIONS:
         raise ValueError(f"activation {name!r} is not one of {', '.join(sorted(ACTIVATIONS))}")
     return ACTIVATIONS[name]
@@ -49,7 +52,7 @@ def dense(
     hand_written_gradients: bool = True,
 ) -> Float[Array, "*n o"]:
     """Return `x @ kernel + bias`, with operands in `dtype` and sums and result in float32."""
-    # As rows: where the kernel's gradient is a sum over two axes, XLA:CPU transposes both first.
+    # One row axis: to sum the kernel's gradient over two, XLA:CPU would transpose both operands.
     rows = x.reshape(-1, x.shape[-1])
     matmul = _matmul_with_vjp if hand_written_gradients else _matmul
     y = cast(Array, matmul(rows, kernel, jnp.dtype(dtype)))
@@ -63,7 +66,7 @@ def _matmul(x: Array, kernel: Array, dtype: Dtype) -> Array:
 
 def _matmul_forward(x: Array, kernel: Array, dtype: Dtype) -> tuple[Array, Any]:
     low_x, low_kernel = x.astype(dtype), kernel.astype(dtype)
-    # Empty arrays carry the operands' original types, which the gradients have.
+    # Empty arrays record the types of x and kernel, in which the gradients are returned.
     like_x, like_kernel = jnp.empty(0, x.dtype), jnp.empty(0, kernel.dtype)
     y = contract(low_x, low_kernel, axes=(-1, -2))
     return y, (low_x, low_kernel, like_x, like_kernel)
@@ -84,10 +87,10 @@ def attention(
 ) -> Float[Array, "b k lq d"]:
     """Scaled dot-product attention (1706.03762, eq. 1) of k heads, with a float32 softmax.
 
-    `mask` is False for keys that no query, or that one query, may attend to. A query without any
-    visible key averages all of them instead of returning NaN. With `causal`, position i attends to
-    positions up to i. Heads come before positions, as in the products: in another order XLA would
-    transpose the operands each time.
+    `mask` is False for keys [b lk], or for pairs of query and key [b lq lk], that are not attended
+    to. A query that may attend to no key returns the mean of all values, not NaN. With `causal`,
+    position i attends to positions up to i. The head axis precedes the position axis, since XLA
+    would otherwise transpose the operands of each product.
     """
     visible = None
     if mask is not None:
@@ -172,7 +175,7 @@ class Dense(nn.Module):
 
 
 class Embed(nn.Module):
-    """Rows of a table, `embedding` [v d]. An id outside the table returns NaN."""
+    """A table of embeddings, `embedding` [v d]. The embedding of an id outside the table is NaN."""
 
     num_embeddings: int
     features: int

@@ -1,4 +1,7 @@
-"""Poolers: a sequence of tokens to one vector, or to a vector and fewer tokens."""
+"""Poolers, which reduce a sequence of tokens to one vector, or to one vector and fewer tokens.
+
+Axis letters: m image tokens, e width of the input tokens, n queries.
+"""
 
 from __future__ import annotations
 
@@ -14,25 +17,28 @@ from imgtune_jax.models.block import MlpBlock
 
 
 class TowerOutput(NamedTuple):
-    """The output of every tower: one vector per example, and the tokens it was pooled from."""
+    """The output of a tower: one vector per example, and a sequence of tokens of width e."""
 
     pooled: Float[Array, "b d"]
     tokens: Float[Array, "b l e"]
 
 
 def masked_mean(x: Float[Array, "b l d"], mask: Bool[Array, "b l"]) -> Float[Array, "b d"]:
-    """Return the mean over the positions where `mask` is True; zeros for a row without one."""
+    """Return the mean over the positions where `mask` is True; zeros for a row without any."""
     weight = mask[..., None].astype(x.dtype)
     return (x * weight).sum(1) / jnp.maximum(weight.sum(1), 1.0)
 
 
 def last_true_index(mask: Bool[Array, "b l"]) -> Int[Array, " b"]:
-    """Return the index of each row's last True (EOT if the text ends with it); 0 without one."""
+    """Return the index of the last True of each row, in CLIP the end-of-text token; 0 if none."""
     return jnp.max(jnp.where(mask, jnp.arange(mask.shape[1])[None], 0), axis=1)
 
 
 class MAPHead(nn.Module):
-    """MAP head: one learned query over all tokens, then a residual MLP (big_vision, SigLIP)."""
+    """Multi-head attention pooling (MAP): attention of one learned query, then a residual MLP.
+
+    As in big_vision and SigLIP.
+    """
 
     num_heads: int
     mlp_dim: int
@@ -72,7 +78,7 @@ class MAPHead(nn.Module):
 
 
 class QueryAttention(nn.Module):
-    """Learned queries that attend to all tokens: one attention, without residual and MLP."""
+    """Attention of learned queries to all tokens, without a residual and without an MLP."""
 
     num_queries: int
     width: int
@@ -98,13 +104,13 @@ class QueryAttention(nn.Module):
 
 
 class AttentionalPooler(nn.Module):
-    """Image tokens to a contrastive vector and `num_queries` captioning tokens (2205.01917, 3.2).
+    """Pools image tokens to a contrastive vector and `num_queries` captioning tokens.
 
-    `layout` is one of
-      cascade   the vector is one query over the captioning tokens, as in the paper.
-      parallel  the vector is one query over the tower's tokens.
-      shared    one set of queries, then a norm: the first is the vector, the other
-                num_queries - 1 the tokens. open_clip's CoCa models use it.
+    From CoCa (2205.01917, section 3.2). `layout` is one of
+      cascade   the query of the vector attends to the captioning tokens, as in the paper.
+      parallel  the query of the vector attends to the tower's tokens.
+      shared    the outputs of one set of `num_queries` queries are normalized. The first is the
+                vector; the others are the captioning tokens. open_clip's CoCa models use it.
     """
 
     width: int

@@ -1,4 +1,7 @@
-"""Position embeddings of image patches, row-major over a square grid."""
+"""Position embeddings of image patches, in row-major order over a square grid.
+
+Axis letters: m positions after resizing.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ from jaxtyping import Array, Float
 
 
 def sincos_2d(grid: int, width: int, *, temperature: float = 10_000.0) -> Float[np.ndarray, "l d"]:
-    """Return the fixed sine-cosine positions of MoCo v3 (2104.02057), as in big_vision.
+    """Return the fixed sine-cosine position embeddings of MoCo v3 (2104.02057), as in big_vision.
 
     Raises ValueError unless the width is a multiple of 4.
     """
     if width % 4:
-        raise ValueError(f"width = {width}; sincos positions need a multiple of 4")
+        raise ValueError(f"width = {width}; sine-cosine positions need a multiple of 4")
     y, x = np.mgrid[:grid, :grid]
     omega = 1.0 / temperature ** (np.arange(width // 4) / (width // 4 - 1))
     y, x = y.reshape(-1, 1) * omega, x.reshape(-1, 1) * omega
@@ -26,7 +29,9 @@ def sincos_2d(grid: int, width: int, *, temperature: float = 10_000.0) -> Float[
 def resize_pos_embed(
     positions: Float[Array, "l d"] | Float[np.ndarray, "l d"], length: int
 ) -> Float[Array, "m d"]:
-    """Resize a learned square grid of positions: antialiased bicubic, as open_clip on loading.
+    """Resize the learned positions of a square grid to `length` positions.
+
+    The interpolation is antialiased and bicubic, as when open_clip loads weights.
 
     Raises ValueError if either length is not the square of an integer.
     """

@@ -1,4 +1,7 @@
-"""ResNet v1.5 (1512.03385; the stride is in the 3×3 convolution, as in torchvision)."""
+"""ResNet v1.5 (1512.03385; the stride is in the 3×3 convolution, as in torchvision).
+
+Axis letters: oh × ow output size, i input and o output channels.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from jaxtyping import Array, Float
 
 from imgtune_jax.models import conv, layers
 
-GROUP_SIZE = 16  # the stem's 64 channels in four groups
+GROUP_SIZE = 16  # channels; the stem's 64 channels are four groups
 
 
 def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b oh ow c"]:
@@ -23,7 +26,10 @@ def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b oh ow c"]:
 
 
 class Bottleneck(nn.Module):
-    """1×1 → 3×3 (stride) → 1×1 to 4·features, added to the input or to its projection."""
+    """Convolutions 1×1, 3×3 (with the stride) and 1×1 (to 4·features channels), with a residual.
+
+    If `project`, the residual is a 1×1 convolution of the input.
+    """
 
     features: int
     stride: int
@@ -51,10 +57,10 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(conv.ConvTower):
-    """Normalized NHWC images to a 2048-d mean-pooled vector; tokens are the last map.
+    """CNN tower: the mean of the last feature map (2048 channels), and the map as tokens.
 
-    Blocks are `stage1_0`, `stage1_1`, … Padding is PyTorch's (symmetric), which differs from SAME
-    at stride 2. Other fields as in ConvTower.
+    Blocks are named `stage1_0`, `stage1_1`, … Padding is symmetric, as in PyTorch; at stride 2 it
+    differs from SAME. Other fields are as in ConvTower.
     """
 
     CONFIG_NAME: ClassVar[str] = "resnet"

@@ -1,4 +1,4 @@
-"""The sizes that papers name."""
+"""Sizes of transformers by the names that papers use, such as "B"."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def _size(width: int, depth: int, mlp_dim: int, num_heads: int) -> dict[str, int
     return dict(width=width, depth=depth, mlp_dim=mlp_dim, num_heads=num_heads)
 
 
-# ViT (2010.11929), scaling ViT (2106.04560), SoViT (2305.13035), as big_vision decodes them.
+# From ViT (2010.11929), scaled ViT (2106.04560) and SoViT (2305.13035), as in big_vision.
 SIZES: dict[str, dict[str, int]] = {
     "mu": _size(32, 1, 128, 2),  # for tests
     "Ti": _size(192, 12, 768, 3),
@@ -27,7 +27,7 @@ SIZES: dict[str, dict[str, int]] = {
 def get_variant(
     table: Mapping[str, Mapping[str, Any]], variant: str, component: str
 ) -> dict[str, Any]:
-    """Return the fields of `variant`. Raises ValueError that lists the variants of the table."""
+    """Return the fields of `variant`. Raises a ValueError that lists the variants of the table."""
     if variant not in table:
         raise ValueError(
             f"{component} has no variant {variant!r}; expected one of {', '.join(table)}"

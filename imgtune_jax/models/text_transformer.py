@@ -1,4 +1,7 @@
-"""A pre-norm text transformer: CLIP's (causal, pooled at EOT) and SigLIP's (bidirectional)."""
+"""A pre-norm text transformer: that of CLIP (causal) or of SigLIP (bidirectional).
+
+EOT is the end-of-text token. Axis letters: m = l tokens, or l + 1 with a class token.
+"""
 
 from __future__ import annotations
 
@@ -16,28 +19,30 @@ TOKEN_INIT, POSITION_INIT = initializers.Normal(0.02), initializers.Normal(0.01)
 
 
 class TextTransformer(TextTower):
-    """Token ids to a vector.
+    """Text tower of CLIP, SigLIP or CoCa, depending on `causal` and `pool`.
 
     `pool` is one of
-      eot        the last position where `text_mask` is True. Not argmax(token id), which breaks as
-                 soon as a token is added to the vocabulary.
+      eot        the last position where `text_mask` is True. CLIP's argmax(token id) is the same,
+                 but would fail if a token with a higher id were added to the vocabulary.
       last       position l-1 independently of the mask: SigLIP, whose texts are padded to exactly
                  `max_length`. Another length is an error, since it would change the scores.
       first      position 0.
       mean       the mean over the positions where `text_mask` is True.
       attention  one learned query over those positions (see MAPHead).
-      class      a learned token after position l-1, which the output tokens do not include. Its
-                 vector is normalized, the tokens are not: they are a decoder's input (CoCa,
+      class      a learned token after position l-1. Its vector is normalized. The output tokens do
+                 not include it, and are not normalized, since a decoder reads them (CoCa,
                  2205.01917, as open_clip builds it).
 
-    `shifted_class_mask` reproduces a mistake that open_clip's CoCa weights were trained with: keys
-    are masked one position late, so the class token attends to the first padding and not to itself.
+    `shifted_class_mask` reproduces a mistake that open_clip's CoCa weights were trained with: the
+    key mask is shifted by one position, so the class token of a padded text attends to the first
+    padding token instead of to itself.
 
-    `mask_padding` hides padding keys from every query; SigLIP needs False. CLIP's causal mask
-    alone hides what comes after EOT, so there the pooled vector is the same either way.
+    `mask_padding` hides padding keys from every query; SigLIP needs False. With CLIP's causal mask,
+    the pooled vector does not depend on it, since EOT attends to no later position anyway.
 
-    From scratch: token embeddings normal(0.02) and position embeddings normal(0.01) as in CLIP,
-    matrices Xavier normal. `hand_written_gradients` as in Transformer: reverse mode only if True.
+    Token embeddings are initialized with standard deviation 0.02 and position embeddings with 0.01,
+    as in CLIP; matrices are Xavier normal. `hand_written_gradients=True` supports reverse mode
+    only, as in Transformer.
     """
 
     CONFIG_NAME: ClassVar[str] = "text_transformer"
@@ -62,7 +67,7 @@ class TextTransformer(TextTower):
     def decode_step(
         self, token: Int[Array, " b"], caches: LayerCaches, position: Int[Array, " b"]
     ) -> tuple[Float[Array, "b 1 d"], LayerCaches]:
-        """Return the output token of one position per row, for a causal tower."""
+        """Return the token of one position per row of a causal tower, and the updated caches."""
         params = self.variables["params"]
         x = params["token_embed"]["embedding"][token] + params["pos_embed"][position]
         x, caches = self.decode_blocks(self.block(), x[:, None], caches, position)
@@ -75,7 +80,7 @@ class TextTransformer(TextTower):
         self._check_length(inputs.shape[1])
         num_positions = self.max_length + (self.pool == "class")
         x, position = self._embed_tokens(inputs, TOKEN_INIT, POSITION_INIT, num_positions)
-        if self.pool == "class":  # always at the last position: shorter padding moves nothing
+        if self.pool == "class":  # with the last position embedding, independently of l
             token = initializers.param(self, "class_token", POSITION_INIT, (1, self.width))
             token = jnp.broadcast_to(token + position[-1:], (len(x), 1, self.width))
             x = jnp.concatenate([x, token], axis=1)
@@ -94,8 +99,8 @@ class TextTransformer(TextTower):
             return None
         if self.pool != "class":
             return mask
-        one = jnp.ones((len(mask), 1), bool)
-        return jnp.concatenate([one, mask] if self.shifted_class_mask else [mask, one], axis=1)
+        true = jnp.ones((len(mask), 1), bool)
+        return jnp.concatenate([true, mask] if self.shifted_class_mask else [mask, true], axis=1)
 
     def _pool(
         self, x: Float[Array, "b m d"], mask: Bool[Array, "b l"], *, train: bool

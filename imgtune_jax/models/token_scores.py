@@ -1,4 +1,4 @@
-"""Scores of tokens under a vocabulary, without logits [b t v] of all positions in memory."""
+"""Scores of tokens under a decoder, without holding the logits of all positions in memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from imgtune_jax.models import layers
 from imgtune_jax.types import Constrain, TokenScores, no_constraint
 
-LOGITS_AXES = ("batch", "length", "vocab")  # logical axes
+LOGITS_AXES = ("batch", "length", "vocab")  # logical axes of the logits
 
 
 def token_scores(
@@ -24,10 +24,10 @@ def token_scores(
     constrain: Constrain = no_constraint,
     hand_written_gradients: bool = True,
 ) -> TokenScores:
-    """Score `target` under the logits `hidden @ kernel`, `chunk` positions of all rows at a time.
+    """Score `target` under the logits `hidden @ kernel`, for `chunk` positions at a time.
 
-    Forward and backward hold logits [b chunk v] only: the backward pass recomputes them. Logits
-    and all sums are float32. `hand_written_gradients` as in `layers`.
+    Only the logits [b chunk v] of one chunk are in memory at once; the backward pass recomputes
+    them. Logits and all sums are float32. `hand_written_gradients` is as in `layers`.
     """
 
     def score(kernel: Array, hidden: Array, target: Array) -> TokenScores:
@@ -35,12 +35,13 @@ def token_scores(
             hidden, kernel, dtype=dtype, hand_written_gradients=hand_written_gradients
         )
         logits = constrain(logits, LOGITS_AXES)
-        # A sum over a comparison: a gather along a sharded vocabulary would fetch all of it.
+        # Compare and sum, since a gather along a sharded vocabulary would gather all logits.
         is_target = jnp.arange(logits.shape[-1])[None, None] == target[..., None]
         target_logit = jnp.where(is_target, logits, 0.0).sum(-1)
-        total = jax.nn.logsumexp(logits, axis=-1)
+        logsumexp = jax.nn.logsumexp(logits, axis=-1)
         correct = (target_logit >= jax.lax.stop_gradient(logits).max(-1)) * 1.0
-        return TokenScores(target_logit - total, total, logits.mean(-1) - total, correct)
+        mean_log_prob = logits.mean(-1) - logsumexp
+        return TokenScores(target_logit - logsumexp, logsumexp, mean_log_prob, correct)
 
     length = target.shape[1]
     if length <= chunk:
@@ -55,7 +56,7 @@ def token_scores(
     def merge(x: Array) -> Array:
         return x.swapaxes(0, 1).reshape(x.shape[1], -1)[:, :length]
 
-    # Inside a scan nothing is merged across iterations, so no barrier is needed.
+    # XLA merges no computations across the iterations of a scan, so no barrier is needed.
     score_chunk = functools.partial(jax.checkpoint(score, prevent_cse=False), kernel)
     chunks = (split(hidden), split(target))
     _, scores = jax.lax.scan(lambda _, xs: (None, score_chunk(*xs)), None, chunks)

@@ -1,4 +1,7 @@
-"""Base classes of the transformers: fields, blocks, decoding, and the run of a tower."""
+"""Base classes of the transformers: their fields, and methods to run or to decode with blocks.
+
+Axis letters: m context tokens of width e (in text towers, m tokens), p positions.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ LayerCaches = tuple[LayerCache, ...]
 class Transformer(nn.Module):
     """Base of modules with `depth` blocks of one kind.
 
-    `remat`, `scan`, `num_frozen_layers` and `constrain` as in `LayerStack`.
+    `remat`, `scan`, `num_frozen_layers` and `constrain` are as in `LayerStack`.
     `hand_written_gradients=True` is faster, and supports reverse mode only; with False,
     `jax.jvp` and `jax.linearize` work too, with equal values and gradients.
     """
@@ -50,7 +53,7 @@ class Transformer(nn.Module):
         return sizes.get_variant(cls.VARIANTS, variant, cls.CONFIG_NAME)
 
     def block(self, **fields: Any) -> Block:
-        """Return an unbound block of the tower's sizes; `fields` are further fields of `Block`."""
+        """Return an unbound block of this module's sizes; `fields` are other fields of `Block`."""
         return Block(
             self.num_heads,
             self.mlp_dim,
@@ -68,7 +71,7 @@ class Transformer(nn.Module):
         return layers.LayerNorm(self.norm_epsilon, self.hand_written_gradients, name=name)
 
     def apply_norm(self, name: str, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-        """Apply the LayerNorm of that name outside of a compact method, as decoding does."""
+        """Apply the LayerNorm of that name outside of a compact method, for decoding."""
         norm = layers.LayerNorm(self.norm_epsilon, self.hand_written_gradients, parent=None)
         return cast(Array, norm.apply({"params": self.variables["params"][name]}, x))
 
@@ -95,7 +98,7 @@ class Transformer(nn.Module):
         caches: LayerCaches,
         position: Int[Array, " b"],
     ) -> tuple[Float[Array, "b 1 d"], LayerCaches]:
-        """Run one position per row through all blocks; return it with the updated caches."""
+        """Run one position per row through all blocks; return its token and the updated caches."""
         params, apply = self.variables["params"], cast(Any, block.apply)
         updated = []
         for i, cache in enumerate(caches):
@@ -114,8 +117,8 @@ class Transformer(nn.Module):
 class TransformerTower(Transformer):
     """Base of image and text towers: embed, run the blocks, pool.
 
-    A tower can also run in two steps, split after its first `num_frozen_layers` layers (after all
-    layers if it is -1): `run_prefix`, whose output can be cached, and `run_suffix`.
+    A tower can also run in two steps: `run_prefix`, whose output can be cached, and `run_suffix`.
+    The split is after the first `num_frozen_layers` layers, or after all layers if that is -1.
     """
 
     def _embed(self, inputs: Array, *, train: bool) -> Float[Array, "b l d"]:
@@ -152,7 +155,7 @@ class TransformerTower(Transformer):
     def _map_head(
         self, x: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None = None, *, train: bool
     ) -> Float[Array, "b d"]:
-        """Pool by a MAPHead of the tower's sizes, named `pool`."""
+        """Pool with a `MAPHead` of the tower's sizes, named `pool`."""
         head = pooling.MAPHead(
             self.num_heads,
             self.mlp_dim,

@@ -1,4 +1,7 @@
-"""Vision Transformer (2010.11929), with the options that CLIP, SigLIP and DINO weights need."""
+"""Vision Transformer (2010.11929), with the options that CLIP, SigLIP and DINO weights need.
+
+Axis letters: p patch size, i = p·p·c values of a patch, n special tokens, m retained patches.
+"""
 
 from __future__ import annotations
 
@@ -18,25 +21,26 @@ POOLS = ("cls", "mean", "mean_all", "attention")
 
 
 class ViT(TransformerTower):
-    """Normalized square images to a vector; tokens are [cls, registers, patches].
+    """Image tower for normalized square images. Its tokens are [class token, registers, patches].
 
-    `pool` is "cls", "mean" (patches only), "mean_all" (class token and registers too) or
-    "attention" (one learned query and an MLP: SigLIP's MAP head). `final_norm` is the position of
-    the last LayerNorm. Three pairs share the name "GAP", and weights of one pair produce
-    meaningless output under another (open_clip#579):
+    `pool` is "cls" (class token), "mean" (patches only), "mean_all" (class token and registers too)
+    or "attention" (SigLIP's multi-head attention pooling, `MAPHead`). `final_norm` is the position
+    of the last LayerNorm. Three combinations are called global average pooling (GAP). Weights that
+    were trained with one produce meaningless output with another (open_clip#579):
       big_vision    pool="mean",     final_norm="before_pool", class_token=False
       timm, MAE     pool="mean",     final_norm="after_pool"
       old open_clip pool="mean_all", final_norm="before_pool"
 
-    With `positions="learned"`, `pos_embed` has patches only; the vector of the class token, if
-    any, includes its position. `pre_norm` is CLIP's ln_pre, used with `patch_bias=False`.
-    `patch_dropout` omits that fraction of the patches in training (2212.00794).
-
-    From scratch: matrices Xavier normal, patches LeCun normal, positions normal(1/sqrt(width)),
-    class token zero. If patches do not fill the image (So400m/14 at 384), the pixels after the last
-    full patch are ignored, as by an unpadded convolution. `hand_written_gradients` as in
-    Transformer: reverse mode only if True. Raises ValueError on an image that is not
+    With `positions="learned"`, `pos_embed` has the positions of patches; the vector of the class
+    token, if any, includes its position. CLIP has `pre_norm=True` (its ln_pre) and
+    `patch_bias=False`. `patch_dropout` omits that fraction of the patches in training (2212.00794).
+    If patches do not fill the image (So400m/14 at 384), the pixels after the last full patch are
+    ignored, as by an unpadded convolution. Raises ValueError if an image is not
     `image_size`×`image_size`.
+
+    Initial values: matrices Xavier normal, patch embedding LeCun normal, positions with standard
+    deviation 1/sqrt(width), class token zero. `hand_written_gradients=True` supports reverse mode
+    only, as in Transformer.
     """
 
     CONFIG_NAME: ClassVar[str] = "vit"
@@ -86,7 +90,7 @@ class ViT(TransformerTower):
                 "set a smaller patch_size"
             )
         if self.pool == "cls" and not self.class_token:
-            raise ValueError("pool='cls' needs class_token=True; set it, or another pool")
+            raise ValueError("pool='cls' needs a class token; set class_token=True or another pool")
         if self.pool not in POOLS or self.final_norm not in ("before_pool", "after_pool", "none"):
             raise ValueError(
                 f"vit pool = {self.pool!r}, final_norm = {self.final_norm!r}; expected pool in "
@@ -112,18 +116,18 @@ class ViT(TransformerTower):
 
     def _patches(self, image: Float[Array, "b h w c"]) -> Float[Array, "b l d"]:
         b, size, _, channels = image.shape
-        p, grid = self.patch_size, size // self.patch_size
-        image = image[:, : grid * p, : grid * p]
-        x = image.reshape(b, grid, p, grid, p, channels).swapaxes(2, 3)
+        patch, grid = self.patch_size, size // self.patch_size
+        image = image[:, : grid * patch, : grid * patch]
+        x = image.reshape(b, grid, patch, grid, patch, channels).swapaxes(2, 3)
         embed = PatchEmbed(
             self.width,
-            p,
+            patch,
             self.patch_bias,
             self.dtype,
             self.hand_written_gradients,
             name="patch_embed",
         )
-        return embed(x.reshape(b, grid * grid, p * p * channels))
+        return embed(x.reshape(b, grid * grid, patch * patch * channels))
 
     def _special_tokens(self, b: int) -> list[Float[Array, "b n d"]]:
         tokens = []
@@ -133,7 +137,7 @@ class ViT(TransformerTower):
         if self.num_registers:
             init, shape = initializers.Normal(0.02), (self.num_registers, self.width)
             tokens.append(initializers.param(self, "registers", init, shape))
-        return [jnp.broadcast_to(t, (b, *t.shape)) for t in tokens]
+        return [jnp.broadcast_to(token, (b, *token.shape)) for token in tokens]
 
     def _pool(self, x: Float[Array, "b l d"], mask: None, *, train: bool) -> TowerOutput:
         del mask
@@ -152,7 +156,7 @@ class ViT(TransformerTower):
 
 
 class PatchEmbed(nn.Module):
-    """The patch convolution as one product over flattened [p p c] patches; kernel [p p c d]."""
+    """The convolution of ViT as one product with flattened patches [p p c]; kernel [p p c d]."""
 
     width: int
     patch_size: int
@@ -162,8 +166,8 @@ class PatchEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, patches: Float[Array, "b l i"]) -> Float[Array, "b l d"]:
-        p = self.patch_size
-        shape = (p, p, patches.shape[-1] // (p * p), self.width)
+        size = self.patch_size
+        shape = (size, size, patches.shape[-1] // size**2, self.width)
         kernel = initializers.param(self, "kernel", initializers.LECUN_NORMAL, shape)
         bias = None
         if self.use_bias:
@@ -178,7 +182,10 @@ class PatchEmbed(nn.Module):
 
 
 def drop_patches(x: Float[Array, "b l d"], key: jax.Array, *, rate: float) -> Float[Array, "b m d"]:
-    """Return a random subset of each example's patches, in order, at least one (2212.00794)."""
+    """Return a random subset of each example's patches, in order (2212.00794).
+
+    At least one patch is retained.
+    """
     b, length, _ = x.shape
     keep = max(1, round(length * (1 - rate)))
     order = jnp.argsort(jax.random.uniform(key, (b, length)), axis=1)[:, :keep]

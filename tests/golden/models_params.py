@@ -1,4 +1,4 @@
-"""Generate models_params.txt: the path and shape of every parameter, for one model per tower.
+"""Generate models_params.txt: the path and shape of every parameter of several towers and models.
 
     python tests/golden/models_params.py
 

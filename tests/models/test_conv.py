@@ -1,4 +1,4 @@
-"""The two forms of a depthwise convolution are equal."""
+"""The two forms of a depthwise convolution return equal values and gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from imgtune_jax.models import conv
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (2, 5), (1, 3)])
 @pytest.mark.parametrize("k", [3, 5])
-def test_shifted_form_equals_grouped_form_with_gradients(k, size, stride):
+def test_shifted_form_and_its_gradients_equal_the_grouped_form(k, size, stride):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(3, *size, 6)), jnp.float32)
     kernel = jnp.asarray(rng.normal(size=(k, k, 1, 6)), jnp.float32)

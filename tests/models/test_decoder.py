@@ -1,4 +1,4 @@
-"""Properties of captioning: what a token attends to, invariances, cached = uncached."""
+"""Properties of captioning: attention, invariances, and equality of cached and uncached logits."""
 
 import jax
 import jax.numpy as jnp
@@ -35,14 +35,14 @@ CAPPA = {**CAP, "decoder": {**CAP["decoder"], "parallel_fraction": 0.5}}
 
 
 def random_params(model, seed=0):
-    """Return parameters without zeros, which could hide a fault."""
+    """Return random parameters, since initial zeros could hide a bug."""
     rng = np.random.default_rng(seed)
     shapes = model.abstract_params()
     return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), shapes)
 
 
-def build(cfg, **decoder):
-    model = models.build_model({**cfg, "decoder": {**cfg["decoder"], **decoder}})
+def build(cfg, **decoder_fields):
+    model = models.build_model({**cfg, "decoder": {**cfg["decoder"], **decoder_fields}})
     return model, random_params(model)
 
 
@@ -61,11 +61,11 @@ def batch(lengths=(6, 3, 4), seed=0, pad=0):
 
 
 def logits_of_embeddings(model, params, b, length=LENGTH, **options):
-    """Return logits as a function of the token embedding of each position."""
+    """Return a function from one token embedding per position to logits, and its argument for b."""
     component = "decoder" if model.decoder.input_from == "ids" else "text"
     table = params[component]["token_embed"]["embedding"]
     tokens = model.image_tokens(params, b.image)
-    ids = jnp.arange(b.text.size).reshape(b.text.shape)  # a row of the table for each position
+    ids = jnp.arange(b.text.size).reshape(b.text.shape)  # each position reads another row
     mask = b.text_mask[:, :length]
 
     def logits(rows):
@@ -85,7 +85,7 @@ def test_caption_ignores_future_tokens(name):
         influence = np.abs(g).sum(1).reshape(2, LENGTH)
         assert (influence[0, : i + 1] > 1e-6).all()
         np.testing.assert_array_equal(influence[0, i + 1 :], 0)
-        np.testing.assert_array_equal(influence[1], 0)  # another row
+        np.testing.assert_array_equal(influence[1], 0)  # of the other caption
 
 
 def test_parallel_rows_ignore_the_text():
@@ -97,7 +97,7 @@ def test_parallel_rows_ignore_the_text():
     g = jax.grad(lambda rows: jnp.square(logits(rows)[0]).sum())(rows)
     np.testing.assert_array_equal(g, 0)
     g = jax.grad(lambda rows: jnp.square(logits(rows)[1]).sum())(rows)
-    assert np.abs(g).sum() > 1e-3  # the autoregressive row reads it
+    assert np.abs(g).sum() > 1e-3  # the autoregressive row reads the text
 
 
 def test_parallel_rows_attend_in_both_directions():
@@ -105,13 +105,13 @@ def test_parallel_rows_attend_in_both_directions():
     b = batch((6,))
     tokens = model.image_tokens(params, b.image)
 
-    def first(position):
-        tree = {**params, "decoder": {**params["decoder"], "pos_embed": position}}
+    def squared_first_logits(positions):
+        tree = {**params, "decoder": {**params["decoder"], "pos_embed": positions}}
         text, mask = b.text[:, :-1], b.text_mask[:, :-1]
         parallel = jnp.ones(1, bool)
         return jnp.square(model.caption_logits(tree, tokens, text, mask, parallel=parallel)[0, 0])
 
-    g = jax.grad(lambda p: first(p).sum())(params["decoder"]["pos_embed"])
+    g = jax.grad(lambda x: squared_first_logits(x).sum())(params["decoder"]["pos_embed"])
     assert (np.abs(g[: LENGTH - 1]).sum(1) > 1e-6).all()
 
 
@@ -121,30 +121,29 @@ def test_parallel_fraction_is_the_fraction_of_parallel_rows():
     run = jax.jit(lambda key: model.apply(params, b, rng=key, train=True).token_scores.log_prob)
     causal = model.apply(params, b).token_scores.log_prob
     fractions = [(np.abs(run(jax.random.key(i)) - causal) > 1e-5).any(1).mean() for i in (0, 1)]
-    np.testing.assert_allclose(fractions, 0.75, atol=0.08)  # 0.75 ± 4 standard deviations
+    np.testing.assert_allclose(fractions, 0.75, atol=0.08)  # 4 standard deviations of a mean of 400
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_padding_and_other_rows_do_not_change_scores(name):
-    """Neither the ids of the padding, nor its length, nor another row."""
+    """Scores depend neither on the ids and the length of the padding, nor on other rows."""
     model, params = build(CASES[name])
     b = batch((4, 3))
     want = model.apply(params, b)
-    other = batch((4, 3), pad=7)
-    got = model.apply(params, other)
-    short = model.apply(params, b.replace(text=b.text[:, :4], text_mask=b.text_mask[:, :4]))
+    other_padding = model.apply(params, batch((4, 3), pad=7))
+    shorter = model.apply(params, b.replace(text=b.text[:, :4], text_mask=b.text_mask[:, :4]))
     alone = model.apply(params, jax.tree.map(lambda x: x[:1], b))
     for row, t in ((0, 3), (1, 2)):
-        for other in (got, short):
+        for got in (other_padding, shorter):
             np.testing.assert_allclose(
-                other.token_scores.log_prob[row, :t], want.token_scores.log_prob[row, :t], atol=1e-5
+                got.token_scores.log_prob[row, :t], want.token_scores.log_prob[row, :t], atol=1e-5
             )
     np.testing.assert_allclose(
         alone.token_scores.log_prob[0, :3], want.token_scores.log_prob[0, :3], atol=1e-5
     )
     if want.text_emb is not None:
-        for other in (got, short):
-            np.testing.assert_allclose(other.text_emb, want.text_emb, atol=1e-5)
+        for got in (other_padding, shorter):
+            np.testing.assert_allclose(got.text_emb, want.text_emb, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -186,10 +185,10 @@ def test_rows_of_a_cache_can_be_gathered_and_have_separate_positions(name):
         _, cache = model.decode_step(params, cache, b.text[:, i])
     order = jnp.asarray([2, 0, 0, 1])
     cache = jax.tree.map(lambda x: x[order], cache)
-    cache = cache.replace(position=cache.position - jnp.asarray([0, 1, 0, 2]))  # go back
-    at = np.asarray(cache.position)
-    got, _ = model.decode_step(params, cache, b.text[order, at])
-    np.testing.assert_allclose(got, want[order, at], rtol=1e-5, atol=1e-5)
+    cache = cache.replace(position=cache.position - jnp.asarray([0, 1, 0, 2]))  # some rows go back
+    positions = np.asarray(cache.position)
+    got, _ = model.decode_step(params, cache, b.text[order, positions])
+    np.testing.assert_allclose(got, want[order, positions], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -199,8 +198,8 @@ def test_caption_scores_equal_those_of_unchunked_logits(name):
         b = batch((6, 4))
         tokens = model.image_tokens(params, b.image)
         logits = model.caption_logits(params, tokens, b.text, b.text_mask)[:, :-1]
-        log_p = jax.nn.log_softmax(logits)
-        want = jnp.take_along_axis(log_p, b.text[:, 1:, None], axis=2)[..., 0]
+        log_probs = jax.nn.log_softmax(logits)
+        want = jnp.take_along_axis(log_probs, b.text[:, 1:, None], axis=2)[..., 0]
         for got in (
             model.apply(params, b).token_scores,
             model.caption_scores(params, tokens, b.text, b.text_mask),
@@ -218,13 +217,13 @@ def test_scan_and_remat_do_not_change_gradients(options):
     other, _ = build(CASES["cap, blocks"], **options)
 
     def loss(model):
-        return lambda p: model.apply(p, b).token_scores.log_prob.sum()
+        return lambda params: model.apply(params, b).token_scores.log_prob.sum()
 
     want, got = jax.grad(loss(plain))(params), jax.grad(loss(other))(params)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), got, want)
 
 
-def test_captioner_has_no_embeddings_and_coca_has_both():
+def test_a_captioner_has_no_embeddings_and_coca_has_them():
     model, params = build(CASES["cap"])
     out = model.apply(params, batch())
     assert out.image_emb is None and out.logit_scale is None and "logit_scale" not in params

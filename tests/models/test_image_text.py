@@ -1,4 +1,4 @@
-"""Properties of a model: its inputs, its frozen parts, its errors."""
+"""Properties of an image-text model: its outputs, its frozen parts, its errors."""
 
 import dataclasses
 import re
@@ -61,16 +61,16 @@ def test_cached_features_replace_the_image_tower(model, params):
     want = jax.jit(model.apply)(params, b)
     features = model.image_features(params, b.image)
     assert features.shape == (3, model.feature_dim())
-    others = {name: tree for name, tree in params.items() if name != "image"}
-    got = jax.jit(model.apply)(others, batch(image=None, image_features=features))
+    other_params = {name: tree for name, tree in params.items() if name != "image"}
+    got = jax.jit(model.apply)(other_params, batch(image=None, image_features=features))
     np.testing.assert_allclose(got.image_emb, want.image_emb, atol=1e-6)
     np.testing.assert_allclose(got.text_emb, want.text_emb, atol=1e-6)
 
 
 def test_absent_parameters_are_named_in_the_error(model, params):
-    others = {name: tree for name, tree in params.items() if name != "image"}
+    other_params = {name: tree for name, tree in params.items() if name != "image"}
     with pytest.raises(ValueError, match="applies the component 'image', but the parameters hold"):
-        model.apply(others, batch())
+        model.apply(other_params, batch())
 
 
 def test_images_are_normalized_in_units_of_255(model, params):
@@ -94,27 +94,32 @@ def test_text_without_its_mask_is_an_error(model, params):
 
 
 @pytest.mark.parametrize(
-    ("frozen_paths", "frozen", "layers"),
+    ("frozen_paths", "frozen", "num_frozen_layers"),
     [
         ((), set(), (0, 0)),
         (("image/",), {"image"}, (-1, 0)),
         (("image/", "image_head/", "text/"), {"image", "image_head", "text"}, (-1, -1)),
         (("text/token_embed", "text/pos_embed", "text/blocks_0"), set(), (0, 1)),
         (("text/token_embed", "text/pos_embed", "text/blocks_"), set(), (0, 2)),
-        (("text/blocks_0",), set(), (0, 0)),  # trainable embeddings keep their dropout
-        (("text/token_embed", "text/pos_embed", "text/blocks_1"), set(), (0, 0)),  # a gap
+        (("text/blocks_0",), set(), (0, 0)),  # the embeddings before it are trainable
+        (
+            ("text/token_embed", "text/pos_embed", "text/blocks_1"),
+            set(),
+            (0, 0),
+        ),  # blocks_0 is trainable
     ],
 )
-def test_frozen_parts_are_set_to_eval_mode(model, frozen_paths, frozen, layers):
+def test_frozen_parts_are_set_to_eval_mode(model, frozen_paths, frozen, num_frozen_layers):
     locked = model.freeze(lambda path: path.startswith(frozen_paths))
     assert locked.frozen == frozen
-    assert (locked.image.num_frozen_layers, locked.text.num_frozen_layers) == layers
+    towers = (locked.image, locked.text)
+    assert tuple(tower.num_frozen_layers for tower in towers) == num_frozen_layers
 
 
-def test_frozen_tower_has_no_dropout_and_the_other_has(model, params):
+def test_only_the_tower_that_trains_has_dropout(model, params):
     locked = model.freeze(lambda path: path.startswith(("image/", "image_head/")))
     run = jax.jit(lambda p, b, k: locked.apply(p, b, rng=k, train=True))
-    # threefry takes most of a second to compile for the CPU, each time it is sampled from.
+    # unsafe_rbg, since each sample from threefry takes most of a second to compile on a CPU.
     outs = [run(params, batch(), jax.random.key(i, impl="unsafe_rbg")) for i in (0, 1)]
     np.testing.assert_array_equal(outs[0].image_emb, outs[1].image_emb)
     assert np.abs(outs[0].text_emb - outs[1].text_emb).max() > 1e-3
@@ -123,12 +128,14 @@ def test_frozen_tower_has_no_dropout_and_the_other_has(model, params):
 
 
 def test_clamped_scale_can_return_below_the_maximum():
-    """`jnp.minimum` has no gradient above its bound, so a scale there would stay."""
+    """With `jnp.minimum`, the gradient above the maximum would be zero."""
     value, gradient = jax.value_and_grad(lambda t, s: s * image_text.clamp_log_scale(t, 4.6))(
         5.0, 1
     )
-    assert value == np.float32(4.6) and gradient == 1  # descent lowers t
-    assert jax.grad(lambda t: -image_text.clamp_log_scale(t, 4.6))(5.0) == 0  # never raises it
+    assert value == np.float32(4.6) and gradient == 1  # gradient descent lowers t
+    assert (
+        jax.grad(lambda t: -image_text.clamp_log_scale(t, 4.6))(5.0) == 0
+    )  # no gradient that would raise t
     assert jax.grad(lambda t: -image_text.clamp_log_scale(t, 4.6))(4.5) == -1
 
 
@@ -136,8 +143,8 @@ def test_scale_is_the_multiplier_clamped_at_100(model, params):
     assert model.logit_bias(params) is None
     high = {**params, "logit_scale": jnp.float32(7.0)}
     np.testing.assert_allclose(model.logit_scale(high), 100, rtol=1e-6)
-    free = dataclasses.replace(model, logit_scale_max=None)
-    np.testing.assert_allclose(free.logit_scale(high), np.exp(7), rtol=1e-6)
+    unclamped = dataclasses.replace(model, logit_scale_max=None)
+    np.testing.assert_allclose(unclamped.logit_scale(high), np.exp(7), rtol=1e-6)
 
 
 def test_unit_norm_of_zero_is_zero_with_a_finite_gradient():
@@ -161,7 +168,7 @@ def test_unit_norm_of_zero_is_zero_with_a_finite_gradient():
         (dict(image=dict(name="vit", image_size=9)), "image_size=9, but the model's is 8"),
     ],
 )
-def test_unknown_field_is_an_error_with_the_valid_ones(change, message):
+def test_an_invalid_field_is_an_error_that_states_the_valid_ones(change, message):
     with pytest.raises(ValueError, match=message):
         models.build_model({**CFG, **change})
 
@@ -186,7 +193,9 @@ def test_bf16_model_keeps_float32_parameters_and_outputs(params):
     out = low.apply(params, batch())
     assert out.image_emb.dtype == jnp.float32
     exact = models.build_model(CFG).apply(params, batch())
-    np.testing.assert_allclose(out.image_emb, exact.image_emb, atol=0.05)  # bf16 has 8 bits
+    np.testing.assert_allclose(
+        out.image_emb, exact.image_emb, atol=0.05
+    )  # bf16 has 8 significant bits
     assert np.abs(out.image_emb - exact.image_emb).max() > 0
 
 
@@ -202,10 +211,12 @@ def test_every_residual_stream_is_constrained():
     abstract = model.abstract_params()
     constrained.clear()
     jax.eval_shape(model.apply, abstract, batch())
-    assert constrained == [(3, ("batch", "length", "embed"))] * (2 * (1 + 2))
+    assert (
+        constrained == [(3, ("batch", "length", "embed"))] * 6
+    )  # embeddings and 2 layers of 2 towers
 
 
-def test_convolutional_tower_in_chunks_equals_the_full_batch(monkeypatch):
+def test_a_cnn_on_chunks_of_a_batch_equals_the_cnn_on_the_full_batch(monkeypatch):
     cfg = CFG | dict(image=dict(name="efficientnet_lite", variant="lite0"), image_size=32)
     model = models.build_model(cfg)
     params = model.init(jax.random.key(0))
@@ -220,7 +231,7 @@ def test_convolutional_tower_in_chunks_equals_the_full_batch(monkeypatch):
 
 
 def test_frozen_prefix_and_suffix_equal_the_full_tower(model):
-    """For two towers whose first layer is frozen."""
+    """Both towers are split after the first layer."""
     locked = model.freeze(lambda path: not re.search("head|blocks_1|final_norm|pool|logit", path))
     assert [locked.frozen_prefix(t) for t in MODALITIES] == [FrozenPrefix(1)] * 2
     params = model.init(jax.random.key(1))
@@ -250,11 +261,11 @@ def test_cast_frozen_kernels_does_not_change_values(image):
     model = models.build_model({**CFG, "image": image, "image_size": 32, "dtype": "bfloat16"})
     params = model.init(jax.random.key(0))
     cast = model.cast_frozen_kernels(params)
-    types = {path.split("/")[-1]: set() for path in param_tree.param_paths(params)}
+    dtypes = {path.split("/")[-1]: set() for path in param_tree.param_paths(params)}
     for path, x in zip(param_tree.param_paths(cast), jax.tree.leaves(cast), strict=True):
-        types[path.split("/")[-1]].add(x.dtype.name)
-    assert "bfloat16" in types.pop("kernel")
-    assert set.union(*types.values()) == {"float32"}
+        dtypes[path.split("/")[-1]].add(x.dtype.name)
+    assert "bfloat16" in dtypes.pop("kernel")
+    assert set.union(*dtypes.values()) == {"float32"}
     images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)), jnp.uint8)
     out, want = (jax.jit(model.apply)(p, batch(image=images)) for p in (cast, params))
     np.testing.assert_array_equal(out.image_emb, want.image_emb)

@@ -39,12 +39,12 @@ def test_weights_are_normal_with_the_documented_deviation(path, std, params):
     for key in path.split("/"):
         x = x[key]
     x = np.asarray(x)
-    error = 1 / np.sqrt(2 * x.size)  # of an estimated standard deviation
-    assert abs(x.std() / std - 1) < 5 * error
+    relative_error = 1 / np.sqrt(2 * x.size)  # standard error of a standard deviation
+    assert abs(x.std() / std - 1) < 5 * relative_error
     assert abs(x.mean()) < 5 * std / np.sqrt(x.size)
 
 
-def test_norms_start_as_identity_and_scalars_at_the_configs_values(params):
+def test_norms_start_as_identity_and_logit_parameters_as_configured(params):
     norm = params["image"]["blocks_0"]["norm1"]
     assert (norm["scale"] == 1).all() and (norm["bias"] == 0).all()
     assert (params["image"]["class_token"] == 0).all()
@@ -52,7 +52,7 @@ def test_norms_start_as_identity_and_scalars_at_the_configs_values(params):
     assert params["logit_bias"] == -10
 
 
-def test_no_two_matrices_share_noise(params):
+def test_all_matrices_are_sampled_separately(params):
     leaves = [np.ravel(x)[:8] for x in jax.tree.leaves(params) if x.size > 8 and np.std(x) > 0]
     first_values = {float(x[0] / np.std(x)) for x in leaves}
     assert len(first_values) == len(leaves)

@@ -11,7 +11,7 @@ from imgtune_jax import models
 
 SIZES = dict(width=8, depth=3, mlp_dim=16, num_heads=2)
 TEXT = dict(name="text_transformer", vocab_size=11, max_length=6, **SIZES)
-# Fused differently, so rounded differently; values and gradients are of order 1.
+# XLA fuses and so rounds a scan and a loop differently. Values and gradients are of order 1.
 CLOSE = dict(rtol=1e-5, atol=1e-6)
 
 
@@ -31,7 +31,7 @@ def random_params(tower, scale=0.3):
 
 def value_and_gradient(tower, params, *, train=True, key=5):
     def scalar(params):
-        # threefry takes most of a second to compile for the CPU, each time it is sampled from.
+        # unsafe_rbg, since each sample from threefry takes most of a second to compile on a CPU.
         rngs = {"dropout": jax.random.key(key, impl="unsafe_rbg")}
         pooled = tower.apply({"params": params}, *inputs(), train=train, rngs=rngs).pooled
         return jnp.square(pooled).sum()
@@ -45,7 +45,7 @@ def assert_close(got, want):
 
 @pytest.fixture(scope="module")
 def loop():
-    """A loop over three layers with dropout, the first of them frozen."""
+    """Config, parameters, value and gradient of a loop over three layers, the first one frozen."""
     cfg = {**TEXT, "dropout": 0.4, "num_frozen_layers": 1}
     tower = models.build_tower(cfg)
     params = random_params(tower)
@@ -53,26 +53,26 @@ def loop():
 
 
 @pytest.mark.parametrize(
-    "how", [dict(scan=True), dict(remat=True), dict(scan=True, remat=True)], ids=str
+    "options", [dict(scan=True), dict(remat=True), dict(scan=True, remat=True)], ids=str
 )
-def test_scan_and_remat_equal_the_loop(how, loop):
+def test_scan_and_remat_equal_the_loop(options, loop):
     cfg, params, want = loop
-    assert_close(value_and_gradient(models.build_tower({**cfg, **how}), params), want)
+    assert_close(value_and_gradient(models.build_tower({**cfg, **options}), params), want)
 
 
 def test_scan_compiles_one_layer():
-    """The program does not grow with depth."""
+    """The number of products in the program does not grow with depth."""
 
-    def size(depth, scan):
+    def num_products(depth, scan):
         tower = models.build_tower({**TEXT, "depth": depth, "scan": scan})
         run = jax.jit(lambda p: tower.apply({"params": p}, *inputs(), train=False).pooled)
         return run.lower(random_params(tower)).as_text().count("dot_general")
 
-    assert size(6, True) == size(3, True)
-    assert size(6, False) == 2 * size(3, False)
+    assert num_products(6, True) == num_products(3, True)
+    assert num_products(6, False) == 2 * num_products(3, False)
 
 
-def test_parameters_are_the_same_tree_under_scan():
+def test_scan_does_not_change_the_parameter_tree():
     trees = [
         models.abstract_tower_params(models.build_tower({**TEXT, "scan": s})) for s in (False, True)
     ]
@@ -98,21 +98,22 @@ def test_frozen_layers_run_without_dropout(scan):
 
 
 def test_no_gradient_is_computed_through_the_frozen_prefix():
-    """Frozen layers are in a forward loop only: two loops forward, one backward."""
+    """Frozen layers have a forward loop only, the trainable ones a forward and a backward loop."""
 
-    def loops(num_frozen_layers):
+    def num_loops(num_frozen_layers):
         fields = {"depth": 4, "num_frozen_layers": num_frozen_layers, "scan": True}
         tower = models.build_tower({**TEXT, **fields})
         params = random_params(tower)
-        last = {k: params.pop(k) for k in ("blocks_2", "blocks_3", "final_norm")}
+        trainable = {k: params.pop(k) for k in ("blocks_2", "blocks_3", "final_norm")}
 
-        def scalar(last):
-            return tower.apply({"params": {**params, **last}}, *inputs(), train=True).pooled.sum()
+        def scalar(trainable):
+            variables = {"params": {**params, **trainable}}
+            return tower.apply(variables, *inputs(), train=True).pooled.sum()
 
-        return jax.jit(jax.grad(scalar)).lower(last).as_text().count("stablehlo.while")
+        return jax.jit(jax.grad(scalar)).lower(trainable).as_text().count("stablehlo.while")
 
-    assert loops(2) == 3
-    assert loops(0) == 2  # one loop over all four layers forward, one backward
+    assert num_loops(2) == 3
+    assert num_loops(0) == 2
 
 
 def test_num_frozen_layers_out_of_range_is_an_error():

@@ -1,4 +1,4 @@
-"""Dense, attention, norm and activations equal their formulas in NumPy and JAX."""
+"""Dense, attention, layer norm and activations equal their formulas in NumPy or JAX."""
 
 import re
 
@@ -17,7 +17,7 @@ def normal(*shape, seed=0):
 
 
 def test_dense_in_bf16_has_bf16_products_forward_and_backward():
-    """With `x @ w` in bf16, or with autodiff, matrix units would get float32 operands."""
+    """Operands are bf16 and results float32. Autodiff would multiply a float32 cotangent."""
     x, w = jnp.asarray(normal(4, 6, 8)), jnp.asarray(normal(8, 16))
     gradient = jax.grad(lambda x, w: layers.dense(x, w, dtype=jnp.bfloat16).sum(), (0, 1))
     text = jax.jit(gradient).lower(x, w).as_text()
@@ -48,7 +48,7 @@ def test_dense_gradients_have_the_types_of_the_operands(kernel_type):
     exact = jax.grad(scalar, (0, 1))(x, w.astype(jnp.float32), jnp.float32)
     assert low[1].dtype == kernel_type and low[0].dtype == jnp.float32
     for got, want in zip(low, exact, strict=True):
-        # bf16 operands carry 8 bits.
+        # bf16 operands have 8 significant bits.
         np.testing.assert_allclose(np.asarray(got, np.float32), want, rtol=0.05, atol=0.3)
 
 
@@ -80,11 +80,13 @@ def test_attention_equals_numpy(causal, masked):
 
 
 def jax_attention(q, k, v, *, mask, causal):
-    """Attention of JAX, differentiated by JAX."""
+    """The attention of JAX with gradients by autodiff. Its position axis precedes its head axis."""
     if mask is not None:
         mask = mask[:, None, None] if mask.ndim == 2 else mask[:, None]
-    by_length = (x.swapaxes(1, 2) for x in (q, k, v))
-    return jax.nn.dot_product_attention(*by_length, mask=mask, is_causal=causal).swapaxes(1, 2)
+    positions_first = (x.swapaxes(1, 2) for x in (q, k, v))
+    return jax.nn.dot_product_attention(*positions_first, mask=mask, is_causal=causal).swapaxes(
+        1, 2
+    )
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -107,13 +109,13 @@ def test_attention_and_its_gradient_equal_those_of_jax(mask, causal, dtype):
     got = value_and_gradients(layers.attention, dtype)
     want = value_and_gradients(jax_attention, jnp.float32)
     assert all(x.dtype == dtype for x in got)
-    # bf16 carries 8 bits: of values up to 4, and of sums of five of them.
+    # bf16 has 8 significant bits. Values are at most 4, and sums have five terms.
     close = dict(rtol=1e-5, atol=2e-6) if dtype == jnp.float32 else dict(rtol=0.05, atol=0.05)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(np.asarray(a, np.float32), b, **close)
 
 
-def test_a_query_without_visible_keys_averages_all_without_gradient_of_scores():
+def test_a_query_without_visible_keys_averages_all_values_with_zero_gradients_of_q_and_k():
     q, k, v = (jnp.asarray(normal(1, 2, 3, 4, seed=i)) for i in range(3))
     mask = jnp.zeros((1, 3), bool)
     y = layers.attention(q, k, v, mask=mask)
@@ -124,7 +126,7 @@ def test_a_query_without_visible_keys_averages_all_without_gradient_of_scores():
 
 
 def test_products_transpose_no_operand():
-    """Compilers copy an operand that they transpose, and fuse its computation into the copy."""
+    """A compiler would copy a transposed operand, and fuse its computation into the copy."""
 
     def lowered(f, *shapes):
         args = [jnp.ones(shape) for shape in shapes]
@@ -147,20 +149,22 @@ def lowered_gradient(f, dtype, platform, *shapes):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
-def test_only_low_precision_on_a_cpu_has_another_form(dtype, platform):
-    """No product along the first operand's columns, at most one batch axis: XLA:CPU would
-    compute others in float32."""
+def test_only_low_precision_products_on_a_cpu_have_another_form(dtype, platform):
+    """XLA:CPU computes in float32 if two axes are batched or the first operand's rows are summed.
+
+    In the other form, there is at most one batch axis, and the sum is over the last axis.
+    """
     dense = lowered_gradient(
         lambda x, w: layers.dense(x, w, dtype=dtype), dtype, platform, (8, 4), (4, 6)
     )
     attention = lowered_gradient(layers.attention, dtype, platform, *[(2, 3, 6, 4)] * 3)
-    other = platform == "cpu" and dtype == jnp.bfloat16
-    for text, num_batch_axes in ((dense, 0), (attention, 1 if other else 2)):
+    other_form = platform == "cpu" and dtype == jnp.bfloat16
+    for text, num_batch_axes in ((dense, 0), (attention, 1 if other_form else 2)):
         assert [int(n) for n in re.findall(r"batching_dims = \[[^]]*(\d)\] x", text)] == (
             [num_batch_axes - 1] * 6 if num_batch_axes else []
         )
         contracted = re.findall(r"contracting_dims = \[(\d)\]", text)
-        assert (str(num_batch_axes) not in contracted) == ("transpose" in text) == other
+        assert (str(num_batch_axes) not in contracted) == ("transpose" in text) == other_form
 
 
 @pytest.mark.parametrize("columns", [1, 6, 7, 48])
@@ -172,25 +176,25 @@ def test_swap_last_axes_is_the_transpose(columns):
 def test_softmax_stays_float32_for_bf16_operands():
     """With 1024 equal keys, the weights of a bf16 softmax would not sum to one."""
     q = jnp.zeros((1, 1, 1, 4), jnp.bfloat16)
-    text = jax.jit(lambda q, k: layers.attention(q, k, k)).lower(
+    lowered = jax.jit(lambda q, k: layers.attention(q, k, k)).lower(
         q, jnp.zeros((1, 1, 1024, 4), q.dtype)
     )
-    exponentials = [x for x in text.as_text().splitlines() if "exponential" in x]
-    assert exponentials and all("f32" in x for x in exponentials)
+    exponentials = [line for line in lowered.as_text().splitlines() if "exponential" in line]
+    assert exponentials and all("f32" in line for line in exponentials)
 
 
 def test_layer_norm_equals_numpy_far_from_zero():
     x = normal(4, 16) + 1000  # E[x²] - E[x]² would lose the variance here
     norm = layers.LayerNorm(1e-5)
     params = {"scale": jnp.asarray(normal(16)), "bias": jnp.asarray(normal(16, seed=1))}
-    wide = x.astype(np.float64)
-    want = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-5)
+    exact = x.astype(np.float64)
+    want = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-5)
     want = want * np.asarray(params["scale"]) + np.asarray(params["bias"])
     got = norm.apply({"params": params}, jnp.asarray(x))
-    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)  # x itself has 7 digits, 4 spent
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)  # 3 of 7 digits remain
 
 
-def test_layer_norm_gradient_equals_that_of_the_formula():
+def test_layer_norm_gradient_equals_the_gradient_of_its_formula():
     x, g = normal(3, 5, 16), jnp.asarray(normal(3, 5, 16, seed=1))
     scale, bias = jnp.asarray(normal(16, seed=2)), jnp.asarray(normal(16, seed=3))
 
@@ -223,13 +227,13 @@ def test_activations_equal_their_formulas(name, want):
     np.testing.assert_allclose(got, want(x), rtol=1e-5, atol=1e-6)
 
 
-def test_unknown_activation_is_an_error_with_the_known_ones():
+def test_an_unknown_activation_is_an_error_that_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"'swish' is not one of gelu, gelu_tanh"):
         layers.activation("swish")
 
 
 def test_num_heads_that_does_not_divide_the_width_is_an_error():
-    with pytest.raises(ValueError, match="width 10 does not divide over 4 heads"):
+    with pytest.raises(ValueError, match="width 10 is not divisible by num_heads=4"):
         attention.Attention(4).init(jax.random.key(0), jnp.zeros((1, 2, 10)))
 
 

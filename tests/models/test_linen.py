@@ -1,4 +1,4 @@
-"""Towers and layers behave as any Linen module: `init`, intermediates, use alone, `jax.jvp`."""
+"""Towers and layers behave like any Linen module: `init`, intermediates, `jax.jvp`, use alone."""
 
 import functools
 import inspect
@@ -41,7 +41,7 @@ NAMES = pytest.mark.parametrize("name", TOWERS)
 
 
 def key(seed=0):
-    # threefry takes most of a second to compile for the CPU, each time it is sampled from.
+    # unsafe_rbg, since each sample from threefry takes most of a second to compile on a CPU.
     return jax.random.key(seed, impl="unsafe_rbg")
 
 
@@ -87,7 +87,7 @@ def test_init_samples_each_layer_separately():
     assert kernels[0][0, 0] != kernels[1][0, 0]
 
 
-def test_init_has_the_shapes_of_the_models_init():
+def test_init_of_a_tower_has_the_same_shapes_as_init_of_a_model():
     for name in ("vit", "text"):
         model = models.build_model(
             dict(
@@ -176,12 +176,12 @@ def test_train_defaults_to_false_in_every_module():
 
 
 @pytest.mark.parametrize("name", [name for name in TOWERS if name != "vit map"])
-def test_jvp_equals_the_gradient_without_hand_written_gradients(name):
+def test_jvp_by_autodiff_equals_the_hand_written_gradient(name):
     tower, params = TOWERS[name], params_of(name)
     rng = np.random.default_rng(3)
     tangent = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
-    width = jax.eval_shape(tower.apply, {"params": params}, *inputs(tower)).pooled.shape
-    weights = jnp.asarray(rng.normal(size=width), jnp.float32)
+    shape = jax.eval_shape(tower.apply, {"params": params}, *inputs(tower)).pooled.shape
+    weights = jnp.asarray(rng.normal(size=shape), jnp.float32)
 
     def loss(tower, params):
         return (weights * tower.apply({"params": params}, *inputs(tower)).pooled).sum()
@@ -192,18 +192,18 @@ def test_jvp_equals_the_gradient_without_hand_written_gradients(name):
     got, got_gradient = jax.jit(jax.value_and_grad(by_autodiff))(params)
     np.testing.assert_allclose(got, want, rtol=1e-5)
     gradients = [jax.tree.leaves(g) for g in (got_gradient, want_gradient)]
-    largest = max(np.abs(g).max() for g in gradients[1])  # a key's bias has gradient zero
+    largest = max(np.abs(g).max() for g in gradients[1])  # the gradient of a key bias alone is zero
     for x, y in zip(*gradients, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6 * largest)
     value, derivative = jax.jit(lambda p, v: jax.jvp(by_autodiff, (p,), (v,)))(params, tangent)
     np.testing.assert_allclose(value, want, rtol=1e-5)
     products = jax.tree.map(lambda g, v: np.vdot(np.float64(g), v), want_gradient, tangent)
-    scale = sum(map(abs, jax.tree.leaves(products)))  # the sum's terms have both signs
+    scale = sum(map(abs, jax.tree.leaves(products)))  # since the terms have both signs
     np.testing.assert_allclose(derivative, sum(jax.tree.leaves(products)), atol=1e-5 * scale)
 
 
 @pytest.mark.parametrize("options", [dict(scan=True, remat=True), dict(dtype=jnp.bfloat16)])
-def test_linearize_works_in_every_form(options):
+def test_linearize_works_in_a_scan_and_in_bf16(options):
     tower = TOWERS["vit"].clone(hand_written_gradients=False, **options)
 
     @jax.jit

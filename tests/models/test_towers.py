@@ -1,4 +1,4 @@
-"""Properties of each tower: pooling, masks, positions, norms."""
+"""Properties of each tower: pooling, masks, positions, norms. EOT is the end-of-text token."""
 
 import functools
 
@@ -122,20 +122,22 @@ def numpy_norm(x, params, epsilon=1e-6):
 
 @pytest.mark.parametrize("num_registers", [0, 2])
 @pytest.mark.parametrize("pool", ["cls", "mean", "mean_all"])
-def test_the_pools_named_gap_differ_as_documented(pool, num_registers):
+def test_pooling_and_final_norm_equal_numpy(pool, num_registers):
     _, params, plain = image_tower(pool=pool, num_registers=num_registers, final_norm="none")
     tokens = np.asarray(plain(params, image()).tokens)
     assert tokens.shape[1] == 1 + num_registers + 4
     norm = {"scale": np.full(8, 0.7), "bias": np.linspace(-1, 1, 8)}
-    full = {**params, "final_norm": jax.tree.map(jnp.float32, norm)}
-    skip = {"cls": slice(0, 1), "mean": slice(1 + num_registers, None), "mean_all": slice(None)}
-    for where in ("before_pool", "after_pool"):
-        _, _, run = image_tower(pool=pool, num_registers=num_registers, final_norm=where)
-        if where == "before_pool":
-            want = numpy_norm(tokens, norm)[:, skip[pool]].mean(1)
+    params_with_norm = {**params, "final_norm": jax.tree.map(jnp.float32, norm)}
+    pooled = {"cls": slice(0, 1), "mean": slice(1 + num_registers, None), "mean_all": slice(None)}
+    for final_norm in ("before_pool", "after_pool"):
+        _, _, run = image_tower(pool=pool, num_registers=num_registers, final_norm=final_norm)
+        if final_norm == "before_pool":
+            want = numpy_norm(tokens, norm)[:, pooled[pool]].mean(1)
         else:
-            want = numpy_norm(tokens[:, skip[pool]].mean(1), norm)
-        np.testing.assert_allclose(run(full, image()).pooled, want, rtol=1e-4, atol=1e-5)
+            want = numpy_norm(tokens[:, pooled[pool]].mean(1), norm)
+        np.testing.assert_allclose(
+            run(params_with_norm, image()).pooled, want, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_patch_embedding_equals_a_strided_convolution():
@@ -149,7 +151,7 @@ def test_patch_embedding_equals_a_strided_convolution():
     np.testing.assert_allclose(run(params, image()).tokens, want, rtol=1e-5, atol=1e-5)
 
 
-def test_map_head_is_permutation_invariant_but_not_a_mean():
+def test_attention_pooling_is_permutation_invariant_but_not_a_mean():
     pool = pooling.MAPHead(2, 16)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 8)), jnp.float32)
     abstract = jax.eval_shape(pool.init, jax.random.key(0), x)
@@ -174,13 +176,13 @@ def test_patch_dropout_drops_a_fraction_in_training_only():
 
 
 @pytest.mark.parametrize("fields", [dict(pool="cls", class_token=False), dict(patch_size=9)])
-def test_contradictory_vit_fields_are_an_error(fields):
+def test_inconsistent_vit_fields_are_an_error(fields):
     with pytest.raises(ValueError, match=r"class_token=True|smaller than patch_size=9"):
         models.abstract_tower_params(models.build_tower({**VIT, **fields}))
 
 
 def test_pixels_after_the_last_full_patch_are_ignored():
-    fields = dict(patch_size=3, positions="sincos")  # 8 pixels: 2 × 2 patches, of 6 pixels
+    fields = dict(patch_size=3, positions="sincos")  # 2 × 2 patches of 3 pixels: 6 of the 8 pixels
     _, params, run = image_tower(**fields)
     _, _, run_cropped = image_tower(**fields, image_size=6)
     x = image(8)
@@ -214,27 +216,27 @@ def test_group_norm_equals_numpy():
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_efficientnet_pools_stages_in_the_given_order():
+def test_efficientnet_appends_stages_to_the_vector():
     cfg = dict(name="efficientnet_lite", variant="lite0")
-    towers = {s: models.build_tower({**cfg, "pool_stages": s}) for s in ((), (5, 1))}
+    towers = {stages: models.build_tower({**cfg, "pool_stages": stages}) for stages in ((), (5, 1))}
     params = random_params(towers[()], scale=0.1)
     x = image(32)
-    plain, more = (
-        jax.jit(functools.partial(t.apply, train=False))({"params": params}, x).pooled
-        for t in towers.values()
+    plain, with_stages = (
+        jax.jit(functools.partial(tower.apply, train=False))({"params": params}, x).pooled
+        for tower in towers.values()
     )
     assert plain.shape == (2, 1280)
-    # the expanded maps of each stage's first block: 6 × 112 and 6 × 16
-    assert more.shape == (2, 1280 + 6 * 112 + 6 * 16)
-    np.testing.assert_allclose(more[:, :1280], plain, **CLOSE)
+    # the expanded map of a stage's first block is 6 times as wide as its input: 112 and 16
+    assert with_stages.shape == (2, 1280 + 6 * 112 + 6 * 16)
+    np.testing.assert_allclose(with_stages[:, :1280], plain, **CLOSE)
 
 
 @pytest.mark.parametrize("name", ["efficientnet_lite", "resnet"])
 def test_a_cnn_with_group_norm_has_norms_and_no_other_biases(name):
     tower = models.build_tower(dict(name=name, norm="group", remat=True))
     paths = param_tree.param_paths(models.abstract_tower_params(tower))
-    assert any(p.endswith("norm/scale") for p in paths)
-    assert not any(p.endswith("bias") and "norm/" not in p for p in paths)
+    assert any(path.endswith("norm/scale") for path in paths)
+    assert not any(path.endswith("bias") and "norm/" not in path for path in paths)
 
 
 def test_classify_without_classes_is_an_error():
