@@ -5,6 +5,9 @@ python benchmarks/locking.py [--seeds 3] [--full] [--output runs/locking]
 Prints a Markdown table of means and standard deviations over seeds, with the median wall time of a
 run, and writes it as JSON. A run that is already finished in the output folder is not repeated.
 With --full, runs have as many steps as the demo.
+
+Test sets: S has the training concepts by an artist who is not in the training set, G has held-out
+concepts by an artist of the training set, and F has held-out concepts by the other artist.
 """
 
 from variants import I2T, T2I, Column, build_parser, run_all

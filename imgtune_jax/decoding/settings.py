@@ -23,8 +23,9 @@ class BeamSearch:
     Finished hypotheses are ranked by `log p / length ** length_penalty`, as in Transformers. With a
     penalty of 0, log p is summed over the tokens, and with 1 it is averaged. A row ends when none
     of its alive hypotheses can score higher than the worst of its `width` finished ones. With
-    `exhaustive`, this holds for any length up to the limit. By default, it holds for the current
-    length, which is a heuristic (Transformers' `early_stopping=False`).
+    `exhaustive`, the best score at any length up to the limit is compared. By default, only the
+    score at the current length is compared, which is a heuristic (Transformers'
+    `early_stopping=False`).
     """
 
     width: int = 4

@@ -109,8 +109,8 @@ def cache_root(path: str) -> Path:
 def cache_key(experiment: Experiment, frozen: Params, tower: str) -> dict[str, Any]:
     """Return everything that a cached value depends on, as a dict that JSON can represent.
 
-    The names are hashed into the folder names of stores. If one changed, no existing store would
-    be found.
+    The keys of the dict are part of the hash in the name of a store's folder. Do not rename them,
+    or existing stores would not be found.
     """
     config = experiment.config
     prefix = experiment.model.frozen_prefix(tower)
