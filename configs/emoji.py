@@ -12,7 +12,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 LANGUAGES = ("en", "zh", "de", "es", "fr", "ar", "hi", "sw", "ja", "ru")
-PREFIXES = {language: f"<{language}>" for language in LANGUAGES}  # of captions; select a language
+# A prefix comes before a caption and tells the decoder which language to generate.
+PREFIXES = {language: f"<{language}>" for language in LANGUAGES}
 TEST_SETS = {
     "emoji_s": ("seen", "fluent"),
     "emoji_g": ("heldout", "google"),
@@ -28,6 +29,7 @@ def source(split: str, *vendors: str) -> Any:
             name="webdataset",
             path=f"corpora/emoji/{split}.tar",
             image=tuple(f"{vendor}.webp" for vendor in vendors),
+            # Tuples are field paths in a record's JSON. Records of one group show one concept.
             captions=dict(name=("name", "en"), keywords=("keywords", "en")),
             group=("concept",),
         )

@@ -43,9 +43,10 @@ def beam_search(
 ) -> GeneratedTokens:
     """Return the n best sequences of at most `limit` new tokens, best first.
 
-    `BeamSearch` defines the order, and when a row ends. As in Transformers, a stop token finishes a
-    hypothesis only if it is among the `width` best continuations. Hypotheses that are alive at the
-    limit are ranked together with the finished ones.
+    The docstring of `settings.BeamSearch` states how sequences are ranked and when a row ends. As
+    in Transformers, a stop token finishes a hypothesis only if it is among the `width` best
+    continuations. Hypotheses that are alive at the limit are ranked together with the finished
+    ones.
     """
     method = settings.method
     assert isinstance(method, BeamSearch)
@@ -105,7 +106,8 @@ def _beam_step(
     finished = _select_rows(state.done, state.finished, finished)
     alive_score = jnp.where(stops, -jnp.inf, candidates.score)
     alive, selected = _top_n(candidates._replace(score=alive_score), k)
-    # Log p is negative, so a positive penalty favors long sequences.
+    # Length at which an alive hypothesis could have its best score. Log p is negative, so with a
+    # positive penalty that is the limit. Without `exhaustive`, only the current length counts.
     best_length = limit if method.exhaustive and method.length_penalty > 0 else count
     # max(1) and not [:, 0]: a second slice of the output of top-k would make XLA:CPU sort the full
     # vocabulary.

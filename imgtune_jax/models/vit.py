@@ -31,11 +31,11 @@ class ViT(TransformerTower):
       timm, MAE     pool="mean",     final_norm="after_pool"
       old open_clip pool="mean_all", final_norm="before_pool"
 
-    With `positions="learned"`, `pos_embed` has the positions of patches; the vector of the class
-    token, if any, includes its position. CLIP has `pre_norm=True` (its ln_pre) and
-    `patch_bias=False`. `patch_dropout` omits that fraction of the patches in training (2212.00794).
-    If patches do not fill the image (So400m/14 at 384), the pixels after the last full patch are
-    ignored, as by an unpadded convolution. Raises ValueError if an image is not
+    With `positions="learned"`, `pos_embed` has the position embeddings of the patches only; the
+    parameter `class_token`, if any, includes its position embedding. CLIP has `pre_norm=True` (its
+    ln_pre) and `patch_bias=False`. `patch_dropout` omits that fraction of the patches in training
+    (2212.00794). If patches do not fill the image (So400m/14 at 384), the pixels after the last
+    full patch are ignored, as by an unpadded convolution. Raises ValueError if an image is not
     `image_size`×`image_size`.
 
     Initial values: matrices Xavier normal, patch embedding LeCun normal, positions with standard

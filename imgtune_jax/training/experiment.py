@@ -288,7 +288,11 @@ def build_experiment(config: Config, *, tokenizer_dir: Path | None = None) -> Ex
 
 
 def depends_on_padding(text_tower: Any) -> bool:
-    """Whether the outputs of a text tower change with the length that texts are padded to."""
+    """Whether the outputs of a text tower change with the length that texts are padded to.
+
+    `shifted_class_mask` is the attention mask of open_clip's CoCa, with which the class token
+    attends to the first padding token.
+    """
     ignores_padding = getattr(text_tower, "mask_padding", True) or getattr(
         text_tower, "causal", False
     )

@@ -28,7 +28,7 @@ def test_stopped_killed_and_resumed_run_equals_uninterrupted_run(tmp_path):
     assert start(uninterrupted).wait(timeout=400) == 0
     assert signal_after(start(killed), killed, 3, signal.SIGTERM) == 143
     (saved,) = checkpoint.saved_steps(killed)
-    assert saved not in range(0, 31, 5) or saved >= 3  # SIGTERM saves the current step
+    assert saved > 0  # SIGTERM saves the current step
     assert signal_after(start(killed), killed, 13, signal.SIGKILL) == -9
     assert checkpoint.saved_steps(killed)[-1] < 30
     assert start(killed).wait(timeout=400) == 0
@@ -96,6 +96,7 @@ def test_non_finite_loss_names_step_and_last_good_checkpoint(tmp_path, monkeypat
 
     monkeypatch.setattr(batch_source.BatchSource, "batches", batches_with_nan)
     changes = {"lock.image": True, "checkpoint.every.steps": 1}
+    # Checkpoint 2 has the parameters that step 3 used, so the last good one is 1.
     with pytest.raises(NonFiniteLossError, match=r"loss is nan at step 3; .*checkpoints/1\."):
         loop.train(settings(**changes), tmp_path)
 
