@@ -18,7 +18,8 @@ class Mixture:
 
     An epoch is as short as possible while it contains every record of every source. Source k fills
     the fraction weights[k] / sum(weights) of an epoch, rounded to a whole record. A source with
-    fewer records repeats from its beginning. So which record is number i depends on i alone.
+    fewer records repeats from its beginning. Nothing is random: record i is the
+    same in every epoch.
     """
 
     sources: Sequence[Source]

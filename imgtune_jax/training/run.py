@@ -61,7 +61,7 @@ class Run:
 
     @cached_property
     def _predictor(self) -> evals.ModelPredictor:
-        """The predictor whose compiled functions and memo the predictors of all steps reuse."""
+        """The first predictor. Those of later steps reuse its compiled functions and memo."""
         return self.experiment.predictor(eval_params(self.state, self.frozen))
 
     def predictor(self) -> evals.ModelPredictor:
@@ -86,7 +86,8 @@ def build_run(experiment: Experiment, workdir: Path) -> Run:
 
     workdir_files.check_same_config(config, workdir)
     workdir_files.write_config(config, workdir)
-    # Without a checkpoint, baselines are evaluated again, so their records (step 0) are dropped.
+    # If an earlier run stopped before its first checkpoint, baselines are evaluated again, so
+    # their earlier records (step 0) are dropped.
     workdir_files.truncate_logs(workdir, -1 if saved_step is None else saved_step)
     checkpointer = Checkpointer(workdir, config.checkpoint)
     if saved_step is None:

@@ -1,4 +1,4 @@
-"""Beam search: exhaustive at full width, greedy at width 1, ranking, and when a row ends."""
+"""Beam search: all sequences at full width, greedy at width 1, ranking, and when a row ends."""
 
 import itertools
 
@@ -30,11 +30,11 @@ def all_sequences(vocabulary, stop, max_length, min_length=0):
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0, -0.5])
 @pytest.mark.parametrize("exhaustive", [True, False])
-def test_wide_beam_is_exhaustive_search(toy_model, to_lists, length_penalty, exhaustive):
+def test_wide_beam_searches_all_sequences(toy_model, to_lists, length_penalty, exhaustive):
     """At width vocabulary ** length, no hypothesis is dropped, so the n best of all are found.
 
-    The value of `exhaustive` does not matter: a row ends early only if it has `width` finished
-    sequences, and fewer than `width` sequences exist.
+    The setting `exhaustive` decides how early a row may end. It does not matter here: a row ends
+    early only if it has `width` finished sequences, and fewer than `width` sequences exist.
     """
     model = toy_model(4, seed=1)
     stop, max_length, n = (0,), 3, 5
