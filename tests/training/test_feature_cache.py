@@ -289,7 +289,7 @@ def test_info_reports_the_cache(tmp_path):
     assert "image: 3146 of 3146 rows (1 × 3146 records), 32 float32" in text
     assert folder.name in text and "an epoch read from it" in text
     folder.rename(tmp_path / "elsewhere")
-    assert "gone" in info.summarize_run(tmp_path / "run")
+    assert "does not exist" in info.summarize_run(tmp_path / "run")
 
 
 def test_cache_command_fills_the_cache_and_prints_its_size(tmp_path):
