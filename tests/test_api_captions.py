@@ -180,7 +180,7 @@ def test_evaluation_reads_a_subset_during_training_and_all_images_in_the_command
 
 def test_report_shows_generated_captions_and_references(run):
     page = (run / "report.html").read_text("utf-8")
-    assert "Captions of cards" in page and "No retrieval gallery" not in page
+    assert "Captions of cards" in page and "No retrieval examples" not in page
     assert "5 of 5 images" in page
     for names in NAMES.values():
         assert all(name in page for name in names)
