@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -38,13 +39,23 @@ def test_slower_side_is_the_bottleneck(pipeline, step, limit):
 
 
 def test_slow_stage_is_measured_as_slow(monkeypatch):
+    """The clock advances by one second per decoded image, and by 1 ms when it is read."""
     pipeline = experiment.build_experiment(settings(batch_size=16)).pipeline
-    decode = bench.image.decode_image
-    before = bench.time_stages(pipeline)
-    monkeypatch.setattr(bench.image, "decode_image", lambda x: [decode(x) for _ in range(20)])
-    after = bench.time_stages(pipeline)
-    assert after["decode"] < before["decode"] / 5
-    assert after["decode and transform"] > before["decode and transform"] / 5
+    decode, now = bench.image.decode_image, [0.0]
+
+    def slow_decode(image):
+        now[0] += 1.0
+        return decode(image)
+
+    def clock():
+        now[0] += 1e-3
+        return now[0]
+
+    monkeypatch.setattr(bench.image, "decode_image", slow_decode)
+    monkeypatch.setattr(bench, "time", types.SimpleNamespace(perf_counter=clock))
+    speeds = bench.time_stages(pipeline)
+    assert speeds["decode"] == pytest.approx(1.0, rel=1e-3)
+    assert min(speeds[stage] for stage in speeds if stage != "decode") > 1000
 
 
 @pytest.mark.parametrize(
