@@ -122,7 +122,7 @@ class Tokenizer:
     def prompt_ids(self, prefix: str = "") -> list[int]:
         """Return the ids that generation starts from: the begin tokens and the prefix.
 
-        Raises ValueError if the prefix leaves no room for a text.
+        Raises ValueError if the prefix is too long for the text to have any tokens.
         """
         clean = CLEANINGS[self.cleaning]
         prefix_ids = self.backend.encode(clean(prefix), add_special_tokens=False).ids
