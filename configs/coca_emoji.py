@@ -14,6 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import base, caption_emoji, emoji
+from imgtune_jax.errors import UserError
 
 LENGTH = 18  # tokens per caption; the longest English name in the corpus has 17
 VARIANTS = ("both", "contrastive", "captioning")
@@ -22,7 +23,7 @@ VARIANTS = ("both", "contrastive", "captioning")
 def get_config(variant: str = "both") -> Any:
     """Return the config of one of VARIANTS."""
     if variant not in VARIANTS:
-        raise ValueError(f"variant = {variant!r}; expected one of {', '.join(VARIANTS)}")
+        raise UserError(f"variant = {variant!r}; expected one of {', '.join(VARIANTS)}")
     c = caption_emoji.get_config()
     c.name = f"coca_emoji_{variant}"
     c.data.caption_weights, c.data.prefixes = ConfigDict(dict(en=1.0)), ConfigDict()

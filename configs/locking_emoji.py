@@ -16,6 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import base, lit_emoji
+from imgtune_jax.errors import UserError
 
 VARIANTS = ("locked", "unlocked", "scratch")
 
@@ -25,7 +26,7 @@ def get_config(variant: str = "locked") -> Any:
     tower, _, length = variant.partition("-")
     if tower not in VARIANTS or length not in ("", "full"):
         known = ", ".join(VARIANTS)
-        raise ValueError(f"variant = {variant!r}; expected one of {known}, or one with -full")
+        raise UserError(f"variant = {variant!r}; expected one of {known}, or one with -full")
     c = lit_emoji.get_config()
     c.name = f"locking_emoji_{tower}"
     c.baselines = ConfigDict()

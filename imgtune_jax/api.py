@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from imgtune_jax import config as config_lib
 from imgtune_jax import data, interop, param_tree
+from imgtune_jax.errors import ExistingFileError, MissingFileError, UserError
 from imgtune_jax.evals import GeneratedCaption, zeroshot
 from imgtune_jax.evals.predictor import ModelPredictor
 from imgtune_jax.training import checkpoint, loop
@@ -51,7 +52,7 @@ class TunedModel:
     def encode_image(self, images: Image | Sequence[Image]) -> Float[np.ndarray, "n d"]:
         """Return the unit-norm embeddings of one or more paths, PIL images or uint8 arrays.
 
-        Raises ValueError naming every unreadable image, with the cause.
+        Raises UserError naming every unreadable image, with the cause.
         """
         source = _ImageSource.from_images(images)
         embeddings, valid = self.predictor.embed_images(source)
@@ -104,14 +105,14 @@ class TunedModel:
         {"method": {"name": "sample", "top_p": 0.9}, "max_new_tokens": 8}. `seed` is the random seed
         of sampling.
 
-        Raises ValueError for a model without a decoder, for an unknown language, and for unreadable
+        Raises UserError for a model without a decoder, for an unknown language, and for unreadable
         images, naming each image and the cause.
         """
         if min(n, beam) < 1:
-            raise ValueError(f"n = {n}, beam = {beam}; expected 1 or more of each")
+            raise UserError(f"n = {n}, beam = {beam}; expected 1 or more of each")
         settings = dict(decoding or {})
         if "method" in settings and (n, beam) != (1, 1):
-            raise ValueError(
+            raise UserError(
                 f"n = {n}, beam = {beam} with decoding['method'] = {settings['method']}; n and "
                 "beam configure a beam search: remove them, or the method"
             )
@@ -154,11 +155,11 @@ class TunedModel:
     def save(self, folder: str | Path) -> Path:
         """Write the config, the tokenizer and the parameters to a folder that `load` reads.
 
-        Raises FileExistsError if the folder exists and is not empty.
+        Raises ExistingFileError if the folder exists and is not empty.
         """
         folder = Path(folder)
         if folder.exists() and any(folder.iterdir()):
-            raise FileExistsError(f"{folder} is not empty; expected a new or empty folder")
+            raise ExistingFileError(f"{folder} is not empty; expected a new or empty folder")
         folder.mkdir(parents=True, exist_ok=True)
         config_lib.save_config(self.experiment.config, folder / "config.json")
         self.experiment.tokenizer.save(folder / "tokenizer")
@@ -170,12 +171,12 @@ class TunedModel:
         if language is None:
             return prefixes[languages[0]] if languages else ""
         if not languages:
-            raise ValueError(
+            raise UserError(
                 f"language = {language!r}, but this model was trained without prefixes "
                 "(config.data.prefixes) and has no languages; omit `language`"
             )
         if language not in languages:
-            raise ValueError(f"language = {language!r}; expected one of {', '.join(languages)}")
+            raise UserError(f"language = {language!r}; expected one of {', '.join(languages)}")
         return prefixes[language]
 
     def _encode_any(self, items: Sequence[Any]) -> Float[np.ndarray, "n d"]:
@@ -189,7 +190,7 @@ def load(folder: str | Path, *, step: int | None = None, use_memo: bool = False)
 
     From a run, the checkpoint of `step` is loaded (default: the newest). With `use_memo`, the image
     features of a data set stay in memory, so that several evaluators can share them. Raises
-    FileNotFoundError if the folder or the checkpoint does not exist.
+    MissingFileError if the folder or the checkpoint does not exist.
     """
     folder = Path(folder).absolute()
     config = config_lib.load_config(folder / "config.json")
@@ -207,7 +208,7 @@ def load(folder: str | Path, *, step: int | None = None, use_memo: bool = False)
 def train(config: config_lib.Config | ConfigDict, workdir: str | Path) -> TunedModel:
     """Train the model that `config` describes, or resume its run in `workdir`; return the model.
 
-    Raises ValueError if the config is invalid or `workdir` has another run, NonFiniteLossError if
+    Raises UserError if the config is invalid or `workdir` has another run, NonFiniteLossError if
     the loss is not finite, and TooManyBadRecordsError if too many records are unreadable.
     """
     if not isinstance(config, config_lib.Config):
@@ -231,15 +232,15 @@ class _ImageSource:
         """Return a source of one or more paths, PIL images or arrays."""
         records = tuple(_record(i, image) for i, image in enumerate(_as_list(images)))
         if not records:
-            raise ValueError("no images given; expected one or more paths, PIL images or arrays")
+            raise UserError("no images given; expected one or more paths, PIL images or arrays")
         return cls(records)
 
     def check_readable(self, valid: Bool[np.ndarray, " n"]) -> None:
-        """Raise ValueError naming every unreadable image, with the cause."""
+        """Raise UserError naming every unreadable image, with the cause."""
         if not valid.all():
             unreadable = [self.records[i] for i in np.flatnonzero(~valid)]
             lines = [f"{record.key}: {_read_error(record)}" for record in unreadable]
-            raise ValueError("these images cannot be read:\n  " + "\n  ".join(lines))
+            raise UserError("these images cannot be read:\n  " + "\n  ".join(lines))
 
     def __len__(self) -> int:
         return len(self.records)
@@ -273,7 +274,7 @@ def _record(index: int, image: Any) -> data.Record:
     if isinstance(image, str | Path):
         path = Path(image)
         if not path.is_file():
-            raise FileNotFoundError(f"no image at {path}")
+            raise MissingFileError(f"no image at {path}")
         return data.Record(key=str(path), image=path.read_bytes(), captions={})
     return data.Record(key=f"image {index}", image=image, captions={})
 

@@ -19,6 +19,7 @@ import numpy as np
 from imgtune_jax import data
 from imgtune_jax.config import Config
 from imgtune_jax.data import image
+from imgtune_jax.errors import UserError
 from imgtune_jax.training.experiment import Experiment, build_experiment
 from imgtune_jax.types import Batch
 
@@ -44,14 +45,14 @@ class Throughput:
 def measure(config: Config) -> Throughput:
     """Time the input of a config's training, and its step on one batch.
 
-    Raises ValueError if parts of the config do not fit each other or no record of a batch is valid.
+    Raises UserError if parts of the config do not fit each other or no record of a batch is valid.
     """
     experiment = build_experiment(config)
     pipeline = experiment.pipeline
     stages = time_stages(pipeline)
     pipeline_speed, local = time_pipeline(pipeline)
     if not local["example_mask"].any():
-        raise ValueError("no record of the batch could be read; see the warnings above")
+        raise UserError("no record of the batch could be read; see the warnings above")
     batch, seconds = _timed(lambda: jax.block_until_ready(experiment.partitioner.put_batch(local)))
     stages["put on the device"] = config.batch_size / seconds
     return Throughput(

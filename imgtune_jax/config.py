@@ -19,6 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from imgtune_jax import config_history
+from imgtune_jax.errors import MissingFileError, UserError
 
 ComponentConfig = dict[str, Any]  # {"name": key in a table of components, **fields}
 
@@ -198,7 +199,7 @@ def parse_config(config: Any) -> Config:
     """Parse and validate a ConfigDict, or the result of `Config.to_dict`.
 
     Checks in this order: no key was renamed or removed; no key is unknown, missing or of the wrong
-    type; no value is out of range or contradicts another. Raises ValueError listing all errors of
+    type; no value is out of range or contradicts another. Raises UserError listing all errors of
     the first check that fails.
     """
     tree = _to_builtins(config)
@@ -207,7 +208,7 @@ def parse_config(config: Any) -> Config:
     if not errors:
         errors = list(_value_errors(parsed))
     if errors:
-        raise ValueError("config is not valid:\n  " + "\n  ".join(errors))
+        raise UserError("config is not valid:\n  " + "\n  ".join(errors))
     return parsed
 
 
@@ -336,11 +337,11 @@ def save_config(config: Config, path: str | Path) -> None:
 def load_config(path: str | Path) -> Config:
     """Load a config that this or an older version of `save_config` saved.
 
-    Raises FileNotFoundError if there is no such file.
+    Raises MissingFileError if there is no such file.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no config at {path}; expected the folder of a run of train.py")
+        raise MissingFileError(f"no config at {path}; expected the folder of a run of train.py")
     saved = json.loads(path.read_text())
     config_history.upgrade(saved)
     return parse_config(saved)

@@ -19,7 +19,7 @@ PARAMETER_GROUPS = (*models.COMPONENTS, "logit_scale", "logit_bias")
 def summarize_run(workdir: Path) -> str:
     """Summarize a run as text: parameters, objectives, checkpoints, caches and newest results.
 
-    Raises FileNotFoundError if `workdir` is not a run's folder.
+    Raises MissingFileError if `workdir` is not a run's folder.
     """
     config = config_lib.load_config(workdir / "config.json")
     experiment = build_experiment(config, tokenizer_dir=workdir / "tokenizer")

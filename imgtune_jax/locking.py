@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from imgtune_jax.config import LockConfig
+from imgtune_jax.errors import UserError
 from imgtune_jax.types import MODALITIES
 
 # Modules after the layers, in every tower. All others outside the layers come before them.
@@ -89,7 +90,7 @@ def tower_paths(paths: Iterable[str], modality: str) -> list[str]:
 def frozen_paths(cfg: LockConfig, paths: Sequence[str]) -> dict[str, bool]:
     """Return {path: whether it is frozen} for all parameters.
 
-    Raises ValueError for a setting that does not fit the parameters.
+    Raises UserError for a setting that does not fit the parameters.
     """
     frozen = {p for p in paths if _is_statistic(p)}
     for modality in MODALITIES:
@@ -99,7 +100,7 @@ def frozen_paths(cfg: LockConfig, paths: Sequence[str]) -> dict[str, bool]:
         if getattr(cfg, modality):
             frozen |= _frozen_tower_paths(paths, modality, num_unlocked)
         elif num_unlocked:
-            raise ValueError(
+            raise UserError(
                 f"config.lock.{modality}_unlocked_layers = {num_unlocked} needs "
                 f"config.lock.{modality} = True; set it, or set the number to 0"
             )
@@ -108,7 +109,7 @@ def frozen_paths(cfg: LockConfig, paths: Sequence[str]) -> dict[str, bool]:
     for pattern in cfg.patterns:
         matching = {p for p in paths if re.fullmatch(pattern, p)}
         if not matching:
-            raise ValueError(
+            raise UserError(
                 f"config.lock.patterns has {pattern!r}, which matches no parameter; correct or "
                 f"remove it; a path looks like {paths[0]!r}"
             )
@@ -121,7 +122,7 @@ def _frozen_tower_paths(paths: Sequence[str], modality: str, num_unlocked: int) 
     in_tower = tower_paths(paths, modality)
     count = num_layers(in_tower)
     if num_unlocked and not 0 < num_unlocked <= count:
-        raise ValueError(
+        raise UserError(
             f"config.lock.{modality}_unlocked_layers = {num_unlocked}; expected 0 to "
             f"{count}, since the tower has {count} layers"
         )

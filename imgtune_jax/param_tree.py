@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from imgtune_jax.errors import UserError
 from imgtune_jax.types import Params
 
 V = TypeVar("V")
@@ -66,7 +67,7 @@ def match_rules(rules: Sequence[tuple[str, V]], paths: Iterable[str], key: str) 
     """Return {path: value of the first rule that matches it}.
 
     A rule is (regular expression, value); the expression must match the full path. Raises
-    ValueError listing the paths that no rule matches and the rules, other than '.*', that match no
+    UserError listing the paths that no rule matches and the rules, other than '.*', that match no
     path. The error names `key`, the config key of the rules.
     """
     compiled = [(re.compile(pattern), value) for pattern, value in rules]
@@ -92,7 +93,7 @@ def match_rules(rules: Sequence[tuple[str, V]], paths: Iterable[str], key: str) 
                 f"these rules match no parameter: {unused}; correct or remove them; "
                 f"a path looks like {example!r}"
             )
-        raise ValueError("\n  ".join(lines))
+        raise UserError("\n  ".join(lines))
     return values
 
 

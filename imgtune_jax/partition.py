@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from imgtune_jax import config as config_lib
+from imgtune_jax.errors import UserError
 from imgtune_jax.param_tree import path_str
 from imgtune_jax.types import Batch, PyTree
 
@@ -50,7 +51,7 @@ def make_mesh(
 ) -> jax.sharding.Mesh:
     """Make a (data, fsdp, tensor) mesh over all devices.
 
-    Raises ValueError if the product of the axes is not the number of devices.
+    Raises UserError if the product of the axes is not the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = [cfg.data, cfg.fsdp, cfg.tensor]
@@ -58,7 +59,7 @@ def make_mesh(
     if sizes.count(-1) == 1 and known and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
     if any(s < 1 for s in sizes) or int(np.prod(sizes)) != len(devices):
-        raise ValueError(
+        raise UserError(
             f"config.mesh = (data={cfg.data}, fsdp={cfg.fsdp}, tensor={cfg.tensor}) on "
             f"{len(devices)} devices; expected a product of {len(devices)}; one axis may be -1"
         )
@@ -89,7 +90,7 @@ class Partitioner:
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     def check_batch_size(self, batch_size: int, name: str = "batch") -> None:
-        """Raise ValueError unless `batch_size` is a multiple of the number of batch shards.
+        """Raise UserError unless `batch_size` is a multiple of the number of batch shards.
 
         The error calls the batch `name` and suggests sizes that fit.
         """
@@ -97,7 +98,7 @@ class Partitioner:
         if batch_size % n:
             low, high = batch_size // n * n, -(-batch_size // n) * n
             fitting = f"{low} or {high}" if low else f"{high}"
-            raise ValueError(
+            raise UserError(
                 f"{name} size {batch_size} does not divide over {n} devices; set it to {fitting}"
             )
 

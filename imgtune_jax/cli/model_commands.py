@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from imgtune_jax.errors import MissingFileError, UserError
+
 
 def evaluate(options: argparse.Namespace) -> None:
     """Evaluate a run's model on the full test sets, and rewrite the run's report."""
@@ -17,7 +19,7 @@ def evaluate(options: argparse.Namespace) -> None:
     config = model.experiment.config
     names = options.only or list(config.evals)
     if unknown := sorted(set(names) - set(config.evals)):
-        raise ValueError(f"--only: no evaluator {unknown}; expected {', '.join(config.evals)}")
+        raise UserError(f"--only: no evaluator {unknown}; expected {', '.join(config.evals)}")
     # `limit` makes evaluation during training cheap. This command evaluates the full data set.
     unlimited = {n: {k: v for k, v in config.evals[n].items() if k != "limit"} for n in names}
     for name, evaluator in model.experiment.build_evaluators(unlimited).items():
@@ -37,7 +39,7 @@ def embed(options: argparse.Namespace) -> None:
     from imgtune_jax import api
 
     if not options.images and options.texts is None:
-        raise ValueError("nothing to embed; expected images, --texts FILE, or both")
+        raise UserError("nothing to embed; expected images, --texts FILE, or both")
     model = api.load(options.model)
     arrays: dict[str, Any] = {}
     if options.images:
@@ -62,7 +64,7 @@ def search(options: argparse.Namespace) -> None:
     if len(options.images) == 1 and options.images[0].endswith(".npz"):
         with np.load(options.images[0]) as stored:
             if "image_features" not in stored:
-                raise ValueError(
+                raise UserError(
                     f"{options.images[0]} has no image_features; write it with imgtune embed"
                 )
             names, gallery = list(stored["image_paths"]), stored["image_features"]
@@ -113,12 +115,12 @@ def _image_paths(arguments: Sequence[str]) -> list[Path]:
         if path.is_dir():
             images = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
             if not images:
-                raise ValueError(
+                raise UserError(
                     f"no image in the folder {path}; expected files {', '.join(IMAGE_SUFFIXES)}"
                 )
             paths += images
         elif path.is_file():
             paths.append(path)
         else:
-            raise FileNotFoundError(f"no image or folder at {path}")
+            raise MissingFileError(f"no image or folder at {path}")
     return paths

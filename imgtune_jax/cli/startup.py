@@ -12,10 +12,6 @@ from pathlib import Path
 
 from imgtune_jax.errors import UserError
 
-# Exceptions that are printed as one message, without a traceback. Some mistakes of users still
-# raise the built-in types instead of a `UserError`.
-USER_ERRORS = (UserError, ValueError, FileNotFoundError, FileExistsError)
-
 # Folders that only the source checkout contains, not the wheel: {name: a path in a checkout}.
 CHECKOUT_FOLDERS = {"configs": Path("configs/base.py"), "corpora": Path("corpora")}
 
@@ -49,7 +45,7 @@ def report_user_errors() -> Iterator[None]:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
-    except USER_ERRORS as error:
+    except UserError as error:
         if os.environ.get("IMGTUNE_TRACEBACK"):
             raise
         message = with_checkout_hint(str(error))

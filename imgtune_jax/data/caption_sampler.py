@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from imgtune_jax.data.record import BadRecord, FaultCause, Record
+from imgtune_jax.errors import UserError
 
 
 class PrefixedCaption(NamedTuple):
@@ -34,28 +35,28 @@ class CaptionSampler:
 
     def __post_init__(self) -> None:
         if not self.weights or min(self.weights.values()) < 0 or not sum(self.weights.values()):
-            raise ValueError(
+            raise UserError(
                 f"caption weights = {dict(self.weights)}; expected no weight below 0 and at least "
                 "one above 0, such as {'name': 0.7, 'keywords': 0.3}"
             )
         if unused := sorted(set(self.prefixes) - set(self.weights)):
-            raise ValueError(
+            raise UserError(
                 f"prefixes for the caption sets {unused}, which have no weight in "
                 f"{dict(self.weights)}; add their weights, or remove the prefixes"
             )
         for name, templates in self.templates.items():
             if name not in self.weights:
-                raise ValueError(
+                raise UserError(
                     f"templates for the caption set {name!r}, which has no weight in "
                     f"{dict(self.weights)}; add its weight, or remove the templates"
                 )
             if invalid := [t for t in templates if t.count("{}") != 1]:
-                raise ValueError(f"templates = {invalid}; expected one '{{}}' in each")
+                raise UserError(f"templates = {invalid}; expected one '{{}}' in each")
 
     def check(self, known: tuple[str, ...]) -> None:
-        """Raise ValueError if a weighted caption set is not in `known`, the sets of the source."""
+        """Raise UserError if a weighted caption set is not in `known`, the sets of the source."""
         if unknown := sorted(set(self.weights) - set(known)):
-            raise ValueError(f"the source has no caption sets {unknown}; it has {known}")
+            raise UserError(f"the source has no caption sets {unknown}; it has {known}")
 
     def __call__(self, record: Record, rng: np.random.Generator) -> PrefixedCaption:
         """Sample a caption of the record. Raises BadRecord if the record has none."""

@@ -12,6 +12,8 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from tokenizers.processors import TemplateProcessing
 
+from imgtune_jax.errors import UserError
+
 LENGTH = 77
 NUM_MERGES = 49152 - 256 - 2  # the expression in CLIP's code
 START, END = "<start_of_text>", "<end_of_text>"
@@ -27,12 +29,12 @@ def clean(text: str) -> str:
 def build_clip_tokenizer(vocabulary: Path) -> Tokenizer:
     """Build CLIP's byte-level BPE tokenizer of 49408 tokens. It adds a start and an end token.
 
-    Raises ValueError if `vocabulary` does not have CLIP's number of merges.
+    Raises UserError if `vocabulary` does not have CLIP's number of merges.
     """
     lines = gzip.decompress(vocabulary.read_bytes()).decode("utf-8").split("\n")
     merges = [(a, b) for a, b in (line.split() for line in lines[1 : NUM_MERGES + 1])]
     if len(merges) != NUM_MERGES:
-        raise ValueError(
+        raise UserError(
             f"{vocabulary} has {len(merges)} merges; expected {NUM_MERGES}, as in CLIP's vocabulary"
         )
     characters = _byte_characters()

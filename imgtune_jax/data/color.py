@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from imgtune_jax.data.resample import ImageArray, require_rng
+from imgtune_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,9 @@ class ColorJitter:
 
     def __post_init__(self) -> None:
         if not 0 <= self.hue <= 0.5:
-            raise ValueError(f"hue = {self.hue}; expected a fraction of a turn from 0 to 0.5")
+            raise UserError(f"hue = {self.hue}; expected a fraction of a turn from 0 to 0.5")
         if min(self.brightness, self.contrast, self.saturation) < 0:
-            raise ValueError(f"{self}; expected brightness, contrast and saturation of at least 0")
+            raise UserError(f"{self}; expected brightness, contrast and saturation of at least 0")
 
     def __call__(self, image: ImageArray, rng: np.random.Generator | None = None) -> ImageArray:
         rng = require_rng(rng, self)

@@ -18,6 +18,7 @@ from imgtune_jax.data.resample import (
     pad_to,
     require_rng,
 )
+from imgtune_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,9 @@ class RandomResizedCrop:
         as_height_width(self.size)
         check_choice("interpolation", self.interpolation, INTERPOLATIONS)
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale = {self.scale}; expected fractions (low, high) in (0, 1]")
+            raise UserError(f"scale = {self.scale}; expected fractions (low, high) in (0, 1]")
         if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio = {self.ratio}; expected aspect ratios (low, high) above 0")
+            raise UserError(f"ratio = {self.ratio}; expected aspect ratios (low, high) above 0")
 
     def __call__(
         self, image: ImageArray | LazyJpeg, rng: np.random.Generator | None = None

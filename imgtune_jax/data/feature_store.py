@@ -25,6 +25,8 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jaxtyping import Bool, Float, Int
 
+from imgtune_jax.errors import UserError
+
 SEGMENT_BYTES = 1 << 28  # size of features in memory above which they are written
 MISSING, PENDING, BAD_RECORD, PRESENT = range(4)  # states of a row; the last two are on disk
 RECORDS_SUFFIX, IDS_SUFFIX = ".array_record", ".ids.npz"
@@ -94,16 +96,16 @@ class FeatureStore:
     ) -> FeatureStore:
         """Open or create a store. `key` maps names to whatever else the features depend on.
 
-        Raises ValueError if the folder contains features with another key or other arguments.
+        Raises UserError if the folder contains features with another key or other arguments.
         """
         if dtype not in STORE_DTYPES:
-            raise ValueError(f"dtype = {dtype!r}; expected one of {', '.join(STORE_DTYPES)}")
+            raise UserError(f"dtype = {dtype!r}; expected one of {', '.join(STORE_DTYPES)}")
         manifest = {"views": views, "n": num_records, "shape": list(shape), "dtype": dtype, **key}
         path = folder / "manifest.json"
         if path.exists():
             existing, expected = json.loads(path.read_text()), json.loads(json.dumps(manifest))
             if changed := differing_keys(existing, expected):
-                raise ValueError(
+                raise UserError(
                     f"{folder} contains features with another key; these entries differ: "
                     f"{', '.join(changed)}. Remove the folder, or set another config.cache.path"
                 )

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from imgtune_jax.data.image import IMAGE_SUFFIXES
 from imgtune_jax.data.record import BadRecord, FaultCause, Record
 from imgtune_jax.data.record_fields import Fingerprint, RecordFields, as_field_path, parse_json
+from imgtune_jax.errors import UserError
 
 
 class _TableRow(NamedTuple):
@@ -48,15 +49,15 @@ class Folder:
 
     def __post_init__(self) -> None:
         if not Path(self.path).is_dir():
-            raise ValueError(
+            raise UserError(
                 f"path = {self.path!r} is not a folder; set it to the folder of the images"
             )
         if self.table is not None and not Path(self.table).is_file():
-            raise ValueError(
+            raise UserError(
                 f"table = {self.table!r} does not exist; set it to a .jsonl, .csv or .tsv file"
             )
         if not len(self):
-            raise ValueError(f"no images in {self.path} (table={self.table})")
+            raise UserError(f"no images in {self.path} (table={self.table})")
 
     def __len__(self) -> int:
         return len(self._image_rows)
@@ -184,7 +185,7 @@ def _read_table(path: Path) -> list[_TableRow]:
         lines = [line for line in data.split(b"\n") if line.strip()]
         return [_parse_json_row(line, f"{path.name} line {n + 1}") for n, line in enumerate(lines)]
     if path.suffix not in (".csv", ".tsv"):
-        raise ValueError(f"table = {str(path)!r}; expected a .jsonl, .csv or .tsv file")
+        raise UserError(f"table = {str(path)!r}; expected a .jsonl, .csv or .tsv file")
     # Invalid bytes become surrogates, so that _parse_csv_row can reject single rows.
     text = data.decode("utf-8-sig", errors="surrogateescape")
     header = text.partition("\n")[0]

@@ -10,6 +10,7 @@ from typing import Any
 
 from imgtune_jax.data.record import Record, Source, read_metadata
 from imgtune_jax.data.record_fields import Fingerprint
+from imgtune_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,10 @@ class Mixture:
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise ValueError("a mixture has no sources; set `sources` to one or more")
+            raise UserError("a mixture has no sources; set `sources` to one or more")
         weights = self.weights
         if weights is not None and (len(weights) != len(self.sources) or min(weights) <= 0):
-            raise ValueError(
+            raise UserError(
                 f"weights = {tuple(weights)}; expected {len(self.sources)} weights above 0, "
                 "one per source"
             )

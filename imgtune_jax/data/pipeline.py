@@ -25,6 +25,7 @@ from imgtune_jax.data.record import BadRecordCounter, Fault, Source
 from imgtune_jax.data.rows import PADDING_INDEX, Collator, RowBuilder
 from imgtune_jax.data.tokenizer import Tokenizer
 from imgtune_jax.data.transforms import Compose
+from imgtune_jax.errors import UserError
 
 NumpyBatch = dict[str, np.ndarray]
 NO_END = 1 << 40  # a number of batches that no run reaches
@@ -51,7 +52,7 @@ class Pipeline:
     Otherwise, each worker process has `num_threads` threads and holds at most
     num_threads + 2 ceil(prefetch / num_workers) + 2 batches.
 
-    Raises ValueError if the fields contradict each other or the source.
+    Raises UserError if the fields contradict each other or the source.
     """
 
     source: Source
@@ -78,21 +79,21 @@ class Pipeline:
     def __post_init__(self) -> None:
         n = len(self.source)
         if n == 0:
-            raise ValueError("the source has no records; expected at least one")
+            raise UserError("the source has no records; expected at least one")
         if self.batch_size < 1 or self.batch_size % self.host_count:
             divisible = max(1, self.batch_size // self.host_count) * self.host_count
-            raise ValueError(
+            raise UserError(
                 f"batch_size = {self.batch_size}; expected a positive multiple of the number of "
                 f"hosts, {self.host_count}, such as {divisible}"
             )
         if not 0 <= self.host_index < self.host_count:
-            raise ValueError(
+            raise UserError(
                 f"host_index = {self.host_index} with host_count = {self.host_count}; expected "
                 "0 <= host_index < host_count"
             )
         for modality, store in self.stores.items():
             if store.num_records != n:
-                raise ValueError(
+                raise UserError(
                     f"the store has {modality} features of {store.num_records} records, but the "
                     f"source has {n} records; compute the features from this source"
                 )
@@ -107,18 +108,18 @@ class Pipeline:
             return
         length = self.tokenizer.length if self.tokenizer else 0
         if list(buckets) != sorted({*buckets}) or not 0 < buckets[0] <= buckets[-1] < length:
-            raise ValueError(
+            raise UserError(
                 f"length_buckets = {buckets}; expected increasing lengths of at least 1, all below "
                 f"the tokenizer's length, {length}"
             )
         if self.host_count > 1:
-            raise ValueError(
+            raise UserError(
                 f"length_buckets = {buckets} with {self.host_count} hosts: each host knows only "
                 "its own texts, so the hosts would not agree on a length; set length_buckets=() "
                 "and a smaller tokenizer.length"
             )
         if "text" in self.stores:
-            raise ValueError(
+            raise UserError(
                 f"length_buckets = {buckets} with cached text features, which all have the "
                 "same length; set length_buckets=() or cache.text_views=0"
             )
@@ -180,7 +181,7 @@ class Pipeline:
     def collator(self, *, one_pass: bool = False) -> Collator:
         """Return the function from the rows of a batch to the batch.
 
-        Raises ValueError if the shape of the transformed images depends on the image.
+        Raises UserError if the shape of the transformed images depends on the image.
         """
         return Collator(self, one_pass, self._image_shape())
 
@@ -191,7 +192,7 @@ class Pipeline:
         blanks = np.zeros((48, 64, 3), np.uint8), np.zeros((80, 40, 3), np.uint8)
         first, second = (self.transform(b, np.random.default_rng(0)).shape for b in blanks)
         if first != second:
-            raise ValueError(
+            raise UserError(
                 f"the transforms return images of different sizes ({first}, {second}); end them "
                 "with a resize (squash or longest) or a crop"
             )

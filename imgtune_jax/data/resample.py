@@ -20,6 +20,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from imgtune_jax.data.image import Color
+from imgtune_jax.errors import UserError
 
 ImageArray = UInt8[np.ndarray, "h w 3"]
 Box = tuple[float, float, float, float]  # top, left, height, width, in pixels
@@ -39,24 +40,24 @@ _SIMD_FILTERS = {
 
 
 def check_choice(name: str, value: str, known: Iterable[str]) -> None:
-    """Raise ValueError unless `value` is one of `known`."""
+    """Raise UserError unless `value` is one of `known`."""
     if value not in known:
-        raise ValueError(f"{name} = {value!r}; known: {', '.join(known)}")
+        raise UserError(f"{name} = {value!r}; known: {', '.join(known)}")
 
 
 def as_height_width(size: int | tuple[int, int]) -> tuple[int, int]:
-    """Return (height, width) of a size in pixels. Raises ValueError unless both are positive."""
+    """Return (height, width) of a size in pixels. Raises UserError unless both are positive."""
     height, width = (size, size) if isinstance(size, int) else size
     if height < 1 or width < 1:
-        raise ValueError(f"size = {size}; expected pixels above 0, as n or (height, width)")
+        raise UserError(f"size = {size}; expected pixels above 0, as n or (height, width)")
     return height, width
 
 
 def require_rng(rng: np.random.Generator | None, transform: object) -> np.random.Generator:
-    """Return the random generator. Raises ValueError if it is None."""
+    """Return the random generator. Raises UserError if it is None."""
     if rng is None:
         name = type(transform).__name__
-        raise ValueError(f"{name} is random: call it with rng, or remove it from the transforms")
+        raise UserError(f"{name} is random: call it with rng, or remove it from the transforms")
     return rng
 
 

@@ -11,6 +11,7 @@ from imgtune_jax.data.mixture import Mixture
 from imgtune_jax.data.record import Source
 from imgtune_jax.data.tfds import TFDS
 from imgtune_jax.data.webdataset import WebDataset
+from imgtune_jax.errors import UserError
 
 SOURCES: dict[str, type] = {
     "webdataset": WebDataset,
@@ -23,20 +24,20 @@ SOURCES: dict[str, type] = {
 def build_source(config: Mapping[str, Any]) -> Source:
     """Build a source from `{"name": "webdataset", "path": …}`.
 
-    The `sources` of a mixture are such mappings too. Raises ValueError for an unknown name or
+    The `sources` of a mixture are such mappings too. Raises UserError for an unknown name or
     field, and for a path that does not exist.
     """
     values = dict(config)
     name = values.pop("name", None)
     if name not in SOURCES:
-        raise ValueError(f"source {name!r} is unknown; known: {', '.join(SOURCES)}")
+        raise UserError(f"source {name!r} is unknown; known: {', '.join(SOURCES)}")
     source_class = SOURCES[name]
     known = [f.name for f in dataclasses.fields(source_class)]
     if unknown := sorted(set(values) - set(known)):
-        raise ValueError(f"source {name!r} has no fields {unknown}; it has {', '.join(known)}")
+        raise UserError(f"source {name!r} has no fields {unknown}; it has {', '.join(known)}")
     if name == "mixture":
         values["sources"] = tuple(build_source(s) for s in values.get("sources", ()))
     try:
         return source_class(**values)
     except TypeError as error:
-        raise ValueError(f"source {name!r}: {error}") from error
+        raise UserError(f"source {name!r}: {error}") from error

@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64
 
+from imgtune_jax.errors import UserError
+
 log = logging.getLogger("imgtune_jax.data")
 CACHE_MIN_BYTES = 64 << 20  # smaller tars are scanned instead, in less than a second
 
@@ -42,7 +44,7 @@ class TarIndex:
 def index_tar(path: Path) -> TarIndex:
     """Return the index of a tar: the cached one if it is valid, else from the tar's headers.
 
-    Raises ValueError if the file is not an uncompressed tar.
+    Raises UserError if the file is not an uncompressed tar.
     """
     stat = path.stat()
     stamp = (stat.st_size, stat.st_mtime_ns)
@@ -77,7 +79,7 @@ def _scan_headers(path: Path) -> TarIndex:
                 tar.members = []  # type: ignore[attr-defined]
     except tarfile.ReadError as error:
         if not names:
-            raise ValueError(
+            raise UserError(
                 f"{path} is not an uncompressed tar ({error}); a compressed tar has no random "
                 "access: unpack it with gunzip, unxz or unzstd"
             ) from error

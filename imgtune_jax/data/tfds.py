@@ -18,6 +18,7 @@ from imgtune_jax.data.record_fields import (
     parse_captions,
     parse_group,
 )
+from imgtune_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class TFDS:
 
     def __post_init__(self) -> None:
         if not len(self):
-            raise ValueError(f"{self.dataset}, split {self.split!r}, has no records")
+            raise UserError(f"{self.dataset}, split {self.split!r}, has no records")
 
     def __len__(self) -> int:
         return len(self._data_source)
@@ -94,7 +95,7 @@ class TFDS:
         try:
             return tensorflow_datasets.builder(self.dataset, data_dir=self.data_dir)
         except tensorflow_datasets.core.DatasetNotFoundError as error:
-            raise ValueError(
+            raise UserError(
                 f"no TFDS data set {self.dataset!r} in data_dir = {self.data_dir!r}: {error}"
             ) from error
 

@@ -22,6 +22,7 @@ import tokenizers
 from jaxtyping import Bool, Int32
 
 from imgtune_jax.data import clip_bpe
+from imgtune_jax.errors import UserError
 from imgtune_jax.package_files import package_file
 
 SETTINGS_FILE = "imgtune_tokenizer.json"
@@ -63,10 +64,10 @@ class Tokenizer:
 
     def __post_init__(self) -> None:
         if self.cleaning not in CLEANINGS:
-            raise ValueError(f"cleaning = {self.cleaning!r}; known: {', '.join(CLEANINGS)}")
+            raise UserError(f"cleaning = {self.cleaning!r}; known: {', '.join(CLEANINGS)}")
         added = self.backend.num_special_tokens_to_add(False)
         if self.length <= added:
-            raise ValueError(
+            raise UserError(
                 f"length = {self.length}; expected more than {added}, the number of begin and end "
                 "tokens"
             )
@@ -78,7 +79,7 @@ class Tokenizer:
     ) -> tuple[Int32[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:
         """Return token ids, padded with `pad_id`, and the mask that is False on padding."""
         if isinstance(texts, str):
-            raise ValueError(f"texts = {texts[:40]!r}, one string; expected a list of texts")
+            raise UserError(f"texts = {texts[:40]!r}, one string; expected a list of texts")
         clean = CLEANINGS[self.cleaning]
         rows = [e.ids for e in self.backend.encode_batch_fast([clean(t) for t in texts])]
         ids = np.full((len(rows), self.length), self.pad_id, np.int32)
@@ -122,12 +123,12 @@ class Tokenizer:
     def prompt_ids(self, prefix: str = "") -> list[int]:
         """Return the ids that generation starts from: the begin tokens and the prefix.
 
-        Raises ValueError if the prefix is too long for the text to have any tokens.
+        Raises UserError if the prefix is too long for the text to have any tokens.
         """
         clean = CLEANINGS[self.cleaning]
         prefix_ids = self.backend.encode(clean(prefix), add_special_tokens=False).ids
         if len(self.bos_ids) + len(prefix_ids) + len(self.eos_ids) >= self.length:
-            raise ValueError(
+            raise UserError(
                 f"the prefix {prefix!r} fills all {self.length} tokens; use a shorter prefix or a "
                 "larger tokenizer length"
             )
@@ -149,7 +150,7 @@ class Tokenizer:
         all_ids = self.backend.encode("a").ids
         starts = [i for i in range(len(all_ids)) if all_ids[i : i + len(text_ids)] == text_ids]
         if not text_ids or not starts:
-            raise ValueError(
+            raise UserError(
                 "the tokenizer changes the tokens of a text when it adds begin and end tokens; "
                 "expected one that only adds tokens before and after them"
             )
@@ -193,7 +194,7 @@ def load_tokenizer(path: str | Path, **settings: Any) -> Tokenizer:
     `path` is a folder with `tokenizer.json`, a folder that `transformers` can read (`spiece.model`,
     …), a `tokenizer.json`, or CLIP's `bpe_simple_vocab_16e6.txt.gz`. `settings` are `length`,
     `pad_id` and `cleaning`. Their defaults are those saved in the folder or, for CLIP's file,
-    length 77, pad_id 0 and cleaning "clip". Raises ValueError if there is no tokenizer at the path,
+    length 77, pad_id 0 and cleaning "clip". Raises UserError if there is no tokenizer at the path,
     or if `settings` differ from the saved ones.
     """
     path = Path(path)
@@ -206,13 +207,13 @@ def load_tokenizer(path: str | Path, **settings: Any) -> Tokenizer:
     saved = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
     changed = {k: (saved[k], v) for k, v in settings.items() if k in saved and saved[k] != v}
     if changed:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer in {folder} was saved with other settings: (saved, got) = {changed}; "
             "weights trained with this tokenizer need the saved settings, so do not set these"
         )
     settings = saved | settings
     if "length" not in settings:
-        raise ValueError(
+        raise UserError(
             f"the length of the tokenizer {path} is not set; set it to the number of tokens that "
             "texts are padded or truncated to, such as 64"
         )
@@ -232,14 +233,14 @@ def build_tokenizer(config: Mapping[str, Any]) -> Tokenizer:
     package, path = settings.pop("package", None), settings.pop("path", None)
     known = ("length", "pad_id", "cleaning")
     if unknown := set(settings) - set(known):
-        raise ValueError(
+        raise UserError(
             f"the tokenizer has no settings {sorted(unknown)}; it has path, package, "
             f"{', '.join(known)}"
         )
     if package is not None:
         return load_tokenizer(package_file(package, path or "*tokenizer.json"), **settings)
     if not path:
-        raise ValueError(
+        raise UserError(
             "the tokenizer has no path; set it to a local folder that contains tokenizer.json"
         )
     return load_tokenizer(path, **settings)
@@ -253,7 +254,7 @@ def _load_backend(path: Path) -> tuple[tokenizers.Tokenizer, Path]:
         return tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")), path
     if path.is_dir():
         return _load_with_transformers(path), path
-    raise ValueError(
+    raise UserError(
         f"no tokenizer at {str(path)!r}; expected a local folder with tokenizer.json (or a "
         "spiece.model that transformers can read), or CLIP's bpe_simple_vocab_16e6.txt.gz"
     )
@@ -266,13 +267,13 @@ def _load_with_transformers(folder: Path) -> tokenizers.Tokenizer:
         loaded = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, ImportError) as error:
         listed = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "no file"
-        raise ValueError(
+        raise UserError(
             f"no tokenizer in {folder}, which contains {listed}; expected tokenizer.json, or files "
             f"that transformers reads (its error: {' '.join(str(error).split())})"
         ) from error
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
-        raise ValueError(
+        raise UserError(
             f"{folder}: {type(loaded).__name__} has no fast version in transformers; convert "
             "it to tokenizer.json"
         )
@@ -293,4 +294,4 @@ def _find_pad_id(backend: tokenizers.Tokenizer, folder: Path) -> int:
         pad_id = backend.token_to_id(name)
         if pad_id is not None:
             return pad_id
-    raise ValueError(f"the tokenizer in {folder} names no padding token; set pad_id to its id")
+    raise UserError(f"the tokenizer in {folder} names no padding token; set pad_id to its id")

@@ -9,6 +9,7 @@ from pathlib import Path
 import tokenizers
 
 from imgtune_jax.data.tokenizer import CLEANINGS, Tokenizer, save_tokenizer_files
+from imgtune_jax.errors import UserError
 
 # GPT-2's pattern, with combining marks (\p{M}): without these, vowel signs would split Hindi words.
 WORD_PATTERN = r" ?[\p{L}\p{M}]+| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]+|\s+"
@@ -33,7 +34,7 @@ def train_tokenizer(
     tokenizer. It is not saved: no weights depend on it yet, and each config sets it.
     """
     if kind not in TOKENIZER_KINDS:
-        raise ValueError(f"kind = {kind!r}; known: {', '.join(TOKENIZER_KINDS)}")
+        raise UserError(f"kind = {kind!r}; known: {', '.join(TOKENIZER_KINDS)}")
     corpus = sorted(CLEANINGS[cleaning](t) for t in texts)
     backend = TOKENIZER_KINDS[kind](corpus, vocab_size - len(prompts))
     backend.add_special_tokens(list(prompts))

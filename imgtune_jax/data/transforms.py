@@ -27,6 +27,7 @@ from imgtune_jax.data.resample import (
     require_rng,
     resize,
 )
+from imgtune_jax.errors import UserError
 
 # Part of the feature cache's key. Increment it if a code change alters the pixels for some config.
 TRANSFORMS_VERSION = 2
@@ -57,7 +58,7 @@ class Resize:
         check_choice("interpolation", self.interpolation, INTERPOLATIONS)
         as_height_width(self.size)
         if self.mode != "squash" and not isinstance(self.size, int):
-            raise ValueError(f"size = {self.size} with mode {self.mode!r}; expected one integer")
+            raise UserError(f"size = {self.size} with mode {self.mode!r}; expected one integer")
 
     def __call__(self, image: ImageArray, rng: np.random.Generator | None = None) -> ImageArray:
         height, width = as_height_width(self.size)
@@ -126,7 +127,7 @@ class Compose:
                 image = image.decode()
         image = np.asarray(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"image is {image.dtype}{list(image.shape)}; expected uint8 [h w 3]")
+            raise UserError(f"image is {image.dtype}{list(image.shape)}; expected uint8 [h w 3]")
         for transform in remaining:
             image = transform(image, rng)
         return image
@@ -166,7 +167,7 @@ TRANSFORMS: dict[str, type] = {
 def build_transform(configs: Iterable[Mapping[str, Any]]) -> Compose:
     """Build transforms from `[{"name": "resize", "size": 224}, …]`, in order.
 
-    Raises ValueError for an unknown name or field, and for an invalid value.
+    Raises UserError for an unknown name or field, and for an invalid value.
     """
     return Compose(tuple(_build_one_transform(config) for config in configs))
 
@@ -175,15 +176,15 @@ def _build_one_transform(config: Mapping[str, Any]) -> Transform:
     settings = dict(config)
     name = settings.pop("name", None)
     if name not in TRANSFORMS:
-        raise ValueError(f"transform {name!r} is unknown; known: {', '.join(TRANSFORMS)}")
+        raise UserError(f"transform {name!r} is unknown; known: {', '.join(TRANSFORMS)}")
     transform_class = TRANSFORMS[name]
     known = [f.name for f in fields(transform_class)]
     if unknown := set(settings) - set(known):
-        raise ValueError(
+        raise UserError(
             f"transform {name!r} has no fields {sorted(unknown)}; it has {', '.join(known)}"
         )
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
     try:
         return transform_class(**values)
     except TypeError as error:
-        raise ValueError(f"transform {name!r}: {error}") from error
+        raise UserError(f"transform {name!r}: {error}") from error

@@ -23,6 +23,7 @@ from imgtune_jax.data.record_fields import (
     parse_json,
 )
 from imgtune_jax.data.tar_index import TarIndex, expand_braces, index_tar
+from imgtune_jax.errors import UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 DEFAULT_CAPTION_FIELDS = ("caption", "text")
@@ -55,7 +56,7 @@ class WebDataset:
 
     def __post_init__(self) -> None:
         if not len(self):
-            raise ValueError(
+            raise UserError(
                 f"no records in {self.path} (image={tuple(self.image)}, where={dict(self.where)})"
             )
 
@@ -185,21 +186,21 @@ def _group_by_key(names: Sequence[str]) -> dict[str, dict[str, int]]:
 
 
 def _expand_paths(path: str | Sequence[str]) -> list[Path]:
-    """Return the tars of a path, list or pattern. Raises ValueError if one is missing."""
+    """Return the tars of a path, list or pattern. Raises UserError if one is missing."""
     patterns = [path] if isinstance(path, str | Path) else list(path)
     tars: list[Path] = []
     for pattern in (expanded for p in patterns for expanded in expand_braces(str(p))):
         if "://" in pattern:
-            raise ValueError(
+            raise UserError(
                 f"path = {pattern!r}; expected a local path: copy or mount the files first"
             )
         matches = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
         missing = [m for m in matches if not Path(m).is_file()]
         if not matches or missing:
-            raise ValueError(
+            raise UserError(
                 f"no tar at {pattern!r}; set path to a tar, or to a pattern with * or {{0..9}}"
             )
         tars += map(Path, matches)
     if not tars:
-        raise ValueError("webdataset has no path; set it to a tar, a list of tars or a pattern")
+        raise UserError("webdataset has no path; set it to a tar, a list of tars or a pattern")
     return tars

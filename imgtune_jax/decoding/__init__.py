@@ -19,6 +19,7 @@ from imgtune_jax.decoding.settings import (
     Greedy,
     Sampling,
 )
+from imgtune_jax.errors import UserError
 
 __all__ = [
     "METHODS",
@@ -43,14 +44,14 @@ def build_generation_config(
 ) -> GenerationConfig:
     """Build settings from a mapping such as {"method": {"name": "beam"}, "max_new_tokens": 32}.
 
-    `stop_ids` and `pad_id` come from the tokenizer. The default method is greedy. Raises ValueError
+    `stop_ids` and `pad_id` come from the tokenizer. The default method is greedy. Raises UserError
     for an unknown method or field.
     """
     fields = dict(cfg)
     method = dict(fields.pop("method", {"name": "greedy"}))
     name = method.pop("name", None)
     if name not in METHODS:
-        raise ValueError(f"decoding method {name!r} is unknown; known: {', '.join(METHODS)}")
+        raise UserError(f"decoding method {name!r} is unknown; known: {', '.join(METHODS)}")
     _check_fields(name, method, METHODS[name])
     _check_fields("decoding", fields, GenerationConfig, excluded=("stop_ids", "pad_id", "method"))
     return GenerationConfig(
@@ -61,7 +62,7 @@ def build_generation_config(
 def _check_fields(
     name: str, fields: Mapping[str, Any], cls: type, excluded: tuple[str, ...] = ()
 ) -> None:
-    """Raise ValueError if a key of `fields` is not a field of `cls`, or is excluded."""
+    """Raise UserError if a key of `fields` is not a field of `cls`, or is excluded."""
     known = [f.name for f in dataclasses.fields(cls) if f.name not in excluded]
     if unknown := sorted(set(fields) - set(known)):
-        raise ValueError(f"{name} has unknown fields {unknown}; known: {', '.join(known)}")
+        raise UserError(f"{name} has unknown fields {unknown}; known: {', '.join(known)}")

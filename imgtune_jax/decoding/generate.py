@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from imgtune_jax.decoding import beam_search, sampling
 from imgtune_jax.decoding.prefill import DecodeStep, length_bucket, prefill
 from imgtune_jax.decoding.settings import BeamSearch, GeneratedTokens, GenerationConfig, Sampling
+from imgtune_jax.errors import UserError
 from imgtune_jax.types import Constrain, Params, PyTree, no_constraint
 
 
@@ -34,17 +35,15 @@ def generate(
     `cache` is empty. The prompts are padded on the right and have at least one token each. The
     result does not include prompt tokens. Rows do not influence each other. `key` is required for
     `Sampling` and must be None otherwise. `limit` is the maximum number of new tokens. It may be a
-    traced value; its default and maximum is `settings.max_new_tokens`. Raises ValueError for a
+    traced value; its default and maximum is `settings.max_new_tokens`. Raises UserError for a
     missing or unused key.
     """
     is_sampling = isinstance(settings.method, Sampling)
     if is_sampling and key is None:
-        raise ValueError("key = None; sampling expects a random key; pass key=jax.random.key(seed)")
+        raise UserError("key = None; sampling expects a random key; pass key=jax.random.key(seed)")
     if not is_sampling and key is not None:
         method = type(settings.method).__name__
-        raise ValueError(
-            f"got a key; {method} is deterministic and expects key = None; pass no key"
-        )
+        raise UserError(f"got a key; {method} is deterministic and expects key = None; pass no key")
     n = settings.method.width if isinstance(settings.method, BeamSearch) else settings.method.n
     prefilled = prefill(
         step, cache, prompt, prompt_mask, n=n, max_new_tokens=settings.max_new_tokens
@@ -83,13 +82,13 @@ class Generator:
     ) -> GeneratedTokens:
         """Generate as `generate` does. `inputs`, such as image tokens, have one row per prompt.
 
-        Raises ValueError if the prompt and the new tokens need more than `max_positions` positions.
+        Raises UserError if the prompt and the new tokens need more than `max_positions` positions.
         """
         limit = self.settings.max_new_tokens
         prompt_length = int(np.sum(prompt_mask, 1).max())
         num_positions = prompt_length + limit - 1  # the model does not read the last new token
         if self.max_positions is not None and num_positions > self.max_positions:
-            raise ValueError(
+            raise UserError(
                 f"max_new_tokens = {limit} with a prompt of {prompt_length} tokens needs "
                 f"{num_positions} positions; the model has {self.max_positions}; use a "
                 f"max_new_tokens of at most {max(self.max_positions + 1 - prompt_length, 0)} for "

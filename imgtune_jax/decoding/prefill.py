@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from imgtune_jax.errors import UserError
 from imgtune_jax.types import PyTree
 
 # (cache, token i32[b]) -> (logits f32[b v], cache). Every leaf of the cache has b rows, and the
@@ -116,10 +117,10 @@ def generated_tokens(
 def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Return (tokens i32[b p], mask bool[b p]), padded on the right.
 
-    p is the length bucket of the longest prompt. Raises ValueError for an empty prompt.
+    p is the length bucket of the longest prompt. Raises UserError for an empty prompt.
     """
     if empty := [i for i, tokens in enumerate(prompts) if not len(tokens)]:
-        raise ValueError(
+        raise UserError(
             f"prompts {empty[:5]} are empty; expected at least one token each; begin them with the "
             "begin token (BOS)"
         )

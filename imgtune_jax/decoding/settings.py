@@ -8,6 +8,8 @@ from typing import ClassVar
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from imgtune_jax.errors import UserError
+
 
 @dataclass(frozen=True)
 class Greedy:
@@ -34,9 +36,9 @@ class BeamSearch:
     exhaustive: bool = False
 
     def __post_init__(self) -> None:
-        """Raise ValueError unless 1 <= n <= width."""
+        """Raise UserError unless 1 <= n <= width."""
         if not 1 <= self.n <= self.width:
-            raise ValueError(f"beam: n = {self.n}, width = {self.width}; expected 1 <= n <= width")
+            raise UserError(f"beam: n = {self.n}, width = {self.width}; expected 1 <= n <= width")
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a value out of range."""
+        """Raise UserError for a value out of range."""
         _check(
             "sample",
             (self.n >= 1, f"n = {self.n}; expected at least 1"),
@@ -88,7 +90,7 @@ class GenerationConfig:
     pad_id: int = 0  # fills the positions after the end of a sequence
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a value out of range."""
+        """Raise UserError for a value out of range."""
         _check(
             "decoding",
             (len(self.stop_ids) > 0, "stop_ids = (); expected at least one token id"),
@@ -132,6 +134,6 @@ class GeneratedTokens:
 
 
 def _check(name: str, *checks: tuple[bool, str]) -> None:
-    """Raise ValueError with the messages of all checks that are False."""
+    """Raise UserError with the messages of all checks that are False."""
     if errors := [message for ok, message in checks if not ok]:
-        raise ValueError(f"{name}: " + "; ".join(errors))
+        raise UserError(f"{name}: " + "; ".join(errors))

@@ -12,6 +12,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from imgtune_jax import data, objectives
+from imgtune_jax.errors import UserError
 from imgtune_jax.evals.captioning import Captioning
 from imgtune_jax.evals.fewshot import FewShot
 from imgtune_jax.evals.linear_probe import LinearProbe
@@ -60,12 +61,12 @@ def build_evaluators(
     Keys other than `name` are fields of the evaluator. `data.build_source` builds fields whose
     names end in `source`. `objectives.build_objective` builds the field `objective` of a validation
     loss, which has the format of `config.objectives`. An evaluator that has a field `mesh` gets
-    `mesh` and splits its work over the devices. Raises ValueError that lists all unknown names and
+    `mesh` and splits its work over the devices. Raises UserError that lists all unknown names and
     all unknown and missing fields.
     """
     errors = [error for key, fields in cfg.items() for error in _field_errors(key, fields)]
     if errors:
-        raise ValueError("config.evals is not valid:\n  " + "\n  ".join(errors))
+        raise UserError("config.evals is not valid:\n  " + "\n  ".join(errors))
     return {key: _build_evaluator(fields, mesh) for key, fields in cfg.items()}
 
 

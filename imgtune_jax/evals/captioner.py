@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from imgtune_jax import data, decoding, models
+from imgtune_jax.errors import UserError
 from imgtune_jax.evals.protocol import GeneratedCaption
 from imgtune_jax.types import Params
 
@@ -39,23 +40,23 @@ class Captioner:
         """Build from the settings that `decoding.build_generation_config` takes.
 
         `max_new_tokens` defaults to the number of tokens that fit after the prompt. Raises
-        ValueError for a model without a decoder, a tokenizer without an end token, an unknown
+        UserError for a model without a decoder, a tokenizer without an end token, an unknown
         setting, and a `max_new_tokens` that does not fit.
         """
         if model.decoder is None:
-            raise ValueError(
+            raise UserError(
                 "this model has no decoder, so it cannot generate captions; train one with "
                 "config.model.decoder"
             )
         if not tokenizer.eos_ids:
-            raise ValueError(
+            raise UserError(
                 "this tokenizer adds no end token, so generation cannot stop; expected a tokenizer "
                 "that ends each text with a special token"
             )
         capacity = min(tokenizer.length, model.decoder.max_length) - prompt_length
         max_new_tokens = settings.get("max_new_tokens", capacity)
         if max_new_tokens > capacity:
-            raise ValueError(
+            raise UserError(
                 f"max_new_tokens = {max_new_tokens}; this model generates at most {capacity} "
                 f"tokens after a prompt of {prompt_length} tokens; lower max_new_tokens"
             )

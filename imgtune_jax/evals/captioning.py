@@ -11,6 +11,7 @@ from jaxtyping import Bool
 
 from imgtune_jax import decoding
 from imgtune_jax.data import Source, Subset, evenly_spaced, read_metadata
+from imgtune_jax.errors import UserError
 from imgtune_jax.evals import caption_metrics
 from imgtune_jax.evals.protocol import GeneratedCaption, Predictor
 
@@ -40,11 +41,11 @@ class Captioning:
     language: str = "en"
 
     def __post_init__(self) -> None:
-        """Raise ValueError for an unknown name or setting, before training starts."""
+        """Raise UserError for an unknown name or setting, before training starts."""
         caption_metrics.check_metrics(self._text_metrics, self.tokenization)
         decoding.build_generation_config(self.decoding, stop_ids=(0,), pad_id=0)
         if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit = {self.limit}; expected None (all images) or at least 1")
+            raise UserError(f"limit = {self.limit}; expected None (all images) or at least 1")
 
     def __call__(self, predictor: Predictor) -> dict[str, float]:
         """Return the metrics under pycocoevalcap's names: `Bleu_1` to `Bleu_4`, `ROUGE_L`, `CIDEr`.
@@ -55,7 +56,7 @@ class Captioning:
         captions, valid = self.generate_captions(predictor, images)
         readable = np.flatnonzero(valid).tolist()
         if not readable:
-            raise ValueError(
+            raise UserError(
                 f"none of the {len(valid)} images could be read; check the source's files"
             )
         references = [self.references(images, i) for i in range(len(images))]
@@ -73,11 +74,11 @@ class Captioning:
     def selected_images(self, *, ignore_limit: bool = False) -> Subset:
         """Return the images that have a reference, at most `limit` of them, evenly spaced.
 
-        Raises ValueError if no image has a reference.
+        Raises UserError if no image has a reference.
         """
         captioned = [i for i in range(len(self.source)) if self.references(self.source, i)]
         if not captioned:
-            raise ValueError(
+            raise UserError(
                 f"none of the {len(self.source)} records has a caption in the set "
                 f"{self.caption_set!r}; the first record has the sets "
                 f"{sorted(read_metadata(self.source, 0).captions)}; set caption_set to one of them"

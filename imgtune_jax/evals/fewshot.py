@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from imgtune_jax.data import Source
+from imgtune_jax.errors import UserError
 from imgtune_jax.evals.checks import check_finite
 from imgtune_jax.evals.linear_probe import labeled_features
 from imgtune_jax.evals.protocol import Predictor
@@ -23,14 +24,14 @@ def sample_shots(
 ) -> Int[np.ndarray, " k"]:
     """Sample `shots` examples of every class; return their row numbers.
 
-    With the same seed, a larger sample contains the smaller ones. Raises ValueError that names the
+    With the same seed, a larger sample contains the smaller ones. Raises UserError that names the
     classes with fewer than `shots` examples.
     """
     rng = np.random.default_rng(seed)
     by_class = [rng.permutation(np.flatnonzero(labels == c))[:shots] for c in range(num_classes)]
     too_few = {c: len(rows) for c, rows in enumerate(by_class) if len(rows) < shots}
     if too_few:
-        raise ValueError(
+        raise UserError(
             f"shots = {shots}, but {len(too_few)} of {num_classes} classes have fewer examples "
             f"(class: examples = {dict(list(too_few.items())[:5])}); lower `shots`"
         )

@@ -15,6 +15,7 @@ import scipy.optimize
 from jaxtyping import Array, Float, Int
 
 from imgtune_jax.data import Source
+from imgtune_jax.errors import UserError
 from imgtune_jax.evals.checks import check_finite, checked_labels
 from imgtune_jax.evals.protocol import Predictor
 from imgtune_jax.evals.zeroshot import classification_metrics, true_class_ranks
@@ -182,9 +183,9 @@ class LinearProbe:
     def __post_init__(self) -> None:
         object.__setattr__(self, "scaling", Scaling(self.scaling))
         if not self.l2s or min(self.l2s) <= 0:
-            raise ValueError(f"l2s = {self.l2s}; expected one or more positive numbers")
+            raise UserError(f"l2s = {self.l2s}; expected one or more positive numbers")
         if self.val_source is None and not 0 < self.val_fraction < 1:
-            raise ValueError(
+            raise UserError(
                 f"val_fraction = {self.val_fraction}; expected a fraction between 0 and 1, "
                 "or set val_source"
             )

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from imgtune_jax import data, decoding, models
+from imgtune_jax.errors import UserError
 from imgtune_jax.evals.captioner import Captioner
 from imgtune_jax.evals.protocol import CaptionScores, GeneratedCaption, Source, T
 from imgtune_jax.partition import Partitioner
@@ -148,7 +149,7 @@ class ModelPredictor:
 
         `decoding` has the settings that `decoding.build_generation_config` takes; None is greedy
         decoding. Only sampling uses `seed`. An unreadable image has an empty list. Raises
-        ValueError for a model without a decoder and for settings that the model does not support.
+        UserError for a model without a decoder and for settings that the model does not support.
         """
         prompt = np.array(self.tokenizer.prompt_ids(prefix), np.int32)
         captioner = Captioner.build(
@@ -199,10 +200,10 @@ class ModelPredictor:
         """Return log p(text | image, prefix) in nats [n m], and the mask of readable images.
 
         With `normalize_length`, each log probability is divided by the text's number of tokens.
-        Raises ValueError for a model without a decoder.
+        Raises UserError for a model without a decoder.
         """
         if self.model.decoder is None:
-            raise ValueError(
+            raise UserError(
                 "this model has no decoder, so it cannot score texts; train one with "
                 "config.model.decoder"
             )
@@ -293,7 +294,7 @@ class ModelPredictor:
             output = np.asarray(self.compiled_fns[name](self.params, *batch))
             outputs.append(output[: len(rows[0])])
         if not outputs:
-            raise ValueError("got an empty list of inputs; expected at least one image or text")
+            raise UserError("got an empty list of inputs; expected at least one image or text")
         return np.concatenate(outputs)
 
 

@@ -95,7 +95,7 @@ class Predictor(Protocol):
         """Return captions generated after `prefix` for each image, and the mask of readable images.
 
         `decoding` has the settings that `decoding.build_generation_config` takes; None is greedy
-        decoding. Raises ValueError for a model without a decoder.
+        decoding. Raises UserError for a model without a decoder.
         """
         ...
 
@@ -111,7 +111,7 @@ class Predictor(Protocol):
         """Return log p(text | image, prefix) in nats [n m], and the mask of readable images.
 
         With `normalize_length`, each log probability is divided by the text's number of tokens.
-        Raises ValueError for a model without a decoder.
+        Raises UserError for a model without a decoder.
         """
         ...
 

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from imgtune_jax.errors import UserError
 from imgtune_jax.evals.checks import check_finite
 
 NO_INDEX = 2**31 - 1  # of a query without a positive; the largest int32, so that it loses every tie
@@ -53,7 +54,7 @@ def retrieval_ranks(
     images are replicated (4 n d bytes per device). Only one `chunk` x `chunk` block of scores is in
     memory at a time.
 
-    Raises ValueError for mismatched shapes and for values that are not finite. (Every comparison
+    Raises UserError for mismatched shapes and for values that are not finite. (Every comparison
     with a NaN is false, so a query with a NaN would have rank 0.)
     """
     groups = _checked_groups(image_emb, text_emb, image_of_text, image_group)
@@ -87,18 +88,18 @@ def _checked_groups(
     image_of_text: np.ndarray,
     image_group: np.ndarray | None,
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]:
-    """Return a group number from 0 for each image and text. Raises ValueError for bad shapes."""
+    """Return a group number from 0 for each image and text. Raises UserError for bad shapes."""
     if image_emb.ndim != 2 or text_emb.ndim != 2 or image_emb.shape[1] != text_emb.shape[1]:
-        raise ValueError(
+        raise UserError(
             f"image embeddings have shape {image_emb.shape} and text embeddings {text_emb.shape}; "
             "expected [n, d] and [m, d] with the same d"
         )
     image_of_text = np.asarray(image_of_text)
     n, m = len(image_emb), len(text_emb)
     if not n or not m:
-        raise ValueError(f"got {n} images and {m} texts; retrieval needs at least one of each")
+        raise UserError(f"got {n} images and {m} texts; retrieval needs at least one of each")
     if image_of_text.shape != (m,) or image_of_text.min() < 0 or image_of_text.max() >= n:
-        raise ValueError(
+        raise UserError(
             f"image_of_text has shape {image_of_text.shape} and values from "
             f"{image_of_text.min(initial=0)} to {image_of_text.max(initial=0)}; expected, for each "
             f"of the {m} texts, the index of one of the {n} images"
@@ -108,7 +109,7 @@ def _checked_groups(
     if image_group is None:
         return np.arange(n), image_of_text
     if np.shape(image_group) != (n,):
-        raise ValueError(
+        raise UserError(
             f"image_group has shape {np.shape(image_group)}; expected one group per image: {(n,)}"
         )
     image_number = np.unique(image_group, return_inverse=True)[1]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from imgtune_jax.errors import UserError
 from imgtune_jax.evals.protocol import Evaluator
 
 REQUIRED_KEYS = ("dataset", "model", "pretrained", "task", "metrics", "language")
@@ -25,11 +26,11 @@ def make_result(
 ) -> dict[str, Any]:
     """Return one line of `results.jsonl`: CLIP_benchmark's six keys, then the `extra` keys.
 
-    Raises ValueError for a NaN or an infinity, which strict JSON cannot represent.
+    Raises UserError for a NaN or an infinity, which strict JSON cannot represent.
     """
     not_finite = {name: value for name, value in metrics.items() if not math.isfinite(value)}
     if not_finite:
-        raise ValueError(
+        raise UserError(
             f"metrics of {dataset} are not finite: {not_finite}; omit undefined metrics"
         )
     floats = {name: float(value) for name, value in metrics.items()}
@@ -60,10 +61,10 @@ def evaluator_result(
 
 
 def append_result(path: str | Path, record: Mapping[str, Any]) -> None:
-    """Append a result. Raises ValueError for a missing key or a number that is not finite."""
+    """Append a result. Raises UserError for a missing key or a number that is not finite."""
     missing = [key for key in REQUIRED_KEYS if key not in record]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"a result needs {missing}, but has only {sorted(record)}; use `make_result`"
         )
     line = json.dumps(record, allow_nan=False)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
 from imgtune_jax.data import Source, read_metadata
+from imgtune_jax.errors import UserError
 from imgtune_jax.evals.protocol import Predictor
 from imgtune_jax.evals.ranks import retrieval_ranks
 
@@ -119,7 +120,7 @@ class Retrieval:
     ) -> tuple[list[str], Int[np.ndarray, " m"], Int[np.ndarray, " n"] | None]:
         """Return captions, `image_of_text` (the index among valid images), and image groups.
 
-        The groups are None unless `use_groups`. Raises ValueError if no valid image has a caption.
+        The groups are None unless `use_groups`. Raises UserError if no valid image has a caption.
         """
         captions: list[str] = []
         image_of_text: list[int] = []
@@ -132,7 +133,7 @@ class Retrieval:
             groups.append(record.group)
         if not captions:
             existing = sorted(read_metadata(self.source, 0).captions)
-            raise ValueError(
+            raise UserError(
                 f"none of the {len(groups)} readable records has a caption in the set "
                 f"{self.caption_set!r}; the first record has the sets {existing}; set caption_set "
                 "to one of them"
@@ -144,7 +145,7 @@ def _group_numbers(groups: list[int | None], use_groups: bool) -> Int[np.ndarray
     if not use_groups:
         return None
     if None in groups:
-        raise ValueError(
+        raise UserError(
             f"use_groups is set, but {groups.count(None)} of {len(groups)} records have no group; "
             "add the missing groups, or set use_groups to False"
         )

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
+from imgtune_jax.errors import UserError
 from imgtune_jax.evals.checks import check_finite
 from imgtune_jax.evals.retrieval import retrieval_metrics
 
@@ -49,11 +50,11 @@ class Ridge:
     def predictions(
         self, x: Float[np.ndarray, "m d"], lambdas: Sequence[float]
     ) -> Iterator[Float[np.ndarray, "m c"]]:
-        """Yield the predictions for new rows, for each λ. Raises ValueError unless λ > 0."""
+        """Yield the predictions for new rows, for each λ. Raises UserError unless λ > 0."""
         projected = (x - self.mean_x) @ self.left
         for lam in lambdas:
             if lam <= 0:
-                raise ValueError(f"λ = {lam}; expected a positive number")
+                raise UserError(f"λ = {lam}; expected a positive number")
             yield (projected / (self.values + lam)) @ self.right + self.mean_y
 
 

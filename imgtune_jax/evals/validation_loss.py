@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from imgtune_jax.data import Source, read_metadata
+from imgtune_jax.errors import UserError
 from imgtune_jax.evals.protocol import CaptionScores, Predictor
 from imgtune_jax.objectives import Objective
 from imgtune_jax.types import Batch, ExpMean, Metric, Outputs, metric_value
@@ -38,11 +39,11 @@ def evaluation_loss(
 
     The negatives of a contrastive loss are the other examples of the batch. Compare such losses
     only if they have the same `batch_size`; a smaller last batch has a lower loss. Raises
-    ValueError if no example is valid.
+    UserError if no example is valid.
     """
     n = len(example_mask)
     if not example_mask.any():
-        raise ValueError(
+        raise UserError(
             f"none of the {n} examples is valid; expected at least one image that has a caption"
         )
     size = n if batch_size is None else batch_size

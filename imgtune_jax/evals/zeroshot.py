@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from imgtune_jax.data import Source
+from imgtune_jax.errors import UserError
 from imgtune_jax.evals.checks import check_finite, checked_labels
 from imgtune_jax.evals.protocol import Predictor
 from imgtune_jax.evals.templates import CLASSNAMES, TEMPLATES
@@ -145,11 +146,11 @@ class ZeroShot:
             ("templates", self.templates, TEMPLATES),
         ):
             if isinstance(value, str) and value not in table:
-                raise ValueError(
+                raise UserError(
                     f"{field} = {value!r}; expected one of {sorted(table)}, or a list of strings"
                 )
         if len(self.names) < 2:
-            raise ValueError(f"classnames = {self.names}; expected two or more names")
+            raise UserError(f"classnames = {self.names}; expected two or more names")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -201,7 +202,7 @@ def class_prompts(name: str, templates: Templates) -> list[str]:
     """Return the prompts of a class.
 
     In a sequence of templates, `{}` or `{c}` is replaced by the class name. A mapping has the
-    complete prompts of each class, by class name (as in CuPL, 2209.03320). Raises ValueError for a
+    complete prompts of each class, by class name (as in CuPL, 2209.03320). Raises UserError for a
     class without a prompt, and for templates that omit the name or are not distinct.
     """
     if isinstance(templates, Mapping):
@@ -209,10 +210,10 @@ def class_prompts(name: str, templates: Templates) -> list[str]:
     else:
         prompts = [template.format(name, c=name) for template in templates]
         if len(set(prompts)) < len(prompts) or any(name not in p for p in prompts):
-            raise ValueError(
+            raise UserError(
                 f"templates = {list(templates)[:3]}…; expected distinct strings that contain {{}} "
                 "or {c} for the class name"
             )
     if not prompts:
-        raise ValueError(f"class {name!r} has no prompts; add at least one")
+        raise UserError(f"class {name!r} has no prompts; add at least one")
     return prompts

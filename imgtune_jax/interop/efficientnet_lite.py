@@ -14,7 +14,7 @@ CLASSIFIER = "_fc"
 
 
 def efficientnet_lite_rules(tower: EfficientNetLite) -> list[weight_map.Rule]:
-    """Return the conversion rules of the tower. Raises ValueError if its norms are not folded."""
+    """Return the conversion rules of the tower. Raises UserError if its norms are not folded."""
     return folded_cnn.folded_cnn_rules(
         tower,
         _convolutions(tower),
@@ -28,7 +28,7 @@ def load_efficientnet_lite(
 ) -> Params:
     """Convert a state dict. Without `num_classes`, the classifier's weights are dropped.
 
-    `expected` has the paths and shapes of the result. Raises ValueError listing every missing,
+    `expected` has the paths and shapes of the result. Raises UserError listing every missing,
     unexpected and misshaped key.
     """
     rules = efficientnet_lite_rules(tower)

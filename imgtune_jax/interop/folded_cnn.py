@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from imgtune_jax.errors import UserError
 from imgtune_jax.interop import weight_map
 from imgtune_jax.models.efficientnet import EfficientNetLite
 from imgtune_jax.models.resnet import ResNet
@@ -31,11 +32,11 @@ def folded_cnn_rules(
 ) -> list[weight_map.Rule]:
     """Return the rules of the convolutions and, if the tower has `num_classes`, of the classifier.
 
-    `classifier` is the other codebase's name of the last linear layer. Raises ValueError
+    `classifier` is the other codebase's name of the last linear layer. Raises UserError
     if the tower's norms are not folded.
     """
     if tower.norm != "folded":
-        raise ValueError(
+        raise UserError(
             f"norm = {tower.norm!r} in a {type(tower).__name__} with pretrained weights; expected "
             "'folded': set norm='folded'"
         )
@@ -54,7 +55,7 @@ def load_folded_cnn(
 ) -> Params:
     """Convert a state dict by `rules`. Without `num_classes`, the classifier's weights are dropped.
 
-    `expected` has the paths and shapes of the result. Raises ValueError listing every missing,
+    `expected` has the paths and shapes of the result. Raises UserError listing every missing,
     unexpected and misshaped key.
     """
     ignore = BATCH_COUNTS if tower.num_classes else rf"{BATCH_COUNTS}|{classifier}\..*"

@@ -56,7 +56,7 @@ def load_bert(state: Mapping[str, np.ndarray], tower: Bert, expected: Params) ->
     """Return the tower's parameters from the state dict of a `BertModel`.
 
     The prefix `bert.` of the names, from models that contain a BertModel, is removed. `expected`
-    has the paths and shapes of the result. Raises ValueError listing every missing, unexpected and
+    has the paths and shapes of the result. Raises UserError listing every missing, unexpected and
     misshaped key.
     """
     state = {name.removeprefix("bert."): x for name, x in state.items()}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from imgtune_jax import models
+from imgtune_jax.errors import UserError
 from imgtune_jax.interop import (
     efficientnet_lite,
     huggingface,
@@ -58,18 +59,18 @@ def load_tower(
     `init` has "format", a key of LOADERS, and either "path", a weight file, or "package", a pip
     package. If the package has several weight files, "pattern" is the glob of the one to load.
     `module_cfg` is the tower's config for `models.build_tower`. `image_size` is the image size of a
-    ViT whose config has none. Raises ValueError listing every missing, unexpected and misshaped
+    ViT whose config has none. Raises UserError listing every missing, unexpected and misshaped
     key, or naming the package to install.
     """
     weight_format = init.get("format")
     if weight_format not in LOADERS:
-        raise ValueError(
+        raise UserError(
             f"weights: format = {weight_format!r}; expected one of {', '.join(LOADERS)}"
         )
     loader, tower_classes, pattern = LOADERS[weight_format]
     unknown = init.keys() - {"format", "path", "package", "pattern"}
     if unknown or ("path" in init) == ("package" in init):
-        raise ValueError(
+        raise UserError(
             f"weights: got {', '.join(sorted(init))}; expected format and one of path or package "
             "(with a pattern, if the package has several weight files)"
         )
@@ -77,7 +78,7 @@ def load_tower(
     tower = models.build_tower(module_cfg, **defaults)
     if not isinstance(tower, tower_classes):
         names = ", ".join(cls.__name__ for cls in tower_classes)
-        raise ValueError(
+        raise UserError(
             f"weights: format = {weight_format!r} fits {names}, not {type(tower).__name__}; change "
             "the format or the tower"
         )

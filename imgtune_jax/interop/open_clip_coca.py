@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from imgtune_jax.errors import UserError
 from imgtune_jax.interop import weight_map
 from imgtune_jax.models import ImageTextModel
 from imgtune_jax.models.decoder import Decoder
@@ -21,9 +22,9 @@ MULTIMODAL_KEYS = {  # supported keys of multimodal_cfg
 
 
 def decoder_rules(decoder: Decoder) -> list[weight_map.Rule]:
-    """Return the rules of `text_decoder`. Raises ValueError if open_clip has no such decoder."""
+    """Return the rules of `text_decoder`. Raises UserError if open_clip has no such decoder."""
     if decoder.cross != "block" or decoder.input_from != "text_tower" or decoder.context_norm:
-        raise ValueError(
+        raise UserError(
             f"decoder: cross = {decoder.cross!r}, input_from = {decoder.input_from!r}, "
             f"context_norm = {decoder.context_norm}; open_clip's decoder has cross='block', "
             "input_from='text_tower', context_norm=False"
@@ -101,7 +102,7 @@ def _split_attention_rules(theirs: str, ours: str) -> list[weight_map.Rule]:
 def coca_fields_from(cfg: Mapping[str, Any], epsilon: float) -> dict[str, Any]:
     """Convert a CoCa config to {"decoder": …, "image_pooler": …}, and a CLIP config to {}.
 
-    `epsilon` is the image tower's norm_epsilon. Raises ValueError for an unsupported CoCa.
+    `epsilon` is the image tower's norm_epsilon. Raises UserError for an unsupported CoCa.
     """
     vision, text, multimodal = cfg["vision_cfg"], cfg["text_cfg"], cfg.get("multimodal_cfg")
     if multimodal is None:
@@ -109,7 +110,7 @@ def coca_fields_from(cfg: Mapping[str, Any], epsilon: float) -> dict[str, Any]:
     unknown = [f"{k}={v!r}" for k, v in multimodal.items() if k not in MULTIMODAL_KEYS and v]
     layout = vision.get("attentional_pool")
     if unknown or not layout or not text.get("embed_cls"):
-        raise ValueError(
+        raise UserError(
             f"open_clip CoCa: attentional_pool={layout!r}, embed_cls={text.get('embed_cls')!r}, "
             f"unsupported keys of multimodal_cfg: {', '.join(unknown) or 'none'}; expected an "
             "attentional_pool, embed_cls=True and no unsupported key"
@@ -142,14 +143,14 @@ def coca_fields_from(cfg: Mapping[str, Any], epsilon: float) -> dict[str, Any]:
 def coca_fields_to(model: ImageTextModel) -> dict[str, dict[str, Any]]:
     """Return what a CoCa adds to the open_clip config of a CLIP, or {} for a CLIP.
 
-    The additions are grouped under "multimodal_cfg", "vision_cfg" and "text_cfg". Raises ValueError
+    The additions are grouped under "multimodal_cfg", "vision_cfg" and "text_cfg". Raises UserError
     for a model that open_clip cannot express.
     """
     decoder, pooler = model.decoder, model.image_pooler
     if decoder is None and pooler is None:
         return {}
     if decoder is None or pooler is None or not model.text.shifted_class_mask:
-        raise ValueError(
+        raise UserError(
             "open_clip's CoCa cannot express this model; expected a decoder, an image_pooler and "
             "a text tower with pool='class' and shifted_class_mask=True"
         )
@@ -185,4 +186,4 @@ def _check_decoder_and_pooler(model: ImageTextModel) -> None:
         f"{k} = {got!r}; expected {want!r}" for k, (got, want) in expected.items() if got != want
     ]
     if errors:
-        raise ValueError("this model is not an open_clip CoCa:\n  " + "\n  ".join(errors))
+        raise UserError("this model is not an open_clip CoCa:\n  " + "\n  ".join(errors))

@@ -15,6 +15,7 @@ from typing import Any
 from safetensors.numpy import load_file, save_file
 
 from imgtune_jax import models
+from imgtune_jax.errors import UserError
 from imgtune_jax.interop import open_clip_coca, open_clip_map
 from imgtune_jax.models.heads import IdentityHead, LinearHead
 from imgtune_jax.models.text_transformer import TextTransformer
@@ -50,11 +51,11 @@ def config_from_open_clip(
 ) -> dict[str, Any]:
     """Convert an open_clip model config and preprocess_cfg to a config for `build_model`.
 
-    Raises ValueError listing the features that this package does not support.
+    Raises UserError listing the features that this package does not support.
     """
     vision, text = dict(cfg["vision_cfg"]), dict(cfg["text_cfg"])
     if "multimodal_cfg" not in cfg and (vision.get("attentional_pool") or text.get("embed_cls")):
-        raise ValueError(
+        raise UserError(
             "open_clip config: attentional_pool or embed_cls without multimodal_cfg is not "
             "supported; expected a CLIP or a CoCa"
         )
@@ -81,7 +82,7 @@ def _image_fields(vision: Mapping[str, Any], quick_gelu: bool) -> dict[str, Any]
     width = vision.get("width", 768)
     pool = vision.get("pool_type", "tok")
     if pool not in IMAGE_POOLS or not isinstance(vision.get("image_size", 224), int):
-        raise ValueError(
+        raise UserError(
             f"open_clip vision_cfg: pool_type = {pool!r}, image_size = {vision.get('image_size')}; "
             "expected pool_type 'tok' or 'avg', and an int (a square image)"
         )
@@ -114,7 +115,7 @@ def _text_fields(text: Mapping[str, Any], quick_gelu: bool) -> dict[str, Any]:
     pool = text.get("pool_type", "argmax")
     has_class_token = bool(text.get("embed_cls"))
     if pool not in TEXT_POOLS:
-        raise ValueError(
+        raise UserError(
             f"open_clip text_cfg: pool_type = {pool!r}; expected one of {list(TEXT_POOLS)}"
         )
     return dict(
@@ -146,7 +147,7 @@ def _check_supported(group: str, cfg: Mapping[str, Any], known: set[str]) -> Non
     if isinstance(cfg.get("layers"), (list, tuple)):
         unsupported.append(f"layers={cfg['layers']} (a ModifiedResNet)")
     if unsupported:
-        raise ValueError(
+        raise UserError(
             f"open_clip {group}: {', '.join(unsupported)} not supported; expected these keys only: "
             f"{', '.join(sorted(known))}"
         )
@@ -166,10 +167,10 @@ def _epsilon(cfg: Mapping[str, Any]) -> float:
 def config_to_open_clip(model: models.ImageTextModel) -> dict[str, Any]:
     """Return the open_clip model config with which the exported weights have the same outputs.
 
-    Raises ValueError for a model that open_clip cannot express.
+    Raises UserError for a model that open_clip cannot express.
     """
     image, text = model.image, model.text
-    open_clip_map.open_clip_rules(model)  # raises ValueError for weights that open_clip lacks
+    open_clip_map.open_clip_rules(model)  # raises UserError for weights that open_clip lacks
     assert isinstance(image, ViT) and isinstance(text, TextTransformer)
     _check_expressible(model, image, text)
     cfg: dict[str, Any] = dict(
@@ -211,7 +212,7 @@ def _check_expressible(model: models.ImageTextModel, image: ViT, text: TextTrans
     if (image.final_norm == "none") != (layout == "shared"):
         errors.append(f"final_norm={image.final_norm!r} with image_pooler.layout={layout!r}")
     if errors:
-        raise ValueError(f"open_clip cannot express: {'; '.join(errors)}")
+        raise UserError(f"open_clip cannot express: {'; '.join(errors)}")
 
 
 def _projection(model: models.ImageTextModel) -> dict[str, Any]:
@@ -224,7 +225,7 @@ def _projection(model: models.ImageTextModel) -> dict[str, Any]:
 def _transformer_fields(tower: ViT | TextTransformer) -> dict[str, Any]:
     act = dict(act_kwargs={"approximate": "tanh"}) if tower.act == "gelu_tanh" else {}
     if tower.act not in ("gelu", "gelu_tanh", "quick_gelu"):
-        raise ValueError(
+        raise UserError(
             f"act = {tower.act!r}; open_clip can express gelu, gelu_tanh and quick_gelu"
         )
     return dict(
@@ -246,7 +247,7 @@ def save_open_clip_folder(
 ) -> None:
     """Write a model as a folder that open_clip loads as `local-dir:PATH`.
 
-    `interpolation` and `resize_mode` are entries of open_clip's preprocess_cfg. Raises ValueError
+    `interpolation` and `resize_mode` are entries of open_clip's preprocess_cfg. Raises UserError
     for a model that open_clip cannot express.
     """
     preprocess = dict(
@@ -266,12 +267,12 @@ def save_open_clip_folder(
 def load_open_clip_folder(path: str | Path) -> tuple[dict[str, Any], Params]:
     """Read an open_clip folder; return (config for `build_model`, parameters).
 
-    Raises ValueError if a file is missing or the model is not supported.
+    Raises UserError if a file is missing or the model is not supported.
     """
     folder = Path(path)
     missing = [n for n in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / n).is_file()]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{folder} is not an open_clip folder: {', '.join(missing)} missing; expected "
             f"{CONFIG_FILE} and {WEIGHTS_FILE}"
         )

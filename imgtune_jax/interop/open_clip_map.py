@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from imgtune_jax.errors import UserError
 from imgtune_jax.interop import open_clip_coca, weight_map
 from imgtune_jax.models import ImageTextModel, positions
 from imgtune_jax.models.heads import IdentityHead, LinearHead
@@ -26,7 +27,7 @@ def image_rules(tower: ViT) -> list[weight_map.Rule]:
 
     On import, the class token's position embedding is added to the class token, and position
     embeddings of another grid size are resized to the tower's. On export, the class token's
-    position embedding is zero. Raises ValueError for a ViT that open_clip cannot express.
+    position embedding is zero. Raises UserError for a ViT that open_clip cannot express.
     """
     _check_vit(tower)
     num_patches = (tower.image_size // tower.patch_size) ** 2
@@ -57,17 +58,17 @@ def image_rules(tower: ViT) -> list[weight_map.Rule]:
 
 def _check_vit(tower: ViT) -> None:
     if not tower.class_token or tower.num_registers or tower.pool == "attention":
-        raise ValueError(
+        raise UserError(
             f"class_token = {tower.class_token}, num_registers = {tower.num_registers}, "
             f"pool = {tower.pool!r}; open_clip's ViT has one class token, no registers and no "
             "attention pooling"
         )
     if tower.positions == "sincos":
-        raise ValueError(
+        raise UserError(
             "positions = 'sincos'; open_clip stores position embeddings: use positions='learned'"
         )
     if tower.patch_bias:
-        raise ValueError(
+        raise UserError(
             "patch_bias = True; open_clip's patch embedding has no bias: use patch_bias=False"
         )
 
@@ -75,10 +76,10 @@ def _check_vit(tower: ViT) -> None:
 def text_rules(tower: TextTransformer) -> list[weight_map.Rule]:
     """Return the rules of the text tower without the projection, which is a head in this package.
 
-    Raises ValueError for a text tower that open_clip cannot express.
+    Raises UserError for a text tower that open_clip cannot express.
     """
     if tower.pool not in ("eot", "last", "first", "class"):
-        raise ValueError(
+        raise UserError(
             f"text pool = {tower.pool!r}; open_clip can express eot, last, first and class"
         )
     class_token = weight_map.Rule(
@@ -100,9 +101,9 @@ def block_rules(theirs: str, depth: int) -> list[weight_map.Rule]:
 
 
 def open_clip_rules(model: ImageTextModel) -> list[weight_map.Rule]:
-    """Return the rules of a full model. Raises ValueError if open_clip cannot express it."""
+    """Return the rules of a full model. Raises UserError if open_clip cannot express it."""
     if not isinstance(model.image, ViT) or not isinstance(model.text, TextTransformer):
-        raise ValueError(
+        raise UserError(
             f"model: {type(model.image).__name__} with {type(model.text).__name__}; open_clip's "
             "weights fit a ViT with a TextTransformer"
         )
@@ -121,7 +122,7 @@ def open_clip_rules(model: ImageTextModel) -> list[weight_map.Rule]:
 def _head_rules(model: ImageTextModel) -> list[weight_map.Rule]:
     image_head, text_head = model.image_head, model.text_head
     if not isinstance(image_head, LinearHead) or image_head.use_bias:
-        raise ValueError(
+        raise UserError(
             f"image_head = {type(image_head).__name__}; open_clip's head is one matrix: use a "
             "linear head with use_bias=False"
         )
@@ -132,7 +133,7 @@ def _head_rules(model: ImageTextModel) -> list[weight_map.Rule]:
         return [*rules, weight_map.copy_rule("text_projection", "text_head/kernel")]
     if isinstance(text_head, IdentityHead):
         return rules
-    raise ValueError(
+    raise UserError(
         f"text_head = {type(text_head).__name__}; open_clip can express a linear or identity head"
     )
 
@@ -140,7 +141,7 @@ def _head_rules(model: ImageTextModel) -> list[weight_map.Rule]:
 def load_open_clip(state: Mapping[str, np.ndarray], model: ImageTextModel) -> Params:
     """Return the model's parameters from the state dict of a CLIP, CustomTextCLIP or CoCa.
 
-    Raises ValueError listing every missing, unexpected and misshaped key.
+    Raises UserError listing every missing, unexpected and misshaped key.
     """
     return weight_map.to_params(
         plain_names(state),
@@ -171,7 +172,7 @@ def load_open_clip_tower(
 ) -> Params:
     """Return one tower's parameters from the state dict of a full model.
 
-    `expected` has the paths and shapes of the result. Raises ValueError listing every missing,
+    `expected` has the paths and shapes of the result. Raises UserError listing every missing,
     unexpected and misshaped key.
     """
     rules = image_rules(tower) if isinstance(tower, ViT) else text_rules(tower)

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from imgtune_jax.errors import UserError
+
 # Name of a PyTorch storage class -> dtype of its elements.
 STORAGES: dict[str, np.dtype] = {
     "FloatStorage": np.dtype("<f4"),
@@ -90,7 +92,7 @@ def load_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     """Return the file's tensors by name.
 
     In a checkpoint, the state dict is the entry "state_dict" or "model". Raises
-    pickle.UnpicklingError if the file refers to anything but tensors, and ValueError if it has no
+    pickle.UnpicklingError if the file refers to anything but tensors, and UserError if it has no
     state dict.
     """
     raw = Path(path).read_bytes()
@@ -99,10 +101,10 @@ def load_state_dict(path: str | Path) -> dict[str, np.ndarray]:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; expected a state dict")
+        raise UserError(f"{path} holds a {type(content).__name__}; expected a state dict")
     arrays = {str(k): v for k, v in content.items() if isinstance(v, np.ndarray)}
     if not arrays:
-        raise ValueError(f"{path} holds a dict without tensors; expected a state dict")
+        raise UserError(f"{path} holds a dict without tensors; expected a state dict")
     return arrays
 
 
@@ -110,7 +112,7 @@ def _read_zip(raw: bytes) -> Any:
     with zipfile.ZipFile(io.BytesIO(raw)) as archive:
         names = [n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl"]
         if len(names) != 1:
-            raise ValueError(
+            raise UserError(
                 f"not a PyTorch file: a zip with {len(names)} files named data.pkl; expected "
                 "one data.pkl"
             )
@@ -127,7 +129,7 @@ def _read_zip(raw: bytes) -> Any:
 def _read_legacy(raw: bytes) -> Any:
     stream = io.BytesIO(raw)
     if _Unpickler(stream).load() != LEGACY_MAGIC:
-        raise ValueError("not a PyTorch file: neither a zip nor the legacy magic number")
+        raise UserError("not a PyTorch file: neither a zip nor the legacy magic number")
     _Unpickler(stream).load()  # protocol version
     _Unpickler(stream).load()  # sizes of C types on the machine that wrote the file
     unpickler = _Unpickler(stream)
@@ -149,11 +151,11 @@ def _to_arrays(content: Any, arrays: dict[str, np.ndarray]) -> Any:
 
 
 def _copy_view(view: _LazyTensor, storage: np.ndarray) -> np.ndarray:
-    """Return the elements of a view. Raises ValueError if they are not all in the storage."""
+    """Return the elements of a view. Raises UserError if they are not all in the storage."""
     last_index = view.offset + sum((n - 1) * s for n, s in zip(view.size, view.stride, strict=True))
     if 0 in view.size:
         return np.zeros(view.size, storage.dtype)
     if view.offset < 0 or min(view.stride, default=0) < 0 or last_index >= len(storage):
-        raise ValueError(f"a tensor of shape {view.size} reaches beyond its storage")
+        raise UserError(f"a tensor of shape {view.size} reaches beyond its storage")
     strides = [step * storage.itemsize for step in view.stride]
     return np.lib.stride_tricks.as_strided(storage[view.offset :], view.size, strides).copy()

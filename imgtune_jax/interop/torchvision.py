@@ -14,14 +14,14 @@ CLASSIFIER = "fc"
 
 
 def resnet_rules(tower: ResNet) -> list[weight_map.Rule]:
-    """Return the conversion rules of the tower. Raises ValueError if its norms are not folded."""
+    """Return the conversion rules of the tower. Raises UserError if its norms are not folded."""
     return folded_cnn.folded_cnn_rules(tower, _convolutions(tower), classifier=CLASSIFIER)
 
 
 def load_resnet(state: Mapping[str, np.ndarray], tower: ResNet, expected: Params) -> Params:
     """Convert a state dict. Without `num_classes`, the classifier's weights are dropped.
 
-    `expected` has the paths and shapes of the result. Raises ValueError listing every missing,
+    `expected` has the paths and shapes of the result. Raises UserError listing every missing,
     unexpected and misshaped key.
     """
     rules = resnet_rules(tower)

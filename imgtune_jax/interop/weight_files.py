@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from imgtune_jax.errors import UserError
 from imgtune_jax.interop import torch_file
 from imgtune_jax.param_tree import flatten, unflatten
 from imgtune_jax.types import Params
@@ -16,20 +17,20 @@ from imgtune_jax.types import Params
 def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     """Return a weight file's arrays by name.
 
-    Raises ValueError if the file is missing, unreadable or of an unknown type, or if reading it
+    Raises UserError if the file is missing, unreadable or of an unknown type, or if reading it
     would run code.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no weights at {path}; expected the path of a file")
+        raise UserError(f"no weights at {path}; expected the path of a file")
     if path.suffix not in _READERS:
-        raise ValueError(f"{path} is of an unknown type; expected {', '.join(_READERS)}")
+        raise UserError(f"{path} is of an unknown type; expected {', '.join(_READERS)}")
     try:
         return _READERS[path.suffix](path)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # parsers raise arbitrary exceptions on invalid bytes
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read: {error} (it has {path.stat().st_size} bytes; if the "
             "original has another size, download it again)"
         ) from error
@@ -58,7 +59,7 @@ def save_params(params: Params, path: str | Path, *, metadata: Mapping[str, str]
 def load_params(path: str | Path, subtree: str | None = None) -> Params:
     """Return the tree that `save_params` wrote, or its subtree at a path such as "image/blocks_0".
 
-    Raises ValueError if the file has no parameter in `subtree`.
+    Raises UserError if the file has no parameter in `subtree`.
     """
     state = read_state_dict(path)
     if subtree is None:
@@ -67,7 +68,7 @@ def load_params(path: str | Path, subtree: str | None = None) -> Params:
     flat = {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix)}
     if not flat:
         roots = ", ".join(sorted({name.partition("/")[0] for name in state}))
-        raise ValueError(
+        raise UserError(
             f"{path} has no parameter in subtree = {subtree!r}; expected a path in one of: {roots}"
         )
     return unflatten(flat)

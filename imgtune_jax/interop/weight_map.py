@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from imgtune_jax.errors import UserError
 from imgtune_jax.param_tree import flatten, unflatten
 from imgtune_jax.types import Params
 
@@ -131,7 +132,7 @@ def to_params(
     """Convert a state dict to a float32 parameter tree with the paths and shapes of `expected`.
 
     The leaves of `expected` are arrays or ShapeDtypeStructs. Names in `state` that fully match the
-    regex `ignore` need no rule. Raises one ValueError that lists every missing, unexpected and
+    regex `ignore` need no rule. Raises one UserError that lists every missing, unexpected and
     misshaped key. `what` is the name of the model in the message.
     """
     expected_shapes = {path: tuple(x.shape) for path, x in flatten(expected).items()}
@@ -160,7 +161,7 @@ def to_params(
     filled = {path for rule in rules for path in rule.ours}
     problems += [f"missing: no rule for {path}" for path in sorted(expected_shapes.keys() - filled)]
     if problems:
-        raise ValueError(
+        raise UserError(
             f"the weights do not fit {what}; compare the config with that of the checkpoint:\n  "
             + "\n  ".join(problems)
         )
@@ -170,19 +171,19 @@ def to_params(
 def to_state_dict(params: Params, rules: Iterable[Rule]) -> dict[str, np.ndarray]:
     """Convert parameters to the other codebase's state dict.
 
-    Raises ValueError for a rule without an inverse and for missing parameters.
+    Raises UserError for a rule without an inverse and for missing parameters.
     """
     flat = flatten(params)
     state: dict[str, np.ndarray] = {}
     for rule in rules:
         if rule.backward is None:
-            raise ValueError(
+            raise UserError(
                 f"{', '.join(rule.ours)} cannot be exported: a BatchNorm was folded into it, and "
                 "the folding has no inverse"
             )
         missing = [path for path in rule.ours if path not in flat]
         if missing:
-            raise ValueError(f"the parameters lack {', '.join(missing)}; expected a full model")
+            raise UserError(f"the parameters lack {', '.join(missing)}; expected a full model")
         arrays = rule.backward(*(np.asarray(flat[path]) for path in rule.ours))
         for name, array in zip(rule.theirs, arrays, strict=True):
             state[name] = np.asarray(array, order="C")

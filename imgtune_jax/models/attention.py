@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from imgtune_jax.errors import UserError
 from imgtune_jax.models import initializers
 from imgtune_jax.models.layers import Dense, Dtype, attention, dense
 
@@ -44,7 +45,7 @@ class Attention(nn.Module):
 
     Queries are computed from `x`; keys and values from `context`, whose width may differ, or from
     `x` if there is no context. `causal` and `hand_written_gradients` are as in `layers.attention`.
-    Raises ValueError if the width of `x` is not divisible by `num_heads`.
+    Raises UserError if the width of `x` is not divisible by `num_heads`.
     """
 
     num_heads: int
@@ -80,7 +81,7 @@ class Attention(nn.Module):
         """
         width = x.shape[-1]
         if width % self.num_heads:
-            raise ValueError(
+            raise UserError(
                 f"width {width} is not divisible by num_heads={self.num_heads}; "
                 "set num_heads to a divisor of the width"
             )

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from imgtune_jax.errors import UserError
 from imgtune_jax.models import initializers, pooling
 from imgtune_jax.models.transformer import TextTower
 
@@ -53,6 +54,6 @@ class Bert(TextTower):
     ) -> pooling.TowerOutput:
         del train  # no dropout
         if self.pool not in ("mean", "cls"):
-            raise ValueError(f"bert pool = {self.pool!r}; expected 'mean' or 'cls'")
+            raise UserError(f"bert pool = {self.pool!r}; expected 'mean' or 'cls'")
         pooled = pooling.masked_mean(x, mask) if self.pool == "mean" else x[:, 0]
         return pooling.TowerOutput(pooled, x)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from imgtune_jax.errors import UserError
 from imgtune_jax.models import heads, initializers
 from imgtune_jax.models.bert import Bert
 from imgtune_jax.models.decoder import Decoder
@@ -77,7 +78,7 @@ def build_model(cfg: Mapping[str, Any], partitioner: Any = None) -> ImageTextMod
     """Build the model that a mapping with the keys of ModelConfig describes.
 
     The `partitioner`, if given, determines the layout of every residual stream (`constrain`).
-    Raises a ValueError that names the component, the invalid field and the valid ones.
+    Raises a UserError that names the component, the invalid field and the valid ones.
     """
     fields = _parse_model_config(cfg)
     constrain = no_constraint if partitioner is None else partitioner.constrain
@@ -117,15 +118,15 @@ def _parse_model_config(cfg: Mapping[str, Any]) -> ModelConfig:
     values = _lists_to_tuples(cfg)
     _check_fields("model", values, [f.name for f in dataclasses.fields(ModelConfig)])
     if "image" not in values:
-        raise ValueError("the model has no image tower; set `image`, which has no default")
+        raise UserError("the model has no image tower; set `image`, which has no default")
     fields = ModelConfig(**values)
     if not fields.text and not fields.decoder:
-        raise ValueError(
+        raise UserError(
             "the model has neither text nor decoder; add `text` for contrastive training, "
             "`decoder` for captioning, or both"
         )
     if fields.text and fields.embed_dim is None:
-        raise ValueError(
+        raise UserError(
             "the model has no embed_dim; set it to the width of the embedding space that image "
             "and text share"
         )
@@ -133,11 +134,11 @@ def _parse_model_config(cfg: Mapping[str, Any]) -> ModelConfig:
 
 
 def _check_decoder_input(model: ImageTextModel) -> None:
-    """Raise ValueError for a decoder that could read future tokens through the text tower."""
+    """Raise UserError for a decoder that could read future tokens through the text tower."""
     if model.decoder is None or model.decoder.input_from == "ids":
         return
     if not getattr(model.text, "causal", False):
-        raise ValueError(
+        raise UserError(
             "a decoder with input_from='text_tower' needs a causal text tower (text_transformer "
             "with causal=True), or it would read the tokens that it predicts; got "
             f"{type(model.text).__name__}"
@@ -147,7 +148,7 @@ def _check_decoder_input(model: ImageTextModel) -> None:
 def build_tower(cfg: Mapping[str, Any], **defaults: Any) -> nn.Module:
     """Build a tower from {"name": …, "variant": …, field: value …}.
 
-    `defaults` apply to fields that the tower has and the mapping omits. Raises the ValueErrors of
+    `defaults` apply to fields that the tower has and the mapping omits. Raises the UserErrors of
     `build_model`.
     """
     return _build_component("tower", TOWERS, cfg, defaults)
@@ -159,7 +160,7 @@ def _build_component(
     values = _lists_to_tuples(cfg)
     name = values.pop("name", None)
     if name not in table:
-        raise ValueError(f"{role}: name = {name!r}; expected one of {', '.join(table)}")
+        raise UserError(f"{role}: name = {name!r}; expected one of {', '.join(table)}")
     cls = table[name]
     fields = [f.name for f in dataclasses.fields(cls) if f.name not in NON_CONFIG_FIELDS]
     variants = ["variant"] if hasattr(cls, "variant_fields") else []
@@ -170,7 +171,7 @@ def _build_component(
     defaults = {k: v for k, v in defaults.items() if k in all_fields}
     size = defaults.get("image_size")
     if size is not None and values.get("image_size", size) != size:
-        raise ValueError(
+        raise UserError(
             f"{role} {name!r}: image_size={values['image_size']}, but the model's is {size}; "
             "remove image_size from the tower"
         )
@@ -182,7 +183,7 @@ def _build_component(
 
 def _dtype(role: str, name: Any) -> Any:
     if name not in DTYPES:
-        raise ValueError(f"{role}: dtype = {name!r}; expected one of {', '.join(DTYPES)}")
+        raise UserError(f"{role}: dtype = {name!r}; expected one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
@@ -191,7 +192,7 @@ def _check_fields(component: str, names: Iterable[str], valid: list[str]) -> Non
         if field not in valid:
             close = difflib.get_close_matches(field, valid, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
-            raise ValueError(
+            raise UserError(
                 f"{component} has no field {field!r}; {hint}valid fields: {', '.join(valid)}"
             )
 

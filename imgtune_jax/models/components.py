@@ -13,6 +13,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, UInt8
 
 from imgtune_jax import xla_cpu
+from imgtune_jax.errors import UserError
 from imgtune_jax.locking import FrozenPrefix
 from imgtune_jax.models import heads, initializers
 from imgtune_jax.models.pooling import TowerOutput
@@ -174,14 +175,14 @@ class ModelComponents:
     def tower_inputs(self, tower: str, batch: Batch) -> tuple[Array, ...] | None:
         """Return the inputs that a batch has for a tower, or None.
 
-        Raises ValueError for a text without its mask.
+        Raises UserError for a text without its mask.
         """
         if tower == "image":
             return None if batch.image is None else (self.normalize_images(batch.image),)
         if batch.text is None:
             return None
         if batch.text_mask is None:
-            raise ValueError("a batch with text needs its text_mask; the tokenizer returns both")
+            raise UserError("a batch with text needs its text_mask; the tokenizer returns both")
         return batch.text, batch.text_mask
 
     def normalize_images(self, image: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -201,19 +202,17 @@ class ModelComponents:
     ) -> Any:
         """Apply one component; `options` go to `nn.Module.apply` and to the method that it calls.
 
-        Raises ValueError if the model or the parameters lack the component.
+        Raises UserError if the model or the parameters lack the component.
         """
         module = getattr(self, name)
         if module is None:
             have = ", ".join(self.components())
-            raise ValueError(
-                f"this call applies the component {name!r}; this model has only {have}"
-            )
+            raise UserError(f"this call applies the component {name!r}; this model has only {have}")
         needs_params = not (
             isinstance(module, heads.IdentityHead) or options.get("method") == "run_suffix"
         )
         if name not in params and needs_params:
-            raise ValueError(
+            raise UserError(
                 f"this call applies the component {name!r}, but the parameters hold only "
                 f"{', '.join(sorted(params))}; pass its parameters, or cached features"
             )

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from imgtune_jax import xla_cpu
+from imgtune_jax.errors import UserError
 from imgtune_jax.models import initializers, layers, sizes
 from imgtune_jax.models.pooling import TowerOutput
 from imgtune_jax.types import Constrain, no_constraint
@@ -43,7 +44,7 @@ def depthwise_conv(
 class GroupNorm(nn.Module):
     """Group normalization (1803.08494) of NHWC maps in float32, without running statistics.
 
-    Raises ValueError if the number of channels is not divisible by `group_size`.
+    Raises UserError if the number of channels is not divisible by `group_size`.
     """
 
     group_size: int
@@ -53,7 +54,7 @@ class GroupNorm(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         b, h, w, c = x.shape
         if c % self.group_size:
-            raise ValueError(
+            raise UserError(
                 f"{c} channels are not divisible by group_size={self.group_size}; set a divisor"
             )
         scale = initializers.param(self, "scale", initializers.ONES, (c,))
@@ -88,7 +89,7 @@ class ConvNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b oh ow o"]:
         if self.norm not in ("folded", "group"):
-            raise ValueError(f"norm = {self.norm!r}; expected 'folded' or 'group'")
+            raise UserError(f"norm = {self.norm!r}; expected 'folded' or 'group'")
         inputs = 1 if self.depthwise else x.shape[-1]
         shape = (self.kernel_size, self.kernel_size, inputs, self.features)
         y = self._convolve(x, initializers.param(self, "kernel", KERNEL_INIT, shape))
@@ -164,7 +165,7 @@ class ConvTower(nn.Module):
     def classify(self, image: Float[Array, "b h w c"]) -> Float[Array, "b n"]:
         """Return the logits of the `num_classes` classes that the weights were trained on."""
         if not self.num_classes:
-            raise ValueError("classify needs num_classes; these weights have no classifier")
+            raise UserError("classify needs num_classes; these weights have no classifier")
         x, _ = self._feature_map(image.astype(jnp.float32))
         return self.classifier(x.mean((1, 2)))
 

@@ -13,6 +13,7 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from imgtune_jax.errors import UserError
 from imgtune_jax.models import initializers, layers
 from imgtune_jax.models.block import Block, Cross, LayerCache
 from imgtune_jax.models.transformer import LayerCaches, Transformer
@@ -44,7 +45,7 @@ class Decoder(Transformer):
     `parallel_fraction` of the training examples, sampled at random, predict all their tokens in
     parallel (CapPa, 2306.07915). There is no causal mask for them, and the input at each position
     is one learned vector plus the position embedding. A shorter input would reveal the length of
-    the caption, so texts must be padded to exactly `max_length`; another length is a ValueError.
+    the caption, so texts must be padded to exactly `max_length`; another length is a UserError.
 
     Embeddings are initialized as in TextTransformer, matrices Xavier normal.
     `hand_written_gradients=True` supports reverse mode only, as in Transformer.
@@ -83,7 +84,7 @@ class Decoder(Transformer):
             rng = self.make_rng("dropout")
             parallel = jax.random.bernoulli(rng, self.parallel_fraction, inputs.shape[:1])
         if parallel is not None and inputs.shape[1] != self.max_length - 1:
-            raise ValueError(
+            raise UserError(
                 "parallel prediction would reveal the length of a text, so texts must be "
                 f"padded to exactly max_length={self.max_length}; got {inputs.shape[1] + 1}"
             )
@@ -142,17 +143,17 @@ class Decoder(Transformer):
     def _check(self, inputs: Array) -> None:
         length, ids = inputs.shape[1], inputs.ndim == 2
         if length > self.max_length:
-            raise ValueError(
+            raise UserError(
                 f"captions of {length} tokens, but the decoder has max_length={self.max_length}; "
                 "truncate in the tokenizer (and keep the end token)"
             )
         if ids != (self.input_from == "ids") or (not ids and inputs.shape[-1] != self.width):
-            raise ValueError(
+            raise UserError(
                 f"decoder input_from = {self.input_from!r} with width={self.width} got an input "
                 f"of shape {inputs.shape}; set its width to that of the text tower"
             )
         if not ids and (self.tied or self.parallel_fraction):
-            raise ValueError(
+            raise UserError(
                 "a decoder with input_from='text_tower' has no embeddings; "
                 "set tied=False and parallel_fraction=0"
             )

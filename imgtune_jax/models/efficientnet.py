@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from imgtune_jax.errors import UserError
 from imgtune_jax.models import conv, layers
 
 
@@ -82,7 +83,7 @@ class EfficientNetLite(conv.ConvTower):
     mean of the expanded map of the stage's first block, which is 6 times as wide as the block's
     input (equal to it in stage 0). The last map represents coarse classes; earlier maps represent
     textures and shapes. The further means cannot be computed from the tokens, so `run_prefix` and
-    `run_suffix` raise ValueError unless `pool_stages` is empty.
+    `run_suffix` raise UserError unless `pool_stages` is empty.
 
     Padding is TensorFlow's SAME. Other fields are as in ConvTower.
     """
@@ -104,7 +105,7 @@ class EfficientNetLite(conv.ConvTower):
 
     def setup(self):
         if any(stage not in range(len(STAGES)) for stage in self.pool_stages):
-            raise ValueError(
+            raise UserError(
                 f"pool_stages = {self.pool_stages}; expected stages 0 to {len(STAGES) - 1}"
             )
         common: dict[str, Any] = dict(
@@ -149,7 +150,7 @@ class EfficientNetLite(conv.ConvTower):
 
     def _check_no_pool_stages(self) -> None:
         if self.pool_stages:
-            raise ValueError(
+            raise UserError(
                 f"efficientnet_lite has pool_stages={self.pool_stages}, whose means cannot be "
                 "computed from cached tokens; set pool_stages=() to cache tokens"
             )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from imgtune_jax.errors import UserError
 from imgtune_jax.models import initializers, layers
 
 
@@ -29,7 +30,7 @@ def standardize(module: nn.Module, x: Float[Array, "b i"]) -> Float[Array, "b i"
 class IdentityHead(nn.Module):
     """Head without weights, for a tower whose pooled vector already is an embedding.
 
-    `standardize` applies the function `standardize`. Raises ValueError if the tower's width is not
+    `standardize` applies the function `standardize`. Raises UserError if the tower's width is not
     `embed_dim`.
     """
 
@@ -40,7 +41,7 @@ class IdentityHead(nn.Module):
     def __call__(self, x: Float[Array, "b i"], *, train: bool = False) -> Float[Array, "b d"]:
         del train
         if x.shape[-1] != self.embed_dim:
-            raise ValueError(
+            raise UserError(
                 f"identity head: the tower returns {x.shape[-1]} features, embed_dim is "
                 f"{self.embed_dim}; set embed_dim={x.shape[-1]} or use a linear head"
             )

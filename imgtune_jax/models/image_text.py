@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from imgtune_jax.errors import UserError
 from imgtune_jax.models import layers
 from imgtune_jax.models.components import ModelComponents
 from imgtune_jax.models.decoder import DecoderCache
@@ -171,10 +172,10 @@ class ImageTextModel(ModelComponents):
     ) -> DecoderCache:
         """Return a cache for decoding up to `length` tokens. All leaves have one row per image.
 
-        Raises ValueError if `length` exceeds the decoder's max_length.
+        Raises UserError if `length` exceeds the decoder's max_length.
         """
         if not 0 < length <= self.decoder.max_length:
-            raise ValueError(
+            raise UserError(
                 f"length = {length}; this decoder generates 1 to {self.decoder.max_length} tokens"
             )
         b = len(image_tokens)

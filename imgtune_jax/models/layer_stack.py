@@ -21,6 +21,7 @@ from flax.core.scope import LazyRng
 from jaxtyping import Array, Bool, Float
 
 from imgtune_jax import xla_cpu
+from imgtune_jax.errors import UserError
 from imgtune_jax.models import layers
 from imgtune_jax.models.block import Block
 from imgtune_jax.types import Constrain, Params, no_constraint
@@ -51,7 +52,7 @@ class LayerStack:
 
     def __post_init__(self):
         if not -1 <= self.num_frozen_layers <= self.depth:
-            raise ValueError(
+            raise UserError(
                 f"num_frozen_layers = {self.num_frozen_layers} for {self.depth} layers; "
                 f"expected 0 to {self.depth}, or -1 for the full tower"
             )

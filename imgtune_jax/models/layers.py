@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from imgtune_jax.errors import UserError
 from imgtune_jax.models import gradients, initializers
 from imgtune_jax.models.gradients import Dtype, center_and_rstd, expand_like
 from imgtune_jax.xla_cpu import contract
@@ -37,9 +38,9 @@ RESIDUAL_AXES = ("batch", "length", "embed")  # logical axes of the residual str
 
 
 def activation(name: str) -> Callable[[Array], Array]:
-    """Return an activation function by name. Raises ValueError for an unknown name."""
+    """Return an activation function by name. Raises UserError for an unknown name."""
     if name not in ACTIVATIONS:
-        raise ValueError(f"activation {name!r} is not one of {', '.join(sorted(ACTIVATIONS))}")
+        raise UserError(f"activation {name!r} is not one of {', '.join(sorted(ACTIVATIONS))}")
     return ACTIVATIONS[name]
 
 

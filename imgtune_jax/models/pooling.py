@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from imgtune_jax.errors import UserError
 from imgtune_jax.models import initializers, layers
 from imgtune_jax.models.attention import Attention
 from imgtune_jax.models.block import MlpBlock
@@ -125,7 +126,7 @@ class AttentionalPooler(nn.Module):
     def __call__(self, x: Float[Array, "b m e"], *, train: bool = False) -> TowerOutput:
         del train  # no dropout
         if self.layout not in ("cascade", "parallel", "shared"):
-            raise ValueError(
+            raise UserError(
                 f"attentional pooler layout = {self.layout!r}; "
                 "expected 'cascade', 'parallel' or 'shared'"
             )

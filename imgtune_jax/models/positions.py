@@ -12,14 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from imgtune_jax.errors import UserError
+
 
 def sincos_2d(grid: int, width: int, *, temperature: float = 10_000.0) -> Float[np.ndarray, "l d"]:
     """Return the fixed sine-cosine position embeddings of MoCo v3 (2104.02057), as in big_vision.
 
-    Raises ValueError unless the width is a multiple of 4.
+    Raises UserError unless the width is a multiple of 4.
     """
     if width % 4:
-        raise ValueError(f"width = {width}; sine-cosine positions need a multiple of 4")
+        raise UserError(f"width = {width}; sine-cosine positions need a multiple of 4")
     y, x = np.mgrid[:grid, :grid]
     omega = 1.0 / temperature ** (np.arange(width // 4) / (width // 4 - 1))
     y, x = y.reshape(-1, 1) * omega, x.reshape(-1, 1) * omega
@@ -33,11 +35,11 @@ def resize_pos_embed(
 
     The interpolation is antialiased and bicubic, as when open_clip loads weights.
 
-    Raises ValueError if either length is not the square of an integer.
+    Raises UserError if either length is not the square of an integer.
     """
     old, new = math.isqrt(positions.shape[0]), math.isqrt(length)
     if old * old != positions.shape[0] or new * new != length:
-        raise ValueError(
+        raise UserError(
             f"cannot resize {positions.shape[0]} positions to {length}; both must be squares of "
             "integers"
         )

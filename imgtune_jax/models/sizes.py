@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from imgtune_jax.errors import UserError
+
 
 def _size(width: int, depth: int, mlp_dim: int, num_heads: int) -> dict[str, int]:
     return dict(width=width, depth=depth, mlp_dim=mlp_dim, num_heads=num_heads)
@@ -27,9 +29,9 @@ SIZES: dict[str, dict[str, int]] = {
 def get_variant(
     table: Mapping[str, Mapping[str, Any]], variant: str, component: str
 ) -> dict[str, Any]:
-    """Return the fields of `variant`. Raises a ValueError that lists the variants of the table."""
+    """Return the fields of `variant`. Raises a UserError that lists the variants of the table."""
     if variant not in table:
-        raise ValueError(
+        raise UserError(
             f"{component} has no variant {variant!r}; expected one of {', '.join(table)}"
         )
     return dict(table[variant])
@@ -39,7 +41,7 @@ def decode_vit_variant(variant: str) -> dict[str, int]:
     """Return the fields of a ViT variant: "B/16" is size B with patches of 16 pixels."""
     size, slash, patch = variant.partition("/")
     if not slash or not patch.isdigit():
-        raise ValueError(
+        raise UserError(
             f"vit variant = {variant!r}; expected SIZE/PATCH with the patch in pixels, like 'B/16'"
         )
     return {**get_variant(SIZES, size, "vit"), "patch_size": int(patch)}

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from imgtune_jax.errors import UserError
 from imgtune_jax.models import initializers, pooling
 from imgtune_jax.models.block import LayerCache
 from imgtune_jax.models.transformer import LayerCaches, TextTower
@@ -89,7 +90,7 @@ class TextTransformer(TextTower):
     def _check_length(self, length: int) -> None:
         super()._check_length(length)
         if self.pool == "last" and length != self.max_length:
-            raise ValueError(
+            raise UserError(
                 f"pool='last' reads the last position, so text must be padded to exactly "
                 f"max_length={self.max_length}; got {length}"
             )
@@ -123,7 +124,7 @@ class TextTransformer(TextTower):
             return pooling.masked_mean(x, mask)
         if self.pool == "attention":
             return self._map_head(x, mask, train=train)
-        raise ValueError(
+        raise UserError(
             f"text_transformer pool = {self.pool!r}; expected 'eot', 'last', 'first', 'mean', "
             "'attention' or 'class'"
         )

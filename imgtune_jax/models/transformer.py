@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from imgtune_jax.errors import UserError
 from imgtune_jax.models import initializers, layers, pooling, sizes
 from imgtune_jax.models.attention import KVCache
 from imgtune_jax.models.block import Block, LayerCache
@@ -170,7 +171,7 @@ class TransformerTower(Transformer):
 
 
 class TextTower(TransformerTower):
-    """Base of text towers. Raises ValueError if a text is longer than `max_length`."""
+    """Base of text towers. Raises UserError if a text is longer than `max_length`."""
 
     vocab_size: int = 32000
     max_length: int = 64
@@ -199,7 +200,7 @@ class TextTower(TransformerTower):
 
     def _check_length(self, length: int) -> None:
         if length > self.max_length:
-            raise ValueError(
+            raise UserError(
                 f"text of {length} tokens, but {self.CONFIG_NAME} has "
                 f"max_length={self.max_length}; truncate in the tokenizer (and keep the end token)"
             )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from imgtune_jax.errors import UserError
 from imgtune_jax.models import initializers, layers, positions, sizes
 from imgtune_jax.models.layer_stack import Segment
 from imgtune_jax.models.pooling import TowerOutput
@@ -35,7 +36,7 @@ class ViT(TransformerTower):
     parameter `class_token`, if any, includes its position embedding. CLIP has `pre_norm=True` (its
     ln_pre) and `patch_bias=False`. `patch_dropout` omits that fraction of the patches in training
     (2212.00794). If patches do not fill the image (So400m/14 at 384), the pixels after the last
-    full patch are ignored, as by an unpadded convolution. Raises ValueError if an image is not
+    full patch are ignored, as by an unpadded convolution. Raises UserError if an image is not
     `image_size`×`image_size`.
 
     Initial values: matrices Xavier normal, patch embedding LeCun normal, positions with standard
@@ -80,19 +81,19 @@ class ViT(TransformerTower):
 
     def _check(self, image: Float[Array, "b h w c"]) -> None:
         if image.shape[1:3] != (self.image_size, self.image_size):
-            raise ValueError(
+            raise UserError(
                 f"image of {image.shape[1]}×{image.shape[2]} pixels, but vit has "
                 f"image_size={self.image_size}; resize the data or set image_size"
             )
         if self.image_size < self.patch_size:
-            raise ValueError(
+            raise UserError(
                 f"image_size={self.image_size} is smaller than patch_size={self.patch_size}; "
                 "set a smaller patch_size"
             )
         if self.pool == "cls" and not self.class_token:
-            raise ValueError("pool='cls' needs a class token; set class_token=True or another pool")
+            raise UserError("pool='cls' needs a class token; set class_token=True or another pool")
         if self.pool not in POOLS or self.final_norm not in ("before_pool", "after_pool", "none"):
-            raise ValueError(
+            raise UserError(
                 f"vit pool = {self.pool!r}, final_norm = {self.final_norm!r}; expected pool in "
                 f"{POOLS} and final_norm in ('before_pool', 'after_pool', 'none')"
             )
@@ -106,7 +107,7 @@ class ViT(TransformerTower):
         elif self.positions == "sincos":
             x = x + positions.sincos_2d(self.image_size // self.patch_size, self.width)[None]
         else:
-            raise ValueError(f"vit positions = {self.positions!r}; expected 'learned' or 'sincos'")
+            raise UserError(f"vit positions = {self.positions!r}; expected 'learned' or 'sincos'")
         if train and self.patch_dropout:
             x = drop_patches(x, self.make_rng("dropout"), rate=self.patch_dropout)
         x = jnp.concatenate([*self._special_tokens(len(x)), x], axis=1)

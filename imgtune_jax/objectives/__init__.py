@@ -14,6 +14,7 @@ from typing import Any
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from imgtune_jax.errors import UserError
 from imgtune_jax.objectives.caption_loss import CaptionLoss, token_cross_entropy
 from imgtune_jax.objectives.sigmoid import SigmoidLoss, sigmoid_loss
 from imgtune_jax.objectives.softmax import SoftmaxLoss, softmax_loss
@@ -65,19 +66,19 @@ def build_objective(
 
     `mesh` is the device mesh that shards the rows of the batch and of the outputs, or None for one
     device. It is passed to every objective that has a field `mesh`. The default weight is 1.
-    Objectives with weight 0 are left out. Raises ValueError for an unknown objective or field, and
+    Objectives with weight 0 are left out. Raises UserError for an unknown objective or field, and
     if no objective remains.
     """
     terms = []
     for name, fields in cfg.items():
         if name not in OBJECTIVES:
-            raise ValueError(f"objective {name!r} is unknown; known: {', '.join(OBJECTIVES)}")
+            raise UserError(f"objective {name!r} is unknown; known: {', '.join(OBJECTIVES)}")
         fields = dict(fields)
         weight = float(fields.pop("weight", 1.0))
         field_names = {f.name for f in dataclasses.fields(OBJECTIVES[name])}
         known = sorted(field_names - {"mesh"})
         if unknown := sorted(set(fields) - set(known)):
-            raise ValueError(
+            raise UserError(
                 f"objective {name!r} has unknown fields {unknown}; known: weight, "
                 f"{', '.join(known)}"
             )
@@ -86,7 +87,7 @@ def build_objective(
         if weight:
             terms.append((weight, OBJECTIVES[name](**fields)))
     if not terms:
-        raise ValueError(
+        raise UserError(
             f"objectives = {dict(cfg)}; expected a weight other than 0; set the weight of at least "
             "one term"
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from imgtune_jax.errors import UserError
 from imgtune_jax.types import Batch, ExpMean, Metrics, Outputs, TokenScores
 
 
@@ -48,16 +49,16 @@ class CaptionLoss:
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1 or self.z_loss < 0:
-            raise ValueError(
+            raise UserError(
                 f"objective 'captioning': label_smoothing = {self.label_smoothing}, z_loss = "
                 f"{self.z_loss}; expected 0 <= label_smoothing < 1 and 0 <= z_loss"
             )
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
-        """Return (loss, metrics). Raises ValueError if the outputs have no token scores."""
+        """Return (loss, metrics). Raises UserError if the outputs have no token scores."""
         scores = outputs.token_scores
         if scores is None:
-            raise ValueError(
+            raise UserError(
                 "objective 'captioning': the model returned no token_scores; captioning needs a "
                 "model with a decoder (config.model.decoder) and batches with images and text"
             )

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from imgtune_jax.errors import UserError
 from imgtune_jax.types import Batch, Outputs
 
 
@@ -64,18 +65,18 @@ def output_embeddings(
 ) -> tuple[PairEmbeddings, PairEmbeddings]:
     """Return (images, texts) of a batch for the objective named `term`.
 
-    Raises ValueError if the outputs lack an embedding, or if `positives` is GROUP and the batch has
+    Raises UserError if the outputs lack an embedding, or if `positives` is GROUP and the batch has
     no groups.
     """
     if outputs.image_emb is None or outputs.text_emb is None:
         missing = "image_emb" if outputs.image_emb is None else "text_emb"
-        raise ValueError(
+        raise UserError(
             f"objective {term!r}: the model returned no {missing}; expected image and text "
             "embeddings; use a model with a text tower (config.model.text) and batches with images "
             "and text"
         )
     if positives is Positives.GROUP and batch.group is None:
-        raise ValueError(
+        raise UserError(
             f"objective {term!r}: positives = 'group', but the batch has no `group`; set "
             "config.data.source.group to the metadata field of the group, or positives = 'pair'"
         )

@@ -78,7 +78,7 @@ class SigmoidLoss:
         object.__setattr__(self, "positives", Positives(self.positives))
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
-        """Return (loss, metrics). Raises ValueError if the outputs lack an embedding."""
+        """Return (loss, metrics). Raises UserError if the outputs lack an embedding."""
         pairs = output_embeddings(outputs, batch, positives=self.positives, term="sigmoid")
         assert outputs.logit_scale is not None  # a model with embeddings has one
         bias = jnp.float32(0) if outputs.logit_bias is None else outputs.logit_bias

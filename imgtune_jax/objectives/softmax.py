@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from imgtune_jax.errors import UserError
 from imgtune_jax.objectives.contrastive import (
     PairEmbeddings,
     Positives,
@@ -86,7 +87,7 @@ class SoftmaxLoss:
     def __post_init__(self) -> None:
         object.__setattr__(self, "positives", Positives(self.positives))
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(
+            raise UserError(
                 f"objective 'softmax': label_smoothing = {self.label_smoothing}; expected "
                 "0 <= label_smoothing < 1"
             )
@@ -94,11 +95,11 @@ class SoftmaxLoss:
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
         """Return (loss, metrics).
 
-        Raises ValueError if the outputs lack an embedding, or if the model has a logit bias. A bias
+        Raises UserError if the outputs lack an embedding, or if the model has a logit bias. A bias
         is a parameter of models that were trained with the sigmoid loss.
         """
         if outputs.logit_bias is not None:
-            raise ValueError(
+            raise UserError(
                 "objective 'softmax': the model has a logit_bias, which the softmax loss ignores; "
                 "use the 'sigmoid' objective if the weights were trained with a bias, or else set "
                 "config.model.logit_bias_init = None"

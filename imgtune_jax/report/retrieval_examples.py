@@ -12,6 +12,7 @@ import matplotlib.colors
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from imgtune_jax.errors import UserError
 from imgtune_jax.evals.retrieval import retrieval_metrics
 
 IMAGE_SIGNATURES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp"}
@@ -36,11 +37,11 @@ class RetrievalData:
     language: str = "en"
 
     def __post_init__(self) -> None:
-        """Raise ValueError for fields of different lengths."""
+        """Raise UserError for fields of different lengths."""
         n, m = len(self.image_emb), len(self.text_emb)
         lengths = len(self.thumbnails), len(self.captions), len(self.image_of_text)
         if lengths != (n, m, m):
-            raise ValueError(
+            raise UserError(
                 f"retrieval data {self.dataset!r} has {n} image and {m} text embeddings, but "
                 f"{lengths[0]} thumbnails, {lengths[1]} captions, {lengths[2]} image_of_text; "
                 "expected one thumbnail per image, and one caption and image_of_text per text"
@@ -165,11 +166,11 @@ def sample_examples(
 
 
 def data_uri(file: bytes) -> str:
-    """Return the data URI of an image file. Raises ValueError unless it is PNG, JPEG or WebP."""
+    """Return the data URI of an image file. Raises UserError unless it is PNG, JPEG or WebP."""
     for signature, kind in IMAGE_SIGNATURES.items():
         if file.startswith(signature):
             return f"data:image/{kind};base64,{base64.b64encode(file).decode()}"
-    raise ValueError(f"a thumbnail starts with {file[:8]!r}; expected a PNG, JPEG or WebP file")
+    raise UserError(f"a thumbnail starts with {file[:8]!r}; expected a PNG, JPEG or WebP file")
 
 
 def _text_query(data: RetrievalData, text: int, num_answers: int) -> Query:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from imgtune_jax.config import flatten_config
+from imgtune_jax.errors import MissingFileError, UserError
 from imgtune_jax.evals.results import read_results
 
 Series = list[tuple[int, float]]  # (step, value)
@@ -32,10 +33,10 @@ class RunData:
 def read_run_data(workdir: Path) -> RunData:
     """Read config.json, metrics.jsonl, timing.jsonl and results.jsonl of `workdir`.
 
-    Raises FileNotFoundError if the folder does not exist, ValueError for a line that is not JSON.
+    Raises MissingFileError if the folder does not exist, UserError for a line that is not JSON.
     """
     if not workdir.is_dir():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"workdir = {workdir} does not exist; expected the --workdir of a training run"
         )
     path = workdir / "config.json"
@@ -68,5 +69,5 @@ def _read_json_lines(path: Path) -> list[dict[str, Any]]:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {line[:80]!r}") from error
+            raise UserError(f"{path}, line {number} is not JSON: {line[:80]!r}") from error
     return records

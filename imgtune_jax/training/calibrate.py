@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from imgtune_jax import models
+from imgtune_jax.errors import UserError
 from imgtune_jax.locking import STATISTICS
 from imgtune_jax.partition import Partitioner
 from imgtune_jax.types import MODALITIES, Batch, Params
@@ -26,7 +27,7 @@ def calibrate(
     """Return `params` with measured `input_mean` and `input_std` in each standardizing head.
 
     A dimension that never varies gets a standard deviation of 1. No batch is read if no head
-    standardizes. Raises ValueError if no example is valid.
+    standardizes. Raises UserError if no example is valid.
     """
     towers = [t for t in MODALITIES if STATISTICS[0] in params.get(f"{t}_head", {})]
     if not towers:
@@ -51,7 +52,7 @@ def _with_statistics(head: Params, features: list[np.ndarray]) -> Params:
     """Return a head's parameters with the mean and std of features [n d], n examples."""
     x = np.concatenate(features).astype(np.float64)
     if not len(x):
-        raise ValueError(
+        raise UserError(
             f"none of the first {MAX_EXAMPLES} training examples could be read, so the heads' "
             f"input statistics cannot be measured; check config.data.source"
         )

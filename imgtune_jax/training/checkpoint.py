@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from imgtune_jax import config as config_lib
+from imgtune_jax.errors import MissingFileError, UserError
 from imgtune_jax.param_tree import params_digest
 from imgtune_jax.training import workdir_files
 from imgtune_jax.types import Params, PyTree, TrainState
@@ -77,14 +78,14 @@ def restore_params(workdir: Path, step: int | None, target: Params) -> tuple[Par
 
     If the run has an exponential moving average (EMA) of the parameters, the average is returned
     instead. The optimizer state is not read. `step=None` means the newest checkpoint. If there is
-    no such checkpoint, raises FileNotFoundError, which lists the saved steps.
+    no such checkpoint, raises MissingFileError, which lists the saved steps.
     """
     folder = workdir / workdir_files.CHECKPOINTS
     steps = saved_steps(workdir)
     if not steps or (step is not None and step not in steps):
         expected = "checkpoint" if step is None else f"checkpoint of step {step}"
         advice = "choose one of them" if steps else "train until the first one"
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{folder} has no {expected}; saved steps: {steps or 'none'}; {advice}"
         )
     chosen = steps[-1] if step is None else step
@@ -130,7 +131,7 @@ def save_frozen(workdir: Path, frozen: Params) -> str:
 def restore_frozen(workdir: Path, digest: str, target: PyTree) -> Params:
     """Restore the frozen parameters of a run, with the shardings of `target`.
 
-    Raises ValueError if they do not have this digest.
+    Raises UserError if they do not have this digest.
     """
     if not jax.tree.leaves(target):
         return {}
@@ -138,7 +139,7 @@ def restore_frozen(workdir: Path, digest: str, target: PyTree) -> Params:
     with ocp.StandardCheckpointer() as checkpointer:
         frozen = checkpointer.restore(folder, target)
     if (actual := _short_digest(frozen)) != digest:
-        raise ValueError(
+        raise UserError(
             f"{folder} has the digest {actual}; expected {digest}, since frozen parameters do not "
             f"change after the start of training; restore the folder from a backup"
         )

@@ -15,6 +15,7 @@ import jax
 
 from imgtune_jax import data, evals, interop, locking, models, objectives, param_tree, xla_cpu
 from imgtune_jax.config import ComponentConfig, Config, Duration
+from imgtune_jax.errors import UserError
 from imgtune_jax.evals.predictor import ModelPredictor
 from imgtune_jax.partition import Partitioner, make_mesh
 from imgtune_jax.training import optim, state
@@ -181,11 +182,11 @@ class Experiment:
     def build_all(self, *, with_baselines: bool) -> None:
         """Build all parts of training, so that an invalid config fails before anything is written.
 
-        Raises ValueError if parts of the config do not fit each other or the data.
+        Raises UserError if parts of the config do not fit each other or the data.
         """
         config = self.config
         if all(self.is_frozen.values()):
-            raise ValueError(
+            raise UserError(
                 "config.lock freezes every parameter, so there is nothing to train; unlock at "
                 "least one"
             )
@@ -254,7 +255,7 @@ def build_experiment(config: Config, *, tokenizer_dir: Path | None = None) -> Ex
     With `tokenizer_dir`, a run's copy of its tokenizer, the tokenizer is loaded from that folder
     instead of from the config's path or package.
 
-    Raises ValueError if parts of the config do not fit each other.
+    Raises UserError if parts of the config do not fit each other.
     """
     partitioner = Partitioner(make_mesh(config.mesh))
     tokenizer_cfg = dict(config.tokenizer)
@@ -266,13 +267,13 @@ def build_experiment(config: Config, *, tokenizer_dir: Path | None = None) -> Ex
     is_frozen = locking.frozen_paths(config.lock, paths)
     tokenizer = data.build_tokenizer(tokenizer_cfg)
     if model.decoder is not None and not tokenizer.bos_ids:
-        raise ValueError(
+        raise UserError(
             "config.tokenizer has no begin token, which config.model.decoder needs to predict the "
             "first token of a caption; use a tokenizer that has one, such as those that "
             "data.train_tokenizer trains"
         )
     if config.data.length_buckets and depends_on_padding(model.text):
-        raise ValueError(
+        raise UserError(
             f"config.data.length_buckets = {config.data.length_buckets}, but the outputs of a text "
             "tower that reads its padding (mask_padding=False or shifted_class_mask=True) change "
             "with the padded length; set length_buckets=()"

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from imgtune_jax import data, param_tree
 from imgtune_jax.data.feature_store import differing_keys
+from imgtune_jax.errors import UserError
 from imgtune_jax.training.batch_source import BatchSource
 from imgtune_jax.training.experiment import Experiment
 from imgtune_jax.types import Batch, Params
@@ -50,14 +51,14 @@ def build_batch_source(experiment: Experiment, frozen: Params) -> BatchSource:
 def fill_cache(experiment: Experiment) -> dict[str, data.FeatureStore]:
     """Fill the stores before training, in the order of the records; return the stores by tower.
 
-    A call continues where an interrupted one stopped. Raises ValueError if the config caches no
+    A call continues where an interrupted one stopped. Raises UserError if the config caches no
     tower.
     """
     _, frozen = experiment.split_params(experiment.init_params())
     batch_source = build_batch_source(experiment, frozen)
     stores = dict(batch_source.stores)
     if not stores:
-        raise ValueError(
+        raise UserError(
             "nothing to cache: set config.cache.path, and lock a tower whose number of views "
             "(config.cache.image_views or text_views) is not 0"
         )

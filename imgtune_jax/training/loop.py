@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from imgtune_jax import evals, param_tree
 from imgtune_jax.config import Config
-from imgtune_jax.errors import NonFiniteLossError
+from imgtune_jax.errors import NonFiniteLossError, UserError
 from imgtune_jax.training import checkpoint, workdir_files
 from imgtune_jax.training.experiment import build_experiment
 from imgtune_jax.training.run import Run, build_run
@@ -28,7 +28,7 @@ EXIT_SIGTERM = 143  # the exit status that a shell reports for a process ended b
 def train(config: Config, workdir: Path) -> evals.ModelPredictor:
     """Train from step 0, or from the newest checkpoint in `workdir`; return the final model.
 
-    Raises ValueError if parts of the config do not fit each other, or if `workdir` holds a run with
+    Raises UserError if parts of the config do not fit each other, or if `workdir` holds a run with
     another config. Raises NonFiniteLossError if the loss becomes NaN or infinite, and
     data.TooManyBadRecordsError if too many records are unreadable.
     """
@@ -141,7 +141,7 @@ def _save_checkpoint(run: Run, step: int) -> None:
     """Save the state, and the metrics that were evaluated after the last checkpoint."""
     best_metric = run.experiment.config.checkpoint.best_metric
     if best_metric is not None and run.last_metrics and best_metric not in run.last_metrics:
-        raise ValueError(
+        raise UserError(
             f"config.checkpoint.best_metric = {best_metric!r} is not reported by any evaluator; "
             f"expected one of: {', '.join(sorted(run.last_metrics))}"
         )

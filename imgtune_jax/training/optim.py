@@ -18,6 +18,7 @@ from optax import contrib
 
 from imgtune_jax import config as config_lib
 from imgtune_jax import locking, param_tree
+from imgtune_jax.errors import UserError
 from imgtune_jax.types import MODALITIES, Params, PyTree
 
 Schedule = Callable[[Any], Any]
@@ -122,15 +123,13 @@ SCHEDULES: dict[str, Callable[..., jax.Array]] = {
 def make_schedule(name: str, *, lr: float, total: int, warmup: int, cooldown: int) -> Schedule:
     """Return step -> learning rate: linear warm-up, then the named schedule.
 
-    All lengths are in steps. Raises ValueError for an unknown name, or if warm-up and cool-down
+    All lengths are in steps. Raises UserError for an unknown name, or if warm-up and cool-down
     exceed the total.
     """
     if name not in SCHEDULES:
-        raise ValueError(
-            f"config.optim.schedule = {name!r}; expected one of {', '.join(SCHEDULES)}"
-        )
+        raise UserError(f"config.optim.schedule = {name!r}; expected one of {', '.join(SCHEDULES)}")
     if warmup + cooldown > total:
-        raise ValueError(
+        raise UserError(
             f"config.optim.warmup = {warmup} and cooldown = {cooldown} steps exceed the total of "
             f"{total}; shorten them or lengthen config.total"
         )
@@ -166,16 +165,16 @@ def build_optimizer(
 
     `paths` are the paths of all parameters, including frozen ones. So the same multiplier rules are
     valid whatever the config locks.
-    Raises ValueError for an unknown name or argument and for rules that do not fit the paths.
+    Raises UserError for an unknown name or argument and for rules that do not fit the paths.
     """
     if cfg.name not in OPTIMIZERS:
-        raise ValueError(
+        raise UserError(
             f"config.optim.name = {cfg.name!r}; expected one of {', '.join(OPTIMIZERS)}"
         )
     precondition = OPTIMIZERS[cfg.name]
     known = list(inspect.signature(precondition).parameters)
     if unknown := sorted(set(cfg.args) - set(known)):
-        raise ValueError(
+        raise UserError(
             f"config.optim.args has unknown keys {unknown}; {cfg.name} takes {', '.join(known)}"
         )
     schedule = make_schedule(cfg.schedule, lr=cfg.lr, total=total, warmup=warmup, cooldown=cooldown)

@@ -77,7 +77,7 @@ class Run:
 def build_run(experiment: Experiment, workdir: Path) -> Run:
     """Build a run at step 0 or, if `workdir` has a checkpoint, at the newest one.
 
-    Raises ValueError, before anything is written, if parts of the config do not fit each other or
+    Raises UserError, before anything is written, if parts of the config do not fit each other or
     `workdir` holds a run with another config.
     """
     config, workdir = experiment.config, workdir.absolute()  # Orbax needs an absolute path

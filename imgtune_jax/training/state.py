@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from imgtune_jax import param_tree
+from imgtune_jax.errors import UserError
 from imgtune_jax.partition import Partitioner
 from imgtune_jax.training.optim import Optimizer
 from imgtune_jax.types import Params, PyTree, TrainState
@@ -23,7 +24,7 @@ def init_params(
     """Return `init(key)` laid out on the mesh, with some sub-trees replaced by `pretrained` ones.
 
     `pretrained` maps a top-level name ("image", "text") to a tree of NumPy arrays. The other
-    components are initialized randomly. Raises ValueError listing every path that is missing,
+    components are initialized randomly. Raises UserError listing every path that is missing,
     unknown or of another shape than the model's.
     """
     abstract = jax.eval_shape(init, key)
@@ -43,7 +44,7 @@ def init_params(
 
 
 def _check_pretrained(abstract: Params, pretrained: Mapping[str, Params]) -> None:
-    """Raise ValueError listing every path of `pretrained` that does not fit the model."""
+    """Raise UserError listing every path of `pretrained` that does not fit the model."""
     problems = []
     for name, tree in pretrained.items():
         expected = param_tree.flatten(abstract.get(name, {}))
@@ -58,7 +59,7 @@ def _check_pretrained(abstract: Params, pretrained: Mapping[str, Params]) -> Non
             if tuple(got[p].shape) != tuple(expected[p].shape)
         ]
     if problems:
-        raise ValueError("pretrained weights do not fit the model:\n  " + "\n  ".join(problems))
+        raise UserError("pretrained weights do not fit the model:\n  " + "\n  ".join(problems))
 
 
 def with_shardings(abstract: PyTree, partitioner: Partitioner) -> PyTree:

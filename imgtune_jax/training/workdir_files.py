@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 
 from imgtune_jax.config import Config, differences, load_config, save_config
+from imgtune_jax.errors import UserError
 
 log = logging.getLogger("imgtune_jax.training")
 
@@ -40,7 +41,7 @@ MUTABLE_KEYS = (
 
 
 def check_same_config(config: Config, workdir: Path) -> None:
-    """Raise ValueError if `workdir` holds a run whose config differs in more than MUTABLE_KEYS."""
+    """Raise UserError if `workdir` holds a run whose config differs in more than MUTABLE_KEYS."""
     path = workdir / CONFIG
     if not path.exists():
         return
@@ -53,7 +54,7 @@ def check_same_config(config: Config, workdir: Path) -> None:
         lines = [
             f"{key}: {old!r} in the saved run, {new!r} now" for key, (old, new) in changed.items()
         ]
-        raise ValueError(
+        raise UserError(
             f"{workdir} holds a run with another config; resuming it needs equal settings. "
             f"Set these back, or choose a new --workdir:\n  " + "\n  ".join(lines)
         )

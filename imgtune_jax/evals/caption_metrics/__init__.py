@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
+from imgtune_jax.errors import UserError
 from imgtune_jax.evals.caption_metrics import java
 from imgtune_jax.evals.caption_metrics.bleu import bleu
 from imgtune_jax.evals.caption_metrics.cider import cider_d
@@ -32,12 +33,12 @@ STRING_METRICS: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], Sco
 
 
 def check_metrics(metrics: Collection[str], tokenization: str) -> None:
-    """Raise ValueError for an unknown name, and for one that needs Java if Java is missing."""
+    """Raise UserError for an unknown name, and for one that needs Java if Java is missing."""
     known = [*TOKEN_METRICS, *STRING_METRICS]
     if unknown := [name for name in metrics if name not in known]:
-        raise ValueError(f"unknown caption metrics {unknown}; known: {', '.join(known)}")
+        raise UserError(f"unknown caption metrics {unknown}; known: {', '.join(known)}")
     if tokenization not in TOKENIZATIONS:
-        raise ValueError(f"tokenization = {tokenization!r}; known: {', '.join(TOKENIZATIONS)}")
+        raise UserError(f"tokenization = {tokenization!r}; known: {', '.join(TOKENIZATIONS)}")
     if tokenization == "ptb" or "meteor" in metrics:
         java.require_java()
 
@@ -51,13 +52,13 @@ def compute_metrics(
 ) -> Scores:
     """Compute `metrics` of one predicted caption per image, given the references of each image.
 
-    Only the metrics in `TOKEN_METRICS` use `tokenization`. Raises ValueError for an unknown name,
+    Only the metrics in `TOKEN_METRICS` use `tokenization`. Raises UserError for an unknown name,
     for an empty list, and for an image without a reference.
     """
     check_metrics(metrics, tokenization)
     num_empty = sum(not texts for texts in references)
     if not predictions or len(predictions) != len(references) or num_empty:
-        raise ValueError(
+        raise UserError(
             f"got {len(predictions)} captions and {len(references)} lists of references, of which "
             f"{num_empty} are empty; expected one caption and at least one reference per image"
         )

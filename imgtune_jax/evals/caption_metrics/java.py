@@ -9,6 +9,7 @@ import importlib.util
 import shutil
 from collections.abc import Sequence
 
+from imgtune_jax.errors import UserError
 from imgtune_jax.evals.caption_metrics.tokens import Tokens
 
 
@@ -16,7 +17,7 @@ def ptb_tokens(texts: Sequence[str]) -> list[list[str]]:
     """Tokenize with Stanford's PTB tokenizer (CoreNLP 3.4.1).
 
     Tokens are in lower case. The tokens on pycocoevalcap's list of punctuation are removed.
-    Raises ValueError that names what to install if pycocoevalcap or Java is missing.
+    Raises UserError that names what to install if pycocoevalcap or Java is missing.
     """
     require_java()
     from pycocoevalcap.tokenizer.ptbtokenizer import (  # pyright: ignore[reportMissingImports]
@@ -34,7 +35,7 @@ def meteor(
 ) -> dict[str, float]:
     """Return `METEOR` 1.5 in [0, 1], which also matches stems, synonyms and paraphrases (W14-3348).
 
-    English only. Raises ValueError that names what to install if pycocoevalcap or Java is missing.
+    English only. Raises UserError that names what to install if pycocoevalcap or Java is missing.
     """
     require_java()
     from pycocoevalcap.meteor.meteor import Meteor  # pyright: ignore[reportMissingImports]
@@ -47,12 +48,12 @@ def meteor(
 
 
 def require_java() -> None:
-    """Raise ValueError that names what to install if pycocoevalcap or Java is missing."""
+    """Raise UserError that names what to install if pycocoevalcap or Java is missing."""
     missing = ["Java (a `java` on the path)"] if shutil.which("java") is None else []
     if importlib.util.find_spec("pycocoevalcap") is None:
         missing.append("pycocoevalcap (pip install 'imgtune-jax[java]')")
     if missing:
-        raise ValueError(
+        raise UserError(
             f"the PTB tokenizer and METEOR need {' and '.join(missing)}; install it, "
             'or use tokenization="simple" and remove "meteor" from the metrics'
         )
