@@ -153,6 +153,7 @@ HELPERS: dict[str, set[str]] = {
         "feature_store.py",
         "tar_index.py",
         "tokenizer.py",
+        "tokenizer_files.py",
         "train_tokenizer.py",
     },
     "decoding": {

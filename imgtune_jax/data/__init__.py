@@ -19,7 +19,8 @@ from imgtune_jax.data.record import (
 from imgtune_jax.data.sources import SOURCES, build_source
 from imgtune_jax.data.subset import Subset, evenly_spaced
 from imgtune_jax.data.tfds import TFDS
-from imgtune_jax.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
+from imgtune_jax.data.tokenizer import Tokenizer
+from imgtune_jax.data.tokenizer_files import build_tokenizer, load_tokenizer
 from imgtune_jax.data.train_tokenizer import train_tokenizer
 from imgtune_jax.data.transforms import (
     TRANSFORMS,

@@ -23,10 +23,8 @@ from jaxtyping import Bool, Int32
 
 from imgtune_jax.data import clip_bpe
 from imgtune_jax.errors import UserError
-from imgtune_jax.package_files import package_file
 
 SETTINGS_FILE = "imgtune_tokenizer.json"
-PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>")
 
 
 def lower(text: str) -> str:
@@ -54,7 +52,10 @@ class Tokenizer:
 
     The mask is True on the tokens of a text, including begin and end tokens, and False on padding.
     Of a text that is too long, the last tokens before the end token are dropped. `backend` adds the
-    begin and end tokens.
+    begin and end tokens. It is copied, so tokenizers that share one do not change each other.
+
+    Special tokens that are written in a text, such as "<eos>", are plain text. In a prefix, they
+    are special tokens.
     """
 
     backend: tokenizers.Tokenizer = field(repr=False)
@@ -71,8 +72,10 @@ class Tokenizer:
                 f"length = {self.length}; expected more than {added}, the number of begin and end "
                 "tokens"
             )
-        self.backend.no_padding()
-        self.backend.enable_truncation(self.length)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the fields only, since a pickled backend loses `encode_special_tokens`."""
+        return type(self), (self.backend, self.length, self.pad_id, self.cleaning)
 
     def __call__(
         self, texts: Sequence[str]
@@ -80,8 +83,7 @@ class Tokenizer:
         """Return token ids, padded with `pad_id`, and the mask that is False on padding."""
         if isinstance(texts, str):
             raise UserError(f"texts = {texts[:40]!r}, one string; expected a list of texts")
-        clean = CLEANINGS[self.cleaning]
-        rows = [e.ids for e in self.backend.encode_batch_fast([clean(t) for t in texts])]
+        rows = self._encode([self._clean(t) for t in texts])
         ids = np.full((len(rows), self.length), self.pad_id, np.int32)
         mask = np.zeros((len(rows), self.length), bool)
         for i, row in enumerate(rows):
@@ -102,10 +104,11 @@ class Tokenizer:
         targets = mask.copy()
         num_bos, num_eos = len(self.bos_ids), len(self.eos_ids)
         targets[:, :num_bos] = False
+        prompts = {prefix: self.prompt_ids(prefix) for prefix in set(prefixes)}
         for i, prefix in enumerate(prefixes):
-            if not prefix:
+            prefix_ids = prompts[prefix][num_bos:]
+            if not prefix_ids:
                 continue
-            prefix_ids = self.prompt_ids(prefix)[num_bos:]
             row = ids[i][mask[i]].tolist()
             max_text = self.length - num_bos - num_eos - len(prefix_ids)
             text_ids = row[num_bos : len(row) - num_eos][:max_text]
@@ -125,8 +128,7 @@ class Tokenizer:
 
         Raises UserError if the prefix is too long for the text to have any tokens.
         """
-        clean = CLEANINGS[self.cleaning]
-        prefix_ids = self.backend.encode(clean(prefix), add_special_tokens=False).ids
+        prefix_ids = self._prefix_encoder.encode(self._clean(prefix), add_special_tokens=False).ids
         if len(self.bos_ids) + len(prefix_ids) + len(self.eos_ids) >= self.length:
             raise UserError(
                 f"the prefix {prefix!r} fills all {self.length} tokens; use a shorter prefix or a "
@@ -146,8 +148,8 @@ class Tokenizer:
 
     @cached_property
     def _bos_eos(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        text_ids = self.backend.encode("a", add_special_tokens=False).ids
-        all_ids = self.backend.encode("a").ids
+        text_ids = self._text_encoder.encode("a", add_special_tokens=False).ids
+        all_ids = self._text_encoder.encode("a").ids
         starts = [i for i in range(len(all_ids)) if all_ids[i : i + len(text_ids)] == text_ids]
         if not text_ids or not starts:
             raise UserError(
@@ -169,14 +171,70 @@ class Tokenizer:
     @property
     def fingerprint(self) -> str:
         """Digest of everything that determines the ids."""
-        serialized = json.dumps([self.backend.to_str(), self.settings], sort_keys=True)
+        serialized = json.dumps([self._text_encoder.to_str(), self.settings], sort_keys=True)
         return hashlib.sha256(serialized.encode()).hexdigest()[:24]
 
     def save(self, folder: str | Path) -> Path:
-        """Write `tokenizer.json` and the settings; `load_tokenizer(folder)` reads them."""
+        """Write `tokenizer.json` and the settings, which `tokenizer_files.load_tokenizer` reads."""
         folder = Path(folder)
-        save_tokenizer_files(self.backend, self.settings, folder)
+        save_tokenizer_files(self._text_encoder, self.settings, folder)
         return folder
+
+    def _clean(self, text: str) -> str:
+        """Clean a text, and replace surrogates, which no tokenizer accepts, with U+FFFD."""
+        if not isinstance(text, str):
+            raise UserError(f"text = {text!r} ({type(text).__name__}); expected a string")
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return CLEANINGS[self.cleaning](text)
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of cleaned texts, with begin and end tokens, at most `length` each."""
+        rows = [encoding.ids for encoding in self._text_encoder.encode_batch_fast(texts)]
+        num_bos, num_eos = len(self.bos_ids), len(self.eos_ids)
+        for i, row in enumerate(rows):
+            if self._special_tokens.keys().isdisjoint(row[num_bos : len(row) - num_eos]):
+                continue
+            # The vocabulary of some models contains the special tokens as words.
+            text = texts[i]
+            for token in self._special_tokens.values():
+                text = text.replace(token, f"{token[0]} {token[1:]}")
+            row = self._text_encoder.encode(text).ids
+            text_ids = row[num_bos : len(row) - num_eos]
+            plain_ids = [j for j in text_ids if j not in self._special_tokens]
+            rows[i] = [*self.bos_ids, *plain_ids, *self.eos_ids]
+        return rows
+
+    @cached_property
+    def _text_encoder(self) -> tokenizers.Tokenizer:
+        """A copy of the backend that encodes special tokens in a text as plain text."""
+        encoder = _copy_backend(self.backend)
+        encoder.enable_truncation(self.length)
+        encoder.encode_special_tokens = True
+        return encoder
+
+    @cached_property
+    def _prefix_encoder(self) -> tokenizers.Tokenizer:
+        """A copy of the backend that encodes special tokens in a prefix as such."""
+        encoder = _copy_backend(self.backend)
+        encoder.no_truncation()
+        return encoder
+
+    @cached_property
+    def _special_tokens(self) -> dict[int, str]:
+        """The special tokens by id, without the unknown token, which a text may contain."""
+        model = json.loads(self.backend.to_str())["model"]
+        unknown = {model.get("unk_token"), model.get("unk_id")}
+        return {
+            i: token.content
+            for i, token in self.backend.get_added_tokens_decoder().items()
+            if token.special and i not in unknown and token.content not in unknown
+        }
+
+
+def _copy_backend(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    copy = tokenizers.Tokenizer.from_str(backend.to_str())
+    copy.no_padding()
+    return copy
 
 
 def save_tokenizer_files(
@@ -186,112 +244,3 @@ def save_tokenizer_files(
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
     (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=1) + "\n")
-
-
-def load_tokenizer(path: str | Path, **settings: Any) -> Tokenizer:
-    """Load a tokenizer from a local folder or file; nothing is downloaded.
-
-    `path` is a folder with `tokenizer.json`, a folder that `transformers` can read (`spiece.model`,
-    …), a `tokenizer.json`, or CLIP's `bpe_simple_vocab_16e6.txt.gz`. `settings` are `length`,
-    `pad_id` and `cleaning`. Their defaults are those saved in the folder or, for CLIP's file,
-    length 77, pad_id 0 and cleaning "clip". Raises UserError if there is no tokenizer at the path,
-    or if `settings` differ from the saved ones.
-    """
-    path = Path(path)
-    settings = {k: v for k, v in settings.items() if v is not None}
-    if path.name.endswith(".txt.gz") and path.is_file():
-        defaults = {"length": clip_bpe.LENGTH, "pad_id": 0, "cleaning": "clip"}
-        return Tokenizer(clip_bpe.build_clip_tokenizer(path), **(defaults | settings))
-    backend, folder = _load_backend(path)
-    settings_file = folder / SETTINGS_FILE
-    saved = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
-    changed = {k: (saved[k], v) for k, v in settings.items() if k in saved and saved[k] != v}
-    if changed:
-        raise UserError(
-            f"the tokenizer in {folder} was saved with other settings: (saved, got) = {changed}; "
-            "weights trained with this tokenizer need the saved settings, so do not set these"
-        )
-    settings = saved | settings
-    if "length" not in settings:
-        raise UserError(
-            f"the length of the tokenizer {path} is not set; set it to the number of tokens that "
-            "texts are padded or truncated to, such as 64"
-        )
-    if "pad_id" not in settings:
-        settings["pad_id"] = _find_pad_id(backend, folder)
-    return Tokenizer(backend, **settings)
-
-
-def build_tokenizer(config: Mapping[str, Any]) -> Tokenizer:
-    """Build a tokenizer from `{"path": …, "length": 64}` or `{"package": …, "length": 64}`.
-
-    With `package`, the name of an installed pip package, the tokenizer is the only file of that
-    package that matches the glob `path` (by default "*tokenizer.json"). Other keys are the settings
-    of `load_tokenizer`.
-    """
-    settings = dict(config)
-    package, path = settings.pop("package", None), settings.pop("path", None)
-    known = ("length", "pad_id", "cleaning")
-    if unknown := set(settings) - set(known):
-        raise UserError(
-            f"the tokenizer has no settings {sorted(unknown)}; it has path, package, "
-            f"{', '.join(known)}"
-        )
-    if package is not None:
-        return load_tokenizer(package_file(package, path or "*tokenizer.json"), **settings)
-    if not path:
-        raise UserError(
-            "the tokenizer has no path; set it to a local folder that contains tokenizer.json"
-        )
-    return load_tokenizer(path, **settings)
-
-
-def _load_backend(path: Path) -> tuple[tokenizers.Tokenizer, Path]:
-    """Return the tokenizer at a path, and the folder that contains its settings."""
-    if path.is_file():
-        return tokenizers.Tokenizer.from_file(str(path)), path.parent
-    if (path / "tokenizer.json").is_file():
-        return tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")), path
-    if path.is_dir():
-        return _load_with_transformers(path), path
-    raise UserError(
-        f"no tokenizer at {str(path)!r}; expected a local folder with tokenizer.json (or a "
-        "spiece.model that transformers can read), or CLIP's bpe_simple_vocab_16e6.txt.gz"
-    )
-
-
-def _load_with_transformers(folder: Path) -> tokenizers.Tokenizer:
-    import transformers  # takes seconds, and most tokenizers do not need it
-
-    try:
-        loaded = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
-        listed = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "no file"
-        raise UserError(
-            f"no tokenizer in {folder}, which contains {listed}; expected tokenizer.json, or files "
-            f"that transformers reads (its error: {' '.join(str(error).split())})"
-        ) from error
-    backend = getattr(loaded, "backend_tokenizer", None)
-    if backend is None:
-        raise UserError(
-            f"{folder}: {type(loaded).__name__} has no fast version in transformers; convert "
-            "it to tokenizer.json"
-        )
-    if loaded.pad_token is not None:
-        backend.enable_padding(pad_id=loaded.pad_token_id, pad_token=loaded.pad_token)
-    return backend
-
-
-def _find_pad_id(backend: tokenizers.Tokenizer, folder: Path) -> int:
-    if backend.padding is not None:
-        return int(backend.padding["pad_id"])
-    names: list[str] = [*PAD_NAMES]
-    config = folder / "tokenizer_config.json"
-    if config.is_file():
-        pad = json.loads(config.read_text()).get("pad_token")
-        names.insert(0, pad["content"] if isinstance(pad, dict) else pad or "")
-    for name in names:
-        pad_id = backend.token_to_id(name)
-        if pad_id is not None:
-            return pad_id
-    raise UserError(f"the tokenizer in {folder} names no padding token; set pad_id to its id")

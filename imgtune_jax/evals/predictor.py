@@ -128,9 +128,9 @@ class ModelPredictor:
             self.feature_memo[key] = self._compute_image_features(source)
         return self.feature_memo[key]
 
-    def embed_texts(self, texts: Sequence[str], /) -> EmbeddingRows:
-        """Return unit-norm text embeddings, in order."""
-        return self._run_on_texts("text", texts)
+    def embed_texts(self, texts: Sequence[str], prefix: str = "", /) -> EmbeddingRows:
+        """Return unit-norm embeddings of the texts, each after `prefix`, in order."""
+        return self._run_on_texts("text", texts, prefix)
 
     def text_features(self, texts: Sequence[str], /) -> EmbeddingRows:
         """Return the text tower's pooled output, before the head, in order."""
@@ -278,10 +278,11 @@ class ModelPredictor:
             mask = jax.device_put(batch.example_mask, self.partitioner.replicated)
             yield batch, np.asarray(mask)
 
-    def _run_on_texts(self, name: str, texts: Sequence[str]) -> EmbeddingRows:
+    def _run_on_texts(self, name: str, texts: Sequence[str], prefix: str = "") -> EmbeddingRows:
         """Run a compiled function once per distinct text; return one row per text."""
         row_of = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        rows = self._run_batched(name, self.tokenizer(list(row_of)))
+        ids, mask, _ = self.tokenizer.encode_with_prefix([prefix] * len(row_of), list(row_of))
+        rows = self._run_batched(name, (ids, mask))
         return rows[[row_of[text] for text in texts]]
 
     def _run_batched(self, name: str, arrays: tuple[np.ndarray, ...]) -> EmbeddingRows:

@@ -69,8 +69,8 @@ class Predictor(Protocol):
         """Return unit-norm image embeddings, and the mask of readable images."""
         ...
 
-    def embed_texts(self, texts: Sequence[str], /) -> Float[np.ndarray, "n d"]:
-        """Return unit-norm text embeddings."""
+    def embed_texts(self, texts: Sequence[str], prefix: str = "", /) -> Float[np.ndarray, "n d"]:
+        """Return unit-norm embeddings of the texts, each after `prefix`."""
         ...
 
     def image_features(

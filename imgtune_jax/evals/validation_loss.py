@@ -113,7 +113,7 @@ class ValidationLoss:
         image_emb = text_emb = None
         if predictor.logit_scale is not None:
             image_emb, readable = predictor.embed_images(self.source)
-            text_emb = predictor.embed_texts([self.prefix + text for text in texts])
+            text_emb = predictor.embed_texts(texts, self.prefix)
         else:
             assert caption_scores is not None, "every model has a text tower or a decoder"
             readable = caption_scores.valid

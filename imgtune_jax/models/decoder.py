@@ -132,8 +132,8 @@ class Decoder(Transformer):
         """Return the vector of one position per row, and the updated caches."""
         params, x = self.variables["params"], inputs
         if self.input_from == "ids":
-            x = params["token_embed"]["embedding"][inputs] + params["pos_embed"][position]
-            x = x[:, None]
+            x = layers.lookup(params["token_embed"]["embedding"], inputs)
+            x = (x + params["pos_embed"][position])[:, None]
         x, caches = self.decode_blocks(self._block(), x, caches, position)
         return self.apply_norm("final_norm", x)[:, 0], caches
 

@@ -175,6 +175,12 @@ class Dense(nn.Module):
         )
 
 
+def lookup(table: Float[Array, "v d"], ids: Int[Array, "*n"]) -> Float[Array, "*n d"]:
+    """Return the rows of `table` at `ids`. The row of an id outside 0 to v - 1 is NaN."""
+    ids = jnp.where(ids < 0, len(table), ids)  # `take` counts negative ids from the end
+    return jnp.take(table, ids, axis=0, mode="fill", fill_value=jnp.nan)
+
+
 class Embed(nn.Module):
     """A table of embeddings, `embedding` [v d]. The embedding of an id outside the table is NaN."""
 
@@ -186,7 +192,7 @@ class Embed(nn.Module):
     def __call__(self, ids: Int[Array, "*n"]) -> Float[Array, "*n d"]:
         shape = (self.num_embeddings, self.features)
         table = initializers.param(self, "embedding", self.table_init, shape)
-        return jnp.take(table, ids, axis=0, mode="fill", fill_value=jnp.nan)
+        return lookup(table, ids)
 
 
 class LayerNorm(nn.Module):

@@ -12,7 +12,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from imgtune_jax.errors import UserError
-from imgtune_jax.models import initializers, pooling
+from imgtune_jax.models import initializers, layers, pooling
 from imgtune_jax.models.block import LayerCache
 from imgtune_jax.models.transformer import LayerCaches, TextTower
 
@@ -70,7 +70,8 @@ class TextTransformer(TextTower):
     ) -> tuple[Float[Array, "b 1 d"], LayerCaches]:
         """Return the token of one position per row of a causal tower, and the updated caches."""
         params = self.variables["params"]
-        x = params["token_embed"]["embedding"][token] + params["pos_embed"][position]
+        x = layers.lookup(params["token_embed"]["embedding"], token)
+        x = x + params["pos_embed"][position]
         x, caches = self.decode_blocks(self.block(), x[:, None], caches, position)
         return x if self.pool == "class" else self.apply_norm("final_norm", x), caches
 

@@ -26,8 +26,9 @@ def token_scores(
 ) -> TokenScores:
     """Score `target` under the logits `hidden @ kernel`, for `chunk` positions at a time.
 
-    Only the logits [b chunk v] of one chunk are in memory at once; the backward pass recomputes
-    them. Logits and all sums are float32. `hand_written_gradients` is as in `layers`.
+    The log probability of a target outside the vocabulary is NaN. Only the logits [b chunk v] of
+    one chunk are in memory at once; the backward pass recomputes them. Logits and all sums are
+    float32. `hand_written_gradients` is as in `layers`.
     """
 
     def score(kernel: Array, hidden: Array, target: Array) -> TokenScores:
@@ -38,6 +39,8 @@ def token_scores(
         # Compare and sum, since a gather along a sharded vocabulary would gather all logits.
         is_target = jnp.arange(logits.shape[-1])[None, None] == target[..., None]
         target_logit = jnp.where(is_target, logits, 0.0).sum(-1)
+        in_vocabulary = (target >= 0) & (target < logits.shape[-1])
+        target_logit = jnp.where(in_vocabulary, target_logit, jnp.nan)
         logsumexp = jax.nn.logsumexp(logits, axis=-1)
         correct = (target_logit >= jax.lax.stop_gradient(logits).max(-1)) * 1.0
         mean_log_prob = logits.mean(-1) - logsumexp

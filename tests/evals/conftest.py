@@ -44,9 +44,9 @@ class FakePredictor:
         emb, valid = self.image_features(source)
         return np.where(valid[:, None], unit(np.where(valid[:, None], emb, 1)), 0), valid
 
-    def embed_texts(self, texts: Sequence[str]):
+    def embed_texts(self, texts: Sequence[str], prefix: str = ""):
         self.calls.append(list(texts))
-        return unit(np.stack([self.text_emb[t] for t in texts])).astype(np.float32)
+        return unit(np.stack([self.text_emb[prefix + t] for t in texts])).astype(np.float32)
 
     def text_features(self, texts: Sequence[str]):
         return 3.0 * self.embed_texts(texts)

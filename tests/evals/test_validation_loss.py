@@ -72,6 +72,15 @@ def test_evaluator_uses_scale_bias_group_and_first_caption(fakes):
     assert (got["num_examples"], got["num_masked"]) == (5, 1)
 
 
+def test_the_prefix_is_passed_to_the_predictor(fakes):
+    image, text = random_pairs(fakes, 4)
+    names = [f"c{i}" for i in range(4)]
+    source = [fakes.record(v, n) for v, n in zip(image, names, strict=True)]
+    predictor = fakes.Predictor({f"<de>{n}": x for n, x in zip(names, text, strict=True)})
+    got = ValidationLoss(source, SoftmaxLoss(), prefix="<de>")(predictor)
+    np.testing.assert_allclose(got["loss"], softmax_losses(image, text, 10.0).mean(), rtol=1e-5)
+
+
 def test_no_valid_example_raises(fakes):
     with pytest.raises(ValueError, match="none of the 3 examples is valid"):
         evaluation_loss(

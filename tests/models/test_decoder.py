@@ -175,6 +175,15 @@ def test_cached_decoding_returns_the_uncached_logits(name):
 
 
 @pytest.mark.parametrize("name", ["cap", "coca"])
+def test_logits_after_an_id_outside_the_vocabulary_are_nan(name):
+    model, params = build(CASES[name])
+    tokens = model.image_tokens(params, batch().image)
+    cache = model.decoder_cache(params, tokens, length=LENGTH)
+    logits, _ = model.decode_step(params, cache, jnp.array([1, -1, VOCAB]))
+    assert np.isfinite(logits[0]).all() and np.isnan(logits[1:]).all()
+
+
+@pytest.mark.parametrize("name", ["cap", "coca"])
 def test_rows_of_a_cache_can_be_gathered_and_have_separate_positions(name):
     model, params = build(CASES[name])
     b = batch((6, 6, 6))

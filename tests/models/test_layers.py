@@ -239,5 +239,5 @@ def test_num_heads_that_does_not_divide_the_width_is_an_error():
 
 def test_an_id_outside_the_vocabulary_is_embedded_as_nan():
     table = layers.Embed(3, 2)
-    y = table.apply({"params": {"embedding": jnp.ones((3, 2))}}, jnp.array([[2, 3]]))
-    assert np.isfinite(y[0, 0]).all() and np.isnan(y[0, 1]).all()
+    y = table.apply({"params": {"embedding": jnp.ones((3, 2))}}, jnp.array([0, 2, 3, -1, -9]))
+    assert np.isfinite(y[:2]).all() and np.isnan(y[2:]).all()

@@ -53,3 +53,13 @@ def test_no_array_of_the_compiled_program_holds_all_logits():
     all_shapes |= {f"[{B * T},{V}]", f"[{T // 2},{B},2,{V}]"}
     assert f"[{B},2,{V}]" in text or f"[{2 * B},{V}]" in text  # the logits of a chunk are present
     assert not any(shape in text for shape in all_shapes)
+
+
+@pytest.mark.parametrize("chunk", [3, 64])
+def test_the_log_prob_of_a_target_outside_the_vocabulary_is_nan(chunk):
+    hidden, kernel, target = inputs()
+    invalid = target.at[0, 1].set(-1).at[2, 7].set(V)
+    got, want = (token_scores(hidden, kernel, t, chunk=chunk) for t in (invalid, target))
+    changed = np.asarray(invalid != target)
+    assert np.isnan(got.log_prob[changed]).all()
+    np.testing.assert_array_equal(got.log_prob[~changed], want.log_prob[~changed])
