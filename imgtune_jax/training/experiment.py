@@ -33,6 +33,7 @@ class StepCounts:
     total: int
     warmup: int
     cooldown: int
+    timescale: int | None
     eval_every: int | None
     checkpoint_every: int | None
 
@@ -47,6 +48,7 @@ class StepCounts:
             total=steps(config.total) or 0,
             warmup=steps(config.optim.warmup) or 0,
             cooldown=steps(config.optim.cooldown) or 0,
+            timescale=steps(config.optim.timescale),
             eval_every=steps(config.eval_every),
             checkpoint_every=steps(config.checkpoint.every),
         )
@@ -136,6 +138,7 @@ class Experiment:
             total=steps.total,
             warmup=steps.warmup,
             cooldown=steps.cooldown,
+            timescale=steps.timescale,
         )
 
     @cached_property
