@@ -193,6 +193,7 @@ class Experiment:
                 "config.lock freezes every parameter, so there is nothing to train; unlock at "
                 "least one"
             )
+        _check_patch_dropout(self.model)
         self.partitioner.check_batch_size(config.batch_size // config.accumulation, "microbatch")
         _ = self.pipeline, self.evaluators, self.train_step
         if with_baselines:
@@ -289,6 +290,17 @@ def build_experiment(config: Config, *, tokenizer_dir: Path | None = None) -> Ex
         preprocess=data.build_transform(config.preprocess),
         tokenizer=tokenizer,
     )
+
+
+def _check_patch_dropout(model: models.ImageTextModel) -> None:
+    """Raise UserError if patches should be dropped before layers that are frozen."""
+    rate = getattr(model.image, "patch_dropout", 0.0)
+    if rate and model.frozen_prefix("image") is not None:
+        raise UserError(
+            f"config.model.image.patch_dropout = {rate}, but config.lock freezes the first layers "
+            "of the image tower, which run in evaluation mode, on all patches; set "
+            "patch_dropout=0, or unlock the tower"
+        )
 
 
 def depends_on_padding(text_tower: Any) -> bool:
