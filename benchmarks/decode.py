@@ -90,7 +90,7 @@ def recomputed(batch_size: int, length: int) -> Run:
         def append_token(position: jax.Array, ids: jax.Array) -> jax.Array:
             text = model.apply_component(params, "text", ids[:, :width], mask).tokens
             hidden = model.apply_component(params, "decoder", text, tokens)[:, position]
-            logits = hidden @ model.decoder.vocab_kernel(params["decoder"])
+            logits = hidden @ model.decoder.vocab_weights(params["decoder"])[0]
             return ids.at[:, position + 1].set(jnp.argmax(logits, -1).astype(ids.dtype))
 
         return jax.lax.fori_loop(width - BLOCK, width, append_token, ids)

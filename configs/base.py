@@ -100,8 +100,11 @@ def get_config() -> Any:
     c.optim.lr = 1e-3
     c.optim.schedule = "cosine"
     c.optim.warmup = duration(steps=0)
+    c.optim.warmup_from_zero = False
     c.optim.cooldown = duration(steps=0)
-    c.optim.weight_decay = 1e-4
+    c.optim.timescale = duration()
+    c.optim.weight_decay = 0.1  # SigLIP: 1e-4 per step, without the factor lr
+    c.optim.weight_decay_scaled_by = "learning_rate"  # or "schedule", as in big_vision
     c.optim.clip_norm = 1.0
     c.optim.layer_decay = 1.0
     c.optim.lr_multipliers = ((".*", 1.0),)

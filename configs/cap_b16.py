@@ -6,11 +6,12 @@ python train.py --config=configs/cap_b16.py --workdir=runs/cap \
 Runtime and scores: not measured; this config needs web data and accelerators.
 
 The settings are those of the authors (big_vision, configs/proj/cappa/pretrain.py). Model: ViT-B/16
-at 224 pixels without a class token; a decoder of 6 layers as wide as the encoder; 64 tokens; a
-vocabulary of 32 000. Training: batch 8192 for 366 500 steps, Adafactor, learning rate 1e-3 with
-10 000 warmup steps and cosine decay, weight decay 1e-4, gradients clipped at norm 1, no dropout, no
-label smoothing. One difference: the authors limit Adafactor's second-moment decay to 0.999; here it
-is 1 - t^-0.8 at every step t.
+at 224 pixels without a class token; a decoder of 6 layers as wide as the encoder, without biases in
+its layers; 64 tokens; a vocabulary of 32 000. Training: batch 8192 for 366 500 steps, Adafactor
+with a second-moment decay of at most 0.999, learning rate 1e-3 with 10 000 warmup steps and cosine
+decay, weight decay 1e-4 times the schedule, gradients clipped at norm 1, no dropout, no label
+smoothing. Differences: initial values; Adafactor factors the second moment of an attention kernel
+as [width width], the authors' as [width heads width/heads].
 """
 
 from typing import Any
@@ -31,12 +32,14 @@ def get_config() -> Any:
         del c.model[component]
     c.model.decoder = ConfigDict(
         dict(name="transformer", variant="B", depth=6, vocab_size=32000, max_length=LENGTH)
+        | dict(act="gelu_tanh", use_bias=False, vocab_bias=True)
     )
     c.model.dtype = "bfloat16"
     c.tokenizer.length = LENGTH
     c.objectives = ConfigDict(dict(captioning=dict(weight=1.0)))
     c.batch_size = 8192
     c.total = base.duration(steps=366_500)
-    c.optim.name, c.optim.args = "adafactor", ConfigDict()
-    c.optim.warmup = base.duration(steps=10_000)
+    c.optim.name, c.optim.args = "adafactor", ConfigDict(dict(beta2_cap=0.999))
+    c.optim.warmup, c.optim.warmup_from_zero = base.duration(steps=10_000), True
+    c.optim.weight_decay, c.optim.weight_decay_scaled_by = 1e-4, "schedule"
     return c

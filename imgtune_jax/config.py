@@ -126,10 +126,9 @@ class CacheConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Optimizer and schedule.
+    """Optimizer and schedule; `training/optim.py` and `training/schedules.py` define the keys.
 
-    A multiplier is (regex, factor). The regex must match the full path of a parameter. The first
-    match wins, and every parameter must match one regex.
+    A multiplier is (regex of full parameter paths, factor). The first match of each path counts.
     """
 
     name: str
@@ -137,8 +136,11 @@ class OptimConfig:
     lr: float
     schedule: str
     warmup: Duration
+    warmup_from_zero: bool
     cooldown: Duration
+    timescale: Duration
     weight_decay: float
+    weight_decay_scaled_by: str
     clip_norm: float | None
     layer_decay: float
     lr_multipliers: tuple[tuple[str, float], ...]
@@ -284,6 +286,7 @@ def _value_errors(config: Config) -> Iterable[str]:
         "checkpoint.every": config.checkpoint.every,
         "optim.warmup": config.optim.warmup,
         "optim.cooldown": config.optim.cooldown,
+        "optim.timescale": config.optim.timescale,
     }
     for name, duration in durations.items():
         lengths = {k: v for k, v in dataclasses.asdict(duration).items() if v is not None}

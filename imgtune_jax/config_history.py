@@ -10,7 +10,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 # Keys added later, with the value that older runs implicitly used: (group, key, value).
-ADDED_KEYS = (("data", "prefixes", {}), ("data", "length_buckets", ()))
+ADDED_KEYS = (
+    ("data", "prefixes", {}),
+    ("data", "length_buckets", ()),
+    ("optim", "warmup_from_zero", False),
+    ("optim", "timescale", {"steps": None, "epochs": None, "examples": None}),
+    ("optim", "weight_decay_scaled_by", "learning_rate"),
+)
+
+# Arguments of optimizers by name, with the values that runs implicitly used if their config lacks
+# `optim.weight_decay_scaled_by`. Their default values differ since that key was added.
+OLD_OPTIMIZER_ARGS: dict[str, dict[str, Any]] = {
+    "adafactor": {"beta2_cap": None, "clipping_threshold": 1.0},
+    "muon": {"adam_paths": ()},
+}
 
 # In the paths below, `*` stands for any key: here, the user's name for an evaluator.
 _EVALUATORS = ("evals.*", "baselines.*")
@@ -78,6 +91,9 @@ def rename_errors(tree: Mapping[str, Any]) -> Iterable[str]:
 
 def upgrade(tree: dict[str, Any]) -> None:
     """Translate a saved config to the current keys and values, in place."""
+    optim = tree.get("optim", {})
+    if optim and "weight_decay_scaled_by" not in optim:
+        _keep_old_optimizer(optim)
     for group, key, value in ADDED_KEYS:
         tree.get(group, {}).setdefault(key, value)
     for path, new_key in RENAMED_KEYS:
@@ -90,3 +106,12 @@ def upgrade(tree: dict[str, Any]) -> None:
     for path, _ in REMOVED_KEYS:
         for match in _matches(tree, path):
             del match.group[match.key]
+
+
+def _keep_old_optimizer(optim: dict[str, Any]) -> None:
+    """Set what the optimizer of a run of before `optim.weight_decay_scaled_by` used, in place."""
+    optim["args"] = OLD_OPTIMIZER_ARGS.get(optim["name"], {}) | optim["args"]
+    if optim["schedule"] in ("cosine", "linear"):  # they had no cool-down
+        optim["cooldown"] = {unit: x and 0 for unit, x in optim["cooldown"].items()}
+    if optim["schedule"] == "rsqrt" and not any(optim["warmup"].values()):
+        optim["timescale"] = {"steps": 1, "epochs": None, "examples": None}

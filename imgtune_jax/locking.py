@@ -2,8 +2,8 @@
 
 `config.lock` determines the frozen parameters by path. The contiguous run of frozen modules that
 starts at a tower's input is its *frozen prefix*. Its output depends on the input alone, so it can
-be cached. The other modules are the *suffix*. Only this file parses `blocks_<n>`, the name of the
-module of layer n.
+be cached. The other modules are the *suffix*. Only this file parses the names of layers:
+`blocks_<n>`, or `stage<s>_<n>` for block n of stage s of a ResNet.
 """
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ from imgtune_jax.config import LockConfig
 from imgtune_jax.errors import UserError
 from imgtune_jax.types import MODALITIES
 
-# Modules after the layers, in every tower. All others outside the layers come before them.
+# Modules after the layers, in every tower and in the decoder. All others outside the layers come
+# before them.
 AFTER_LAYERS = ("final_norm", "pool", "head", "classifier", "vocabulary")
 
 # Statistics of a standardizing head, which are measured (`training/calibrate.py`) and not trained.
 STATISTICS = ("input_mean", "input_std")
+
+# Name of a layer's module; the group of the stage is empty for `blocks_<n>`.
+_LAYER = re.compile(r"(?:blocks|stage(\d+))_(\d+)")
 
 
 @dataclass(frozen=True)
@@ -70,15 +74,33 @@ def layer_index(path: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def layer_depths(paths: Iterable[str]) -> dict[str, int]:
+    """Return the depth of each path in a tower or decoder, such as 'blocks_0/attn/q/kernel'.
+
+    The n layers have the depths 1 to n, modules before them have 0, modules after them n + 1.
+    """
+    position = {path: _layer_position(path) for path in paths}
+    depth = {p: i for i, p in enumerate(sorted(set(filter(None, position.values()))), 1)}
+    return {
+        path: depth[p] if p else (0 if is_embedding(path) else len(depth) + 1)
+        for path, p in position.items()
+    }
+
+
 def num_layers(paths: Iterable[str]) -> int:
     """Return the number of layers of a tower, given the paths in it."""
-    layers = [layer for layer in map(layer_index, paths) if layer is not None]
-    return max(layers) + 1 if layers else 0
+    return len(set(filter(None, map(_layer_position, paths))))
+
+
+def _layer_position(path: str) -> tuple[int, int] | None:
+    """Return (stage, index in the stage) of a path in a layer; the stage of `blocks_<n>` is 0."""
+    match = _LAYER.fullmatch(path.partition("/")[0])
+    return (int(match[1] or 0), int(match[2])) if match else None
 
 
 def is_embedding(path: str) -> bool:
     """Whether a path in a tower belongs to a module before the layers."""
-    return layer_index(path) is None and path.partition("/")[0] not in AFTER_LAYERS
+    return _layer_position(path) is None and path.partition("/")[0] not in AFTER_LAYERS
 
 
 def tower_paths(paths: Iterable[str], modality: str) -> list[str]:
@@ -126,8 +148,8 @@ def _frozen_tower_paths(paths: Sequence[str], modality: str, num_unlocked: int) 
             f"config.lock.{modality}_unlocked_layers = {num_unlocked}; expected 0 to "
             f"{count}, since the tower has {count} layers"
         )
-    prefix = FrozenPrefix(count - num_unlocked if num_unlocked else -1)
-    return {f"{modality}/{p}" for p in in_tower if prefix.contains(p)}
+    last = count - num_unlocked if num_unlocked else count + 1
+    return {f"{modality}/{p}" for p, depth in layer_depths(in_tower).items() if depth <= last}
 
 
 def _is_statistic(path: str) -> bool:

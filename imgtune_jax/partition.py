@@ -38,7 +38,7 @@ ACTIVATION_AXES: dict[str, str | tuple[str, ...] | None] = {
 PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"/(q|k|v|fc1|vocabulary)/kernel$", ("fsdp", "tensor")),
     (r"/(out|fc2)/kernel$", ("tensor", "fsdp")),
-    (r"/(q|k|v|fc1)/bias$", ("tensor",)),
+    (r"/(q|k|v|fc1|vocabulary)/bias$", ("tensor",)),
     (r"/(token_embed|word_embeddings)/embedding$", ("tensor", "fsdp")),
 )
 # Number of elements below which a parameter without a rule is replicated, since gathering it would

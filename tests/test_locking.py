@@ -105,3 +105,12 @@ def test_layers_are_parsed_from_paths():
     assert locking.num_layers(locking.tower_paths(PATHS, "image")) == 12
     assert locking.num_layers(["embed/embedding"]) == 0
     assert locking.is_embedding("pos_embed") and not locking.is_embedding("final_norm/scale")
+
+
+def test_layers_of_a_resnet_are_its_blocks_in_order():
+    paths = ["stem/kernel", *[f"stage{s}_{i}/conv1/kernel" for s in (1, 2) for i in range(11)]]
+    assert locking.num_layers(paths) == 22
+    assert locking.layer_depths(paths) == {path: depth for depth, path in enumerate(paths)}
+    image = [f"image/{path}" for path in paths]
+    unlocked = set(image) - frozen(paths=image, image=True, image_unlocked_layers=2)
+    assert unlocked == {"image/stage2_9/conv1/kernel", "image/stage2_10/conv1/kernel"}

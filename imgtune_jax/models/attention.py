@@ -44,7 +44,8 @@ class Attention(nn.Module):
     """Multi-head attention with the projections `q`, `k`, `v` and `out`.
 
     Queries are computed from `x`; keys and values from `context`, whose width may differ, or from
-    `x` if there is no context. `causal` and `hand_written_gradients` are as in `layers.attention`.
+    `x` if there is no context. `use_bias=False` omits the biases of the projections. `causal` and
+    `hand_written_gradients` are as in `layers.attention`.
     Raises UserError if the width of `x` is not divisible by `num_heads`.
     """
 
@@ -53,6 +54,7 @@ class Attention(nn.Module):
     dtype: Dtype = jnp.float32
     kernel_init: initializers.Initializer = initializers.XAVIER_NORMAL
     hand_written_gradients: bool = True
+    use_bias: bool = True
 
     def __call__(
         self,
@@ -110,7 +112,7 @@ class Attention(nn.Module):
             y = dense(
                 context,
                 params["kernel"],
-                params["bias"],
+                params.get("bias"),
                 dtype=self.dtype,
                 hand_written_gradients=self.hand_written_gradients,
             )
@@ -121,6 +123,7 @@ class Attention(nn.Module):
     def _projection(self, width: int, name: str) -> Dense:
         return Dense(
             width,
+            self.use_bias,
             dtype=self.dtype,
             kernel_init=self.kernel_init,
             hand_written_gradients=self.hand_written_gradients,

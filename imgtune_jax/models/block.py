@@ -18,7 +18,7 @@ Cross = Literal["none", "layer", "block"]
 
 
 class MlpBlock(nn.Module):
-    """fc2(dropout(act(fc1(x)))). The output has the width of x."""
+    """fc2(dropout(act(fc1(x)))), without biases if not `use_bias`. The output has x's width."""
 
     mlp_dim: int
     act: str = "gelu"
@@ -26,12 +26,14 @@ class MlpBlock(nn.Module):
     dtype: layers.Dtype = jnp.float32
     kernel_init: initializers.Initializer = initializers.XAVIER_NORMAL
     hand_written_gradients: bool = True
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "*n d"], *, train: bool = False) -> Float[Array, "*n d"]:
         def linear(features: int, name: str) -> layers.Dense:
             return layers.Dense(
                 features,
+                self.use_bias,
                 dtype=self.dtype,
                 kernel_init=self.kernel_init,
                 hand_written_gradients=self.hand_written_gradients,
@@ -55,8 +57,8 @@ class Block(nn.Module):
 
     `post_norm=False` normalizes the inputs of attention and MLP (ViT, CLIP); True normalizes each
     sum with the residual (BERT). Dropout applies to the outputs of attention and MLP, and inside
-    the MLP. `hand_written_gradients` is as in `layers`. `cross` is the position of cross-attention
-    to a context [b m e]:
+    the MLP. `use_bias=False` omits all biases, those of norms included. `hand_written_gradients` is
+    as in `layers`. `cross` is the position of cross-attention to a context [b m e]:
       none   there is no cross-attention.
       layer  between self-attention and the MLP (1706.03762, CapPa).
       block  after the MLP, followed by a second MLP, with a norm on the context (open_clip's
@@ -74,6 +76,7 @@ class Block(nn.Module):
     kernel_init: initializers.Initializer = initializers.XAVIER_NORMAL
     cross: Cross = "none"
     hand_written_gradients: bool = True
+    use_bias: bool = True
 
     def __call__(
         self,
@@ -102,7 +105,7 @@ class Block(nn.Module):
 
     def _norm(self, name: str | None, **options: Any) -> layers.LayerNorm:
         return layers.LayerNorm(
-            self.norm_epsilon, self.hand_written_gradients, name=name, **options
+            self.norm_epsilon, self.hand_written_gradients, self.use_bias, name=name, **options
         )
 
     @nn.compact
@@ -121,6 +124,7 @@ class Block(nn.Module):
             dtype=self.dtype,
             kernel_init=self.kernel_init,
             hand_written_gradients=self.hand_written_gradients,
+            use_bias=self.use_bias,
         )
         fields = (self.mlp_dim, self.act, self.dropout)
         attn = Attention(self.num_heads, self.causal, name="attn", **common)

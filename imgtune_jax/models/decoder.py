@@ -39,7 +39,8 @@ class Decoder(Transformer):
     `input_from` is "ids" (Cap: the decoder has token and position embeddings) or "text_tower"
     (CoCa: the decoder reads the output of a causal text tower of the same width). `cross` is as in
     Block. `context_norm` normalizes the image tokens first, for towers that do not normalize them.
-    `tied` predicts with the token embeddings instead of a separate matrix. `chunk` is the number of
+    `tied` predicts with the token embeddings instead of a separate matrix. `vocab_bias` adds
+    a bias to the logits. `use_bias=False` omits all biases of the blocks. `chunk` is the number of
     positions whose logits are in memory at once.
 
     `parallel_fraction` of the training examples, sampled at random, predict all their tokens in
@@ -65,6 +66,8 @@ class Decoder(Transformer):
     tied: bool = False
     parallel_fraction: float = 0.0
     chunk: int = 16
+    use_bias: bool = True
+    vocab_bias: bool = False
 
     @nn.compact
     def __call__(
@@ -98,16 +101,26 @@ class Decoder(Transformer):
             causal = jnp.tril(jnp.ones((inputs.shape[1],) * 2, bool))
             mask = causal[None] | parallel[:, None, None]
         x = self.run_blocks(
-            x, mask, train=train, context=context, causal=mask is None, cross=self.cross
+            x,
+            mask,
+            train=train,
+            context=context,
+            causal=mask is None,
+            cross=self.cross,
+            use_bias=self.use_bias,
         )
         x = self.norm("final_norm")(x)
         if self.is_initializing() and not self.tied:
-            layers.Dense(self.vocab_size, use_bias=False, name="vocabulary")(x[:1, 0])
+            layers.Dense(self.vocab_size, self.vocab_bias, name="vocabulary")(x[:1, 0])
         return x
 
-    def vocab_kernel(self, params: Params) -> Float[Array, "d v"]:
-        """Return the matrix that maps a position to logits, given the decoder's parameters."""
-        return params["token_embed"]["embedding"].T if self.tied else params["vocabulary"]["kernel"]
+    def vocab_weights(
+        self, params: Params
+    ) -> tuple[Float[Array, "d v"], Float[Array, " v"] | None]:
+        """Return the kernel and the bias that map a position to logits, given the parameters."""
+        if self.tied:
+            return params["token_embed"]["embedding"].T, None
+        return params["vocabulary"]["kernel"], params["vocabulary"].get("bias")
 
     def init_cache(self, context: Float[Array, "b m e"], *, length: int) -> LayerCaches:
         """Return caches for `decode_step`, with image keys and capacity for `length` tokens."""
@@ -138,10 +151,15 @@ class Decoder(Transformer):
         return self.apply_norm("final_norm", x)[:, 0], caches
 
     def _block(self) -> Block:
-        return self.block(cross=self.cross)
+        return self.block(cross=self.cross, use_bias=self.use_bias)
 
     def _check(self, inputs: Array) -> None:
         length, ids = inputs.shape[1], inputs.ndim == 2
+        if self.tied and self.vocab_bias:
+            raise UserError(
+                "a decoder with tied=True has no vocabulary matrix, which vocab_bias=True belongs "
+                "to; set one of them to False"
+            )
         if length > self.max_length:
             raise UserError(
                 f"captions of {length} tokens, but the decoder has max_length={self.max_length}; "

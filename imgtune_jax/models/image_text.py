@@ -209,7 +209,7 @@ class ImageTextModel(ModelComponents):
     def _logits(self, params: Params, hidden: Float[Array, "*n d"]) -> Float[Array, "*n v"]:
         return layers.dense(
             hidden,
-            self.decoder.vocab_kernel(params["decoder"]),
+            *self.decoder.vocab_weights(params["decoder"]),
             dtype=self.decoder.dtype,
             hand_written_gradients=self.decoder.hand_written_gradients,
         )
@@ -233,10 +233,12 @@ class ImageTextModel(ModelComponents):
         hidden = self.apply_component(
             params, "decoder", inputs[:, :-1], image_tokens, rng=rng, train=train
         )
+        kernel, bias = self.decoder.vocab_weights(params["decoder"])
         return token_scores(
             hidden,
-            self.decoder.vocab_kernel(params["decoder"]),
+            kernel,
             text[:, 1:],
+            bias=bias,
             chunk=self.decoder.chunk,
             dtype=self.decoder.dtype,
             constrain=self.constrain,

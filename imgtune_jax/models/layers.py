@@ -196,14 +196,17 @@ class Embed(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """`layer_norm` with parameters `scale` and `bias` [d]."""
+    """`layer_norm` with the parameters `scale` and, if `use_bias`, `bias` [d]."""
 
     epsilon: float = 1e-6
     hand_written_gradients: bool = True
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
         scale = initializers.param(self, "scale", initializers.ONES, (x.shape[-1],))
-        bias = initializers.param(self, "bias", initializers.ZEROS, (x.shape[-1],))
+        bias = jnp.zeros(x.shape[-1], jnp.float32)
+        if self.use_bias:
+            bias = initializers.param(self, "bias", initializers.ZEROS, (x.shape[-1],))
         x, manual = x.astype(jnp.float32), self.hand_written_gradients
         return layer_norm(x, scale, bias, self.epsilon, hand_written_gradients=manual)

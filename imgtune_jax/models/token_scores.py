@@ -19,21 +19,22 @@ def token_scores(
     kernel: Float[Array, "d v"],
     target: Int[Array, "b t"],
     *,
+    bias: Float[Array, " v"] | None = None,
     chunk: int,
     dtype: layers.Dtype = jnp.float32,
     constrain: Constrain = no_constraint,
     hand_written_gradients: bool = True,
 ) -> TokenScores:
-    """Score `target` under the logits `hidden @ kernel`, for `chunk` positions at a time.
+    """Score `target` under the logits `hidden @ kernel + bias`, for `chunk` positions at a time.
 
     The log probability of a target outside the vocabulary is NaN. Only the logits [b chunk v] of
     one chunk are in memory at once; the backward pass recomputes them. Logits and all sums are
     float32. `hand_written_gradients` is as in `layers`.
     """
 
-    def score(kernel: Array, hidden: Array, target: Array) -> TokenScores:
+    def score(kernel: Array, bias: Array | None, hidden: Array, target: Array) -> TokenScores:
         logits = layers.dense(
-            hidden, kernel, dtype=dtype, hand_written_gradients=hand_written_gradients
+            hidden, kernel, bias, dtype=dtype, hand_written_gradients=hand_written_gradients
         )
         logits = constrain(logits, LOGITS_AXES)
         # Compare and sum, since a gather along a sharded vocabulary would gather all logits.
@@ -48,7 +49,7 @@ def token_scores(
 
     length = target.shape[1]
     if length <= chunk:
-        return score(kernel, hidden, target)
+        return score(kernel, bias, hidden, target)
     num_chunks = -(-length // chunk)
     padding = num_chunks * chunk - length
 
@@ -60,7 +61,7 @@ def token_scores(
         return x.swapaxes(0, 1).reshape(x.shape[1], -1)[:, :length]
 
     # XLA merges no computations across the iterations of a scan, so no barrier is needed.
-    score_chunk = functools.partial(jax.checkpoint(score, prevent_cse=False), kernel)
+    score_chunk = functools.partial(jax.checkpoint(score, prevent_cse=False), kernel, bias)
     chunks = (split(hidden), split(target))
     _, scores = jax.lax.scan(lambda _, xs: (None, score_chunk(*xs)), None, chunks)
     return jax.tree.map(merge, scores)

@@ -33,6 +33,7 @@ class StepCounts:
     total: int
     warmup: int
     cooldown: int
+    timescale: int | None
     eval_every: int | None
     checkpoint_every: int | None
 
@@ -47,6 +48,7 @@ class StepCounts:
             total=steps(config.total) or 0,
             warmup=steps(config.optim.warmup) or 0,
             cooldown=steps(config.optim.cooldown) or 0,
+            timescale=steps(config.optim.timescale),
             eval_every=steps(config.eval_every),
             checkpoint_every=steps(config.checkpoint.every),
         )
@@ -136,6 +138,7 @@ class Experiment:
             total=steps.total,
             warmup=steps.warmup,
             cooldown=steps.cooldown,
+            timescale=steps.timescale,
         )
 
     @cached_property
@@ -190,6 +193,7 @@ class Experiment:
                 "config.lock freezes every parameter, so there is nothing to train; unlock at "
                 "least one"
             )
+        _check_patch_dropout(self.model)
         self.partitioner.check_batch_size(config.batch_size // config.accumulation, "microbatch")
         _ = self.pipeline, self.evaluators, self.train_step
         if with_baselines:
@@ -286,6 +290,17 @@ def build_experiment(config: Config, *, tokenizer_dir: Path | None = None) -> Ex
         preprocess=data.build_transform(config.preprocess),
         tokenizer=tokenizer,
     )
+
+
+def _check_patch_dropout(model: models.ImageTextModel) -> None:
+    """Raise UserError if patches should be dropped before layers that are frozen."""
+    rate = getattr(model.image, "patch_dropout", 0.0)
+    if rate and model.frozen_prefix("image") is not None:
+        raise UserError(
+            f"config.model.image.patch_dropout = {rate}, but config.lock freezes the first layers "
+            "of the image tower, which run in evaluation mode, on all patches; set "
+            "patch_dropout=0, or unlock the tower"
+        )
 
 
 def depends_on_padding(text_tower: Any) -> bool:

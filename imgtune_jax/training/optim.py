@@ -1,4 +1,4 @@
-"""Optimizers and schedules built on Optax, with multipliers by parameter path.
+"""Optimizers built on Optax, with multipliers by parameter path.
 
 Numbers such as 2106.04560 are arXiv identifiers.
 """
@@ -6,8 +6,10 @@ Numbers such as 2106.04560 are arXiv identifiers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,21 +21,42 @@ from optax import contrib
 from imgtune_jax import config as config_lib
 from imgtune_jax import locking, param_tree
 from imgtune_jax.errors import UserError
-from imgtune_jax.types import MODALITIES, Params, PyTree
+from imgtune_jax.training.schedules import Schedule, make_schedule
+from imgtune_jax.types import MODALITIES, PyTree
 
-Schedule = Callable[[Any], Any]
+# Kernels that Muon leaves to Adam: those into the vocabulary, as in 2502.16982, and those into
+# classes and into the embedding space, which are our choice.
+ADAM_PATHS = (r".*/vocabulary/kernel", r".*/classifier/kernel", r"(image|text)_head/.*")
 
 
 def adafactor(
     b1: float | None = 0.9,
+    b2: float | None = None,
     decay_rate: float = 0.8,
-    clipping_threshold: float | None = 1.0,
+    beta2_cap: float | None = 0.999,
+    clipping_threshold: float | None = None,
     min_dim_size_to_factor: int = 32,
 ) -> optax.GradientTransformation:
-    """Return Adafactor without relative steps, as for ViT-G (2106.04560, section 3.4)."""
+    """Return Adafactor (1804.04235) with momentum and without relative steps, as in big_vision.
+
+    At step t, counted from 1, the decay of the second moment is min(beta2_cap, 1 - t^-decay_rate)
+    (2106.04560, section 3.4). With `b2`, it is that of Adam with bias correction instead,
+    b2 (1 - b2^(t-1)) / (1 - b2^t), as in Praxis. `clipping_threshold` limits the root mean square
+    (RMS) of each parameter's update. None means without momentum, cap or clipping.
+    """
+
+    def decay(steps_before: Any, exponent: Any) -> jax.Array:
+        t = jnp.asarray(steps_before + 1, jnp.float32)
+        if b2 is not None:
+            return b2 * (1 - b2 ** (t - 1)) / (1 - b2**t)
+        beta2 = 1.0 - t ** (-exponent)
+        return beta2 if beta2_cap is None else jnp.minimum(beta2_cap, beta2)
+
     transforms = [
         optax.scale_by_factored_rms(
-            decay_rate=decay_rate, min_dim_size_to_factor=min_dim_size_to_factor
+            decay_rate=decay_rate,
+            min_dim_size_to_factor=min_dim_size_to_factor,
+            decay_rate_fn=decay,
         )
     ]
     if clipping_threshold is not None:
@@ -44,18 +67,23 @@ def adafactor(
 
 
 def muon(
-    beta: float = 0.95, ns_steps: int = 5, nesterov: bool = True, b1: float = 0.9, b2: float = 0.999
+    beta: float = 0.95,
+    ns_steps: int = 5,
+    nesterov: bool = True,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    adam_paths: Sequence[str] = ADAM_PATHS,
 ) -> optax.GradientTransformation:
     """Return Muon (2502.16982) for kernels [m n], and Adam for all other parameters.
 
-    Muon's updates are scaled to the root mean square (RMS) of Adam's. `ns_steps` is the number of
-    Newton-Schulz iterations.
+    Adam also updates the kernels whose full path matches one of the regular expressions
+    `adam_paths`. Muon's updates are scaled to the root mean square (RMS) of Adam's. `ns_steps` is
+    the number of Newton-Schulz iterations. The momentum is bias-corrected, as in Optax.
     """
 
-    def labels(params: Params) -> Params:
-        return param_tree.map_with_path(
-            lambda path, x: "muon" if path.endswith("/kernel") and x.ndim == 2 else "adam", params
-        )
+    def label(path: str, x: jax.Array) -> str:
+        is_matrix = path.endswith("/kernel") and x.ndim == 2
+        return "adam" if not is_matrix or _matches(path, adam_paths) else "muon"
 
     return optax.partition(
         {
@@ -72,8 +100,12 @@ def muon(
             ),
             "adam": optax.scale_by_adam(b1=b1, b2=b2),
         },
-        labels,
+        lambda params: param_tree.map_with_path(label, params),
     )
+
+
+def _matches(path: str, patterns: Sequence[str]) -> bool:
+    return any(re.fullmatch(pattern, path) for pattern in patterns)
 
 
 def _scale_to_adam_rms(updates: PyTree, params: PyTree | None) -> PyTree:
@@ -89,63 +121,6 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 }
 
 
-# A schedule returns a factor of the learning rate. `t` is the number of steps after the warm-up so
-# far, `length` the number of all steps after the warm-up.
-def cosine(t: jax.Array, length: jax.Array, warmup: int, cooldown: int) -> jax.Array:
-    """Fall from 1 to 0 along half a period of a cosine."""
-    return 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(t / length, 0, 1)))
-
-
-def rsqrt(t: jax.Array, length: jax.Array, warmup: int, cooldown: int) -> jax.Array:
-    """Return √(w / (w + t)) for w warm-up steps (2106.04560), with a linear cool-down to 0."""
-    timescale = max(warmup, 1)
-    return jnp.sqrt(timescale / (timescale + t)) * constant_rate(t, length, warmup, cooldown)
-
-
-def constant_rate(t: jax.Array, length: jax.Array, warmup: int, cooldown: int) -> jax.Array:
-    """Return 1, with a linear cool-down to 0."""
-    return jnp.clip((length - t) / max(cooldown, 1), 0, 1) if cooldown else jnp.ones_like(t)
-
-
-def linear_decay(t: jax.Array, length: jax.Array, warmup: int, cooldown: int) -> jax.Array:
-    """Fall linearly from 1 to 0."""
-    return jnp.clip(1 - t / length, 0, 1)
-
-
-SCHEDULES: dict[str, Callable[..., jax.Array]] = {
-    "cosine": cosine,
-    "linear": linear_decay,
-    "rsqrt": rsqrt,
-    "constant": constant_rate,
-}
-
-
-def make_schedule(name: str, *, lr: float, total: int, warmup: int, cooldown: int) -> Schedule:
-    """Return step -> learning rate: linear warm-up, then the named schedule.
-
-    All lengths are in steps. Raises UserError for an unknown name, or if warm-up and cool-down
-    exceed the total.
-    """
-    if name not in SCHEDULES:
-        raise UserError(f"config.optim.schedule = {name!r}; expected one of {', '.join(SCHEDULES)}")
-    if warmup + cooldown > total:
-        raise UserError(
-            f"config.optim.warmup = {warmup} and cooldown = {cooldown} steps exceed the total of "
-            f"{total}; shorten them or lengthen config.total"
-        )
-
-    def schedule(step: Any) -> jax.Array:
-        step = jnp.asarray(step, jnp.float32)
-        factor = SCHEDULES[name](
-            jnp.maximum(step - warmup, 0), max(total - warmup, 1), warmup, cooldown
-        )
-        # With step + 1 instead of step, the first update is not zero. Step `warmup` is the first
-        # with the full rate.
-        return lr * jnp.minimum(1.0, (step + 1) / (warmup + 1)) * factor
-
-    return schedule
-
-
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
     """A gradient transformation, and its learning-rate schedule, which is logged."""
@@ -155,62 +130,115 @@ class Optimizer:
 
 
 def build_optimizer(
-    cfg: config_lib.OptimConfig, paths: Sequence[str], *, total: int, warmup: int, cooldown: int
+    cfg: config_lib.OptimConfig,
+    paths: Sequence[str],
+    *,
+    total: int,
+    warmup: int,
+    cooldown: int,
+    timescale: int | None = None,
 ) -> Optimizer:
     """Build the optimizer of a config, as a chain of gradient transformations.
 
-    The chain clips by the global norm, preconditions (as Adam does, for example), adds weight decay
-    times the parameter, and multiplies by the path's multiplier and by the negative learning rate.
-    So weight decay is decoupled and scaled by the learning rate (AdamW, 1711.05101).
+    The chain clips by the global norm, preconditions (as Adam does, for example), scales, and adds
+    decoupled weight decay (AdamW, 1711.05101). With the multipliers m and d of a parameter p, and a
+    schedule s(t) from 0 to 1, step t subtracts
+      lr s(t) m (update + weight_decay d p)    for weight_decay_scaled_by = "learning_rate" (Optax),
+      s(t) (lr m update + weight_decay d p)    for weight_decay_scaled_by = "schedule" (big_vision).
 
     `paths` are the paths of all parameters, including frozen ones. So the same multiplier rules are
     valid whatever the config locks.
     Raises UserError for an unknown name or argument and for rules that do not fit the paths.
     """
+    schedule = functools.partial(
+        make_schedule,
+        cfg.schedule,
+        total=total,
+        warmup=warmup,
+        cooldown=cooldown,
+        timescale=timescale,
+        warmup_from_zero=cfg.warmup_from_zero,
+    )
+    tx = optax.chain(
+        optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
+        _precondition(cfg),
+        *_scale_and_decay(cfg, paths, schedule),
+    )
+    return Optimizer(tx, schedule(lr=cfg.lr))
+
+
+def _precondition(cfg: config_lib.OptimConfig) -> optax.GradientTransformation:
+    """Return the transformation `cfg.name`, built with `cfg.args`."""
     if cfg.name not in OPTIMIZERS:
         raise UserError(
             f"config.optim.name = {cfg.name!r}; expected one of {', '.join(OPTIMIZERS)}"
         )
-    precondition = OPTIMIZERS[cfg.name]
-    known = list(inspect.signature(precondition).parameters)
+    build = OPTIMIZERS[cfg.name]
+    known = list(inspect.signature(build).parameters)
     if unknown := sorted(set(cfg.args) - set(known)):
         raise UserError(
             f"config.optim.args has unknown keys {unknown}; {cfg.name} takes {', '.join(known)}"
         )
-    schedule = make_schedule(cfg.schedule, lr=cfg.lr, total=total, warmup=warmup, cooldown=cooldown)
+    return build(**cfg.args)
+
+
+def _scale_and_decay(
+    cfg: config_lib.OptimConfig, paths: Sequence[str], schedule: Callable[..., Schedule]
+) -> tuple[optax.GradientTransformation, ...]:
+    """Return the transformations that scale an update and add weight decay.
+
+    `schedule(lr=…)` is the schedule with that peak.
+    """
     lr_of = param_tree.match_rules(cfg.lr_multipliers, paths, "config.optim.lr_multipliers")
+    scale_of = {p: lr_of[p] * factor for p, factor in layer_decay(cfg.layer_decay, paths).items()}
     decay_of = param_tree.match_rules(
         cfg.weight_decay_multipliers, paths, "config.optim.weight_decay_multipliers"
     )
-    layer_decay_of = layer_decay(cfg.layer_decay, paths)
-    scale_of = {path: lr_of[path] * factor for path, factor in layer_decay_of.items()}
-    tx = optax.chain(
-        optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
-        precondition(**cfg.args),
-        _add_weight_decay({path: cfg.weight_decay * m for path, m in decay_of.items()}),
-        _scale_by_path(scale_of),
-        optax.scale_by_learning_rate(schedule),
+    decay_of = {p: cfg.weight_decay * multiplier for p, multiplier in decay_of.items()}
+    if cfg.weight_decay_scaled_by == "learning_rate":
+        return (
+            _add_weight_decay(decay_of),
+            _scale_by_path(scale_of),
+            optax.scale_by_learning_rate(schedule(lr=cfg.lr)),
+        )
+    if cfg.weight_decay_scaled_by == "schedule":
+        _check_decayed_paths_learn(scale_of, decay_of)
+        return (
+            _scale_by_path({p: cfg.lr * scale for p, scale in scale_of.items()}),
+            _add_weight_decay(decay_of),
+            optax.scale_by_learning_rate(schedule(lr=1.0)),
+        )
+    raise UserError(
+        f"config.optim.weight_decay_scaled_by = {cfg.weight_decay_scaled_by!r}; expected "
+        "'learning_rate' or 'schedule'"
     )
-    return Optimizer(tx, schedule)
+
+
+def _check_decayed_paths_learn(scale_of: dict[str, float], decay_of: dict[str, float]) -> None:
+    """Raise UserError for a path whose weights would decay to zero without being trained."""
+    decayed_only = [p for p, scale in scale_of.items() if not scale and decay_of[p]]
+    if decayed_only:
+        raise UserError(
+            f"config.optim.lr_multipliers has 0 for {decayed_only[:5]} ({len(decayed_only)} in "
+            "total), whose weights still decay, since weight_decay_scaled_by = 'schedule'; lock "
+            "them with config.lock.patterns instead"
+        )
 
 
 def layer_decay(factor: float, paths: Sequence[str]) -> dict[str, float]:
     """Return layer-wise learning-rate multipliers by path (BEiT, 2106.08254).
 
-    In a tower of `depth` layers, layer i has the multiplier factor^(depth - i), and the embeddings
-    have factor^(depth + 1). All other parameters, such as those of modules after the layers and of
-    heads, have 1.
+    In a tower or decoder of n layers, layer i = 0, …, n - 1 has the multiplier factor^(n - i), and
+    modules before the layers have factor^(n + 1). All other parameters have 1, such as those of
+    modules after the layers and of heads. A layer of a CNN is a block. The decoder's layers count
+    on their own, also if it reads the output of a text tower.
     """
     multipliers = dict.fromkeys(paths, 1.0)
-    for tower in MODALITIES:
-        tower_paths = locking.tower_paths(paths, tower)
-        depth = locking.num_layers(tower_paths)
-        for path in tower_paths:
-            layer = locking.layer_index(path)
-            if layer is not None:
-                multipliers[f"{tower}/{path}"] = factor ** (depth - layer)
-            elif locking.is_embedding(path):
-                multipliers[f"{tower}/{path}"] = factor ** (depth + 1)
+    for component in (*MODALITIES, "decoder"):
+        depths = locking.layer_depths(locking.tower_paths(paths, component))
+        num_layers = locking.num_layers(depths)
+        for path, depth in depths.items():
+            multipliers[f"{component}/{path}"] = factor ** (num_layers + 1 - depth)
     return multipliers
 
 

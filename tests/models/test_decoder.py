@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imgtune_jax import models
+from imgtune_jax import models, param_tree
 from imgtune_jax.models import components
 from imgtune_jax.types import Batch
 
@@ -24,6 +24,10 @@ CASES = {
         "decoder": {**CAP["decoder"], "tied": True, "context_norm": True},
     },
     "cap, blocks": {**CAP, "decoder": {**CAP["decoder"], "cross": "block"}},
+    "cap without biases": {
+        **CAP,
+        "decoder": {**CAP["decoder"], "use_bias": False, "vocab_bias": True},
+    },
     "coca": {
         **CAP,
         "text": TEXT,
@@ -232,6 +236,27 @@ def test_scan_and_remat_do_not_change_gradients(options):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), got, want)
 
 
+def test_biases_of_the_decoder_are_those_of_cap():
+    """big_vision's cappa.py has two with decoder_bias=False, of the last norm and the logits."""
+    _, params = build(CASES["cap without biases"])
+    biases = {p for p in param_tree.param_paths(params["decoder"]) if p.endswith("bias")}
+    assert biases == {"final_norm/bias", "vocabulary/bias"}
+
+
+def test_vocabulary_bias_is_added_to_the_logits():
+    model, params = build(CASES["cap without biases"])
+    b, bias = batch(), jnp.arange(VOCAB, dtype=jnp.float32)
+
+    def logits(bias):
+        vocabulary = {**params["decoder"]["vocabulary"], "bias": bias}
+        tree = {**params, "decoder": {**params["decoder"], "vocabulary": vocabulary}}
+        tokens = model.image_tokens(tree, b.image)
+        return model.caption_logits(tree, tokens, b.text, b.text_mask)
+
+    shift = logits(bias) - logits(jnp.zeros(VOCAB))
+    np.testing.assert_allclose(shift, jnp.broadcast_to(bias, shift.shape), rtol=1e-5, atol=1e-5)
+
+
 def test_a_captioner_has_no_embeddings_and_coca_has_them():
     model, params = build(CASES["cap"])
     out = model.apply(params, batch())
@@ -255,6 +280,11 @@ def test_a_captioner_has_no_embeddings_and_coca_has_them():
 def test_invalid_models_are_errors(changes, message):
     with pytest.raises(ValueError, match=message):
         models.build_model({**CASES["coca"], **changes})
+
+
+def test_a_tied_decoder_with_a_vocabulary_bias_is_an_error():
+    with pytest.raises(ValueError, match="tied=True has no vocabulary matrix"):
+        build(CASES["cap tied, context norm"], vocab_bias=True)
 
 
 def test_invalid_lengths_are_errors():

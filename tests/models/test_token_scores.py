@@ -17,8 +17,8 @@ def inputs(seed=0):
     return jnp.asarray(hidden, jnp.float32), jnp.asarray(kernel, jnp.float32), target
 
 
-def unchunked(hidden, kernel, target):
-    logits = hidden @ kernel
+def unchunked(hidden, kernel, bias, target):
+    logits = hidden @ kernel + bias[None, None]
     log_probs = jax.nn.log_softmax(logits)
     log_prob = jnp.take_along_axis(log_probs, target[..., None], axis=-1)[..., 0]
     correct = logits.argmax(-1) == target
@@ -28,16 +28,19 @@ def unchunked(hidden, kernel, target):
 @pytest.mark.parametrize("chunk", [1, 3, 5, 10, 64])
 def test_scores_and_gradients_equal_those_of_unchunked_logits(chunk):
     args, weights = inputs(), jnp.asarray(np.random.default_rng(1).normal(size=(3, B, T)))
+    bias = jnp.asarray(np.random.default_rng(2).normal(size=V), jnp.float32)
 
     def loss(f):
-        def value(hidden, kernel):
-            out = f(hidden, kernel, args[2])
+        def value(hidden, kernel, bias):
+            out = f(hidden, kernel, bias, args[2])
             return sum((w * x).sum() for w, x in zip(weights, out[:3], strict=True)), out
 
-        return jax.jit(jax.value_and_grad(value, (0, 1), has_aux=True))(*args[:2])
+        return jax.jit(jax.value_and_grad(value, (0, 1, 2), has_aux=True))(*args[:2], bias)
 
     (_, want), want_grads = loss(unchunked)
-    (_, got), got_grads = loss(lambda *a: token_scores(*a, chunk=chunk))
+    (_, got), got_grads = loss(
+        lambda x, kernel, bias, ids: token_scores(x, kernel, ids, bias=bias, chunk=chunk)
+    )
     for x, y in zip((*got, *got_grads), (*want, *want_grads), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
