@@ -43,11 +43,18 @@ class Label(NamedTuple):
 
 @dataclass(frozen=True)
 class TunedModel:
-    """A trained model. `step` is the training step of its parameters, or -1 if unknown."""
+    """A trained model. `step` is the training step of its parameters, or -1 if unknown.
+
+    Raises UserError if parameters are not finite, since their embeddings would be meaningless.
+    """
 
     predictor: ModelPredictor
     experiment: Experiment
     step: int
+
+    def __post_init__(self) -> None:
+        at_step = f" of step {self.step}" if self.step >= 0 else ""
+        param_tree.check_finite(self.predictor.params, f"the parameters{at_step}")
 
     def encode_image(self, images: Image | Sequence[Image]) -> Float[np.ndarray, "n d"]:
         """Return the unit-norm embeddings of one or more paths, PIL images or uint8 arrays.

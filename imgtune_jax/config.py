@@ -54,7 +54,10 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class WeightsConfig:
-    """Pretrained weights by tower: {"format", and "package" or "path"}; {} means random weights."""
+    """Pretrained weights by tower: {"format", and "package" or "path"}; {} means random weights.
+
+    `ignore` may list fields in which the config is to differ from the files beside the weights.
+    """
 
     image: dict[str, Any]
     text: dict[str, Any]

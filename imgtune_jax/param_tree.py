@@ -97,6 +97,28 @@ def match_rules(rules: Sequence[tuple[str, V]], paths: Iterable[str], key: str) 
     return values
 
 
+def check_finite(params: Params, what: str) -> None:
+    """Raise UserError naming the first paths with NaN or infinite values, if there are any.
+
+    `what` is the subject of the message. Of arrays on several hosts, each host checks its shards.
+    """
+    flat = flatten(params)
+    bad = sorted(path for path, leaf in flat.items() if not _is_finite(leaf))
+    if bad:
+        raise UserError(
+            f"{what}: {len(bad)} of {len(flat)} arrays have values that are not finite: "
+            f"{', '.join(bad[:3])}{', …' if len(bad) > 3 else ''}; use another checkpoint"
+        )
+
+
+def _is_finite(leaf: Any) -> bool:
+    if isinstance(leaf, jax.Array):
+        shards = [shard.data for shard in leaf.addressable_shards if shard.replica_id == 0]
+    else:
+        shards = [leaf]
+    return all(bool(np.isfinite(np.asarray(x)).all()) for x in shards)
+
+
 def params_digest(params: Params) -> str:
     """Return the SHA-256 of paths, shapes, dtypes and values; it does not depend on sharding."""
     digest = hashlib.sha256()

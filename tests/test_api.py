@@ -1,17 +1,20 @@
 """Use of a trained model: load, encode, classify, search, and the commands that take a model."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 import imgtune_jax
-from imgtune_jax import cli, report
+from imgtune_jax import cli, interop, report
+from imgtune_jax.errors import UserError
 from tests import debug_run
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +54,17 @@ def photos(tmp_path):
     for name in ("a.png", "b.jpg", "c.webp"):
         Image.fromarray(rng.integers(0, 255, (40, 50, 3), np.uint8)).save(tmp_path / name)
     return tmp_path
+
+
+def test_parameters_that_are_not_finite_are_refused(model, tmp_path):
+    params = dict(model.predictor.params, logit_scale=jnp.float32(np.nan))
+    predictor = model.predictor.with_params(params)
+    with pytest.raises(UserError, match=r"step 2: 1 of \d+ arrays .* not finite: logit_scale"):
+        dataclasses.replace(model, predictor=predictor)
+    saved = model.save(tmp_path / "saved")
+    interop.save_params(params, saved / "params.safetensors")
+    with pytest.raises(UserError, match="not finite: logit_scale"):
+        imgtune_jax.load(saved)
 
 
 def test_embeddings_have_unit_norm_and_are_independent_of_the_batch(model, photos):

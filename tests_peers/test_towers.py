@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
 
 from imgtune_jax import interop, models
 from imgtune_jax.interop import huggingface, weight_map
@@ -46,6 +46,35 @@ def test_bert_equals_transformers(act, pool, tmp_path):
     np.testing.assert_allclose(output.tokens[mask], hidden[mask], rtol=1e-4, atol=1e-5)
     expected = mean if pool == "mean" else hidden[:, 0]
     np.testing.assert_allclose(output.pooled, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_roberta_equals_transformers(tmp_path):
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=50,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=40,
+        max_position_embeddings=14,  # 12, after the two rows that are not used
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+        pad_token_id=1,
+        initializer_range=0.2,
+    )
+    theirs = RobertaModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    cfg = dict(name="bert", width=24, depth=2, num_heads=4, mlp_dim=40, vocab_size=50)
+    cfg |= dict(max_length=12, norm_epsilon=1e-5)
+    params = interop.load_tower(dict(format="bert", path=tmp_path), cfg)
+    ids = np.random.default_rng(0).integers(2, 50, (3, 9))
+    mask = np.arange(9) < np.array([9, 5, 1])[:, None]
+    ids = np.where(mask, ids, 1)
+    with torch.no_grad():
+        hidden = theirs(torch.from_numpy(ids), torch.from_numpy(mask)).last_hidden_state.numpy()
+    inputs = jnp.asarray(ids, jnp.int32), jnp.asarray(mask)
+    tokens = models.build_tower(cfg).apply({"params": params}, *inputs, train=False).tokens
+    np.testing.assert_allclose(tokens[mask], hidden[mask], rtol=1e-4, atol=1e-5)
 
 
 def test_exported_bert_has_the_same_outputs_in_transformers():

@@ -3,9 +3,8 @@
 from imgtune_jax.interop.efficientnet_lite import load_efficientnet_lite
 from imgtune_jax.interop.huggingface import load_bert
 from imgtune_jax.interop.loaders import LOADERS, load_tower
-from imgtune_jax.interop.open_clip_config import (
-    config_from_open_clip,
-    config_to_open_clip,
+from imgtune_jax.interop.open_clip_config import config_from_open_clip, config_to_open_clip
+from imgtune_jax.interop.open_clip_folder import (
     load_open_clip_folder,
     save_open_clip_folder,
 )

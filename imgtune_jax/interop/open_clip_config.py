@@ -1,4 +1,4 @@
-"""Conversion of open_clip's model configs and `local-dir:` folders, in both directions.
+"""Conversion of open_clip's model configs, in both directions.
 
 The conversion includes activation, norm epsilon, pooling, mean and std. The weights need the same
 values as in training: with others, the embeddings are wrong but look plausible.
@@ -6,13 +6,9 @@ values as in training: with others, the embeddings are wrong but look plausible.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-from safetensors.numpy import load_file, save_file
 
 from imgtune_jax import models
 from imgtune_jax.errors import UserError
@@ -20,10 +16,7 @@ from imgtune_jax.interop import open_clip_coca, open_clip_map
 from imgtune_jax.models.heads import IdentityHead, LinearHead
 from imgtune_jax.models.text_transformer import TextTransformer
 from imgtune_jax.models.vit import ViT
-from imgtune_jax.types import Params
 
-CONFIG_FILE = "open_clip_config.json"
-WEIGHTS_FILE = "open_clip_model.safetensors"
 # OpenAI CLIP's mean and std of pixels in 0..1, open_clip's default.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -59,8 +52,6 @@ def config_from_open_clip(
             "open_clip config: attentional_pool or embed_cls without multimodal_cfg is not "
             "supported; expected a CLIP or a CoCa"
         )
-    _check_supported("vision_cfg", vision, VISION_KEYS)
-    _check_supported("text_cfg", text, TEXT_KEYS)
     preprocess = preprocess or {}
     quick_gelu = bool(cfg.get("quick_gelu", False))
     return dict(
@@ -78,7 +69,22 @@ def config_from_open_clip(
     )
 
 
+def tower_from_open_clip(cfg: Mapping[str, Any], modality: str) -> Any:
+    """Build the tower of an open_clip model config; `modality` is "image" or "text".
+
+    Raises UserError listing the features that this package does not support.
+    """
+    quick_gelu = bool(cfg.get("quick_gelu", False))
+    if modality == "text":
+        return models.build_tower(_text_fields(cfg["text_cfg"], quick_gelu))
+    vision = cfg["vision_cfg"]
+    return models.build_tower(
+        _image_fields(vision, quick_gelu), image_size=vision.get("image_size", 224)
+    )
+
+
 def _image_fields(vision: Mapping[str, Any], quick_gelu: bool) -> dict[str, Any]:
+    _check_supported("vision_cfg", vision, VISION_KEYS)
     width = vision.get("width", 768)
     pool = vision.get("pool_type", "tok")
     if pool not in IMAGE_POOLS or not isinstance(vision.get("image_size", 224), int):
@@ -111,6 +117,7 @@ def _final_norm(vision: Mapping[str, Any]) -> str:
 
 
 def _text_fields(text: Mapping[str, Any], quick_gelu: bool) -> dict[str, Any]:
+    _check_supported("text_cfg", text, TEXT_KEYS)
     width = text.get("width", 512)
     pool = text.get("pool_type", "argmax")
     has_class_token = bool(text.get("embed_cls"))
@@ -234,50 +241,4 @@ def _transformer_fields(tower: ViT | TextTransformer) -> dict[str, Any]:
         mlp_ratio=tower.mlp_dim / tower.width,
         norm_kwargs={"eps": tower.norm_epsilon},
         **act,
-    )
-
-
-def save_open_clip_folder(
-    path: str | Path,
-    model: models.ImageTextModel,
-    params: Params,
-    *,
-    interpolation: str = "bicubic",
-    resize_mode: str = "shortest",
-) -> None:
-    """Write a model as a folder that open_clip loads as `local-dir:PATH`.
-
-    `interpolation` and `resize_mode` are entries of open_clip's preprocess_cfg. Raises UserError
-    for a model that open_clip cannot express.
-    """
-    preprocess = dict(
-        size=[model.image_size, model.image_size],
-        mean=[x / 255 for x in model.image_mean],
-        std=[x / 255 for x in model.image_std],
-        interpolation=interpolation,
-        resize_mode=resize_mode,
-    )
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = dict(model_cfg=config_to_open_clip(model), preprocess_cfg=preprocess)
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2))
-    save_file(open_clip_map.save_open_clip(params, model), folder / WEIGHTS_FILE)
-
-
-def load_open_clip_folder(path: str | Path) -> tuple[dict[str, Any], Params]:
-    """Read an open_clip folder; return (config for `build_model`, parameters).
-
-    Raises UserError if a file is missing or the model is not supported.
-    """
-    folder = Path(path)
-    missing = [n for n in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / n).is_file()]
-    if missing:
-        raise UserError(
-            f"{folder} is not an open_clip folder: {', '.join(missing)} missing; expected "
-            f"{CONFIG_FILE} and {WEIGHTS_FILE}"
-        )
-    config = json.loads((folder / CONFIG_FILE).read_text())
-    cfg = config_from_open_clip(config["model_cfg"], config.get("preprocess_cfg"))
-    return cfg, open_clip_map.load_open_clip(
-        load_file(folder / WEIGHTS_FILE), models.build_model(cfg)
     )

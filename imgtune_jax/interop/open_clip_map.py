@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from imgtune_jax.types import Params
 
 # Entries of OpenAI's state dicts that are not weights.
 NON_WEIGHTS = r"input_resolution|context_length|vocab_size|attn_mask|text\.attn_mask"
+OPENAI_ENTRY = "input_resolution"
 # The first part of every name in the text tower of a CLIP.
 TEXT_ROOTS = ("cls_emb", "token_embedding", "positional_embedding", "transformer", "ln_final")
 
@@ -141,10 +143,14 @@ def _head_rules(model: ImageTextModel) -> list[weight_map.Rule]:
 def load_open_clip(state: Mapping[str, np.ndarray], model: ImageTextModel) -> Params:
     """Return the model's parameters from the state dict of a CLIP, CustomTextCLIP or CoCa.
 
-    Raises UserError listing every missing, unexpected and misshaped key.
+    Raises UserError listing every missing, unexpected and misshaped key, and for OpenAI's weights
+    with an activation other than theirs.
     """
+    state = plain_names(state)
+    for tower in (model.image, model.text):
+        _check_activation(state, tower)
     return weight_map.to_params(
-        plain_names(state),
+        state,
         open_clip_rules(model),
         model.abstract_params(),
         what="the open_clip model",
@@ -173,19 +179,35 @@ def load_open_clip_tower(
     """Return one tower's parameters from the state dict of a full model.
 
     `expected` has the paths and shapes of the result. Raises UserError listing every missing,
-    unexpected and misshaped key.
+    unexpected and misshaped key, and for OpenAI's weights with an activation other than theirs.
     """
+    state = plain_names(state)
+    _check_activation(state, tower)
     rules = image_rules(tower) if isinstance(tower, ViT) else text_rules(tower)
     roots = "|".join(TEXT_ROOTS)
     pattern = r"visual\.(?!proj$).*" if isinstance(tower, ViT) else rf"({roots})(\..*)?"
-    tower_state = {n: x for n, x in plain_names(state).items() if re.fullmatch(pattern, n)}
+    tower_state = {n: x for n, x in state.items() if re.fullmatch(pattern, n)}
     return weight_map.to_params(
         tower_state, rules, expected, what=f"the {type(tower).__name__} of open_clip"
     )
 
 
+def _check_activation(state: Mapping[str, np.ndarray], tower: Any) -> None:
+    """Raise UserError for OpenAI's weights, which alone have OPENAI_ENTRY, without quick_gelu."""
+    act = getattr(tower, "act", "quick_gelu")
+    if OPENAI_ENTRY in state and act != "quick_gelu":
+        raise UserError(
+            f"act = {act!r}; these are OpenAI's weights, since they have the entry "
+            f"{OPENAI_ENTRY}, and they were trained with act='quick_gelu'"
+        )
+
+
 def plain_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Rename the entries of a CustomTextCLIP as in a CLIP: remove the prefix `text.`."""
+    """Rename the entries of a CustomTextCLIP as in a CLIP: remove the prefix `text.`.
+
+    A prefix that all names share, such as `module.`, is removed too.
+    """
+    state = weight_map.strip_shared_prefix(state, ("visual", "text", *TEXT_ROOTS))
     return {name.removeprefix("text."): x for name, x in state.items()}
 
 

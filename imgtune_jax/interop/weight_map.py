@@ -6,18 +6,21 @@ package.
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from imgtune_jax.errors import UserError
-from imgtune_jax.param_tree import flatten, unflatten
+from imgtune_jax.param_tree import check_finite, flatten, unflatten
 from imgtune_jax.types import Params
 
 Arrays = tuple[np.ndarray, ...]
 Convert = Callable[..., Arrays]
+
+log = logging.getLogger("imgtune_jax.interop")
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,26 @@ def folded_conv_rule(theirs: str, batch_norm: str, ours: str, *, epsilon: float)
     return Rule(sources, (f"{ours}/kernel", f"{ours}/bias"), fold, None)
 
 
+def strip_shared_prefix(
+    state: Mapping[str, np.ndarray], roots: Collection[str]
+) -> Mapping[str, np.ndarray]:
+    """Remove the prefix, such as "module.", that all names of a state dict share, and log it.
+
+    `roots` are the first parts, before a dot, of the names without a prefix.
+    """
+    names, prefix = list(state), ""
+    while names and all("." in name for name in names):
+        first_parts = {name.partition(".")[0] for name in names}
+        if len(first_parts) > 1 or first_parts <= set(roots):
+            break
+        prefix += f"{first_parts.pop()}."
+        names = [name.partition(".")[2] for name in names]
+    if not prefix:
+        return state
+    log.info("removed the prefix %r, which all names of the weights share", prefix)
+    return {name.removeprefix(prefix): x for name, x in state.items()}
+
+
 def to_params(
     state: Mapping[str, np.ndarray],
     rules: Sequence[Rule],
@@ -131,33 +154,21 @@ def to_params(
 ) -> Params:
     """Convert a state dict to a float32 parameter tree with the paths and shapes of `expected`.
 
-    The leaves of `expected` are arrays or ShapeDtypeStructs. Names in `state` that fully match the
-    regex `ignore` need no rule. Raises one UserError that lists every missing, unexpected and
-    misshaped key. `what` is the name of the model in the message.
+    The leaves of `expected` are arrays or ShapeDtypeStructs. A prefix that all names share is
+    removed. Names in `state` that fully match the regex `ignore` need no rule. Raises one UserError
+    that lists every missing, unexpected and misshaped key, or one that names the parameters that
+    are not finite. `what` is the name of the model in the message.
     """
     expected_shapes = {path: tuple(x.shape) for path, x in flatten(expected).items()}
     known = {name for rule in rules for name in rule.theirs}
+    state = strip_shared_prefix(state, {name.partition(".")[0] for name in known})
     problems = [f"missing: {name}" for name in sorted(known - state.keys())]
     extra = sorted(n for n in state.keys() - known if not re.fullmatch(ignore, n))
     problems += [f"unexpected: {name} {tuple(state[name].shape)}" for name in extra]
     flat: dict[str, np.ndarray] = {}
     for rule in rules:
-        if not all(name in state for name in rule.theirs):
-            continue
-        arrays = [state[name] for name in rule.theirs]
-        shapes = ", ".join(f"{n} {tuple(state[n].shape)}" for n in rule.theirs)
-        try:
-            converted = rule.forward(*arrays)
-        except ValueError as error:  # reported together with the other problems
-            problems.append(f"misshaped: {shapes}: {error}")
-            continue
-        for path, array in zip(rule.ours, converted, strict=True):
-            shape = expected_shapes.get(path)
-            if shape != array.shape:
-                problems.append(
-                    f"misshaped: {shapes} becomes {path} {array.shape}; expected {shape}"
-                )
-            flat[path] = np.asarray(array, np.float32, order="C")
+        if all(name in state for name in rule.theirs):
+            problems += _apply_rule(rule, state, expected_shapes, flat)
     filled = {path for rule in rules for path in rule.ours}
     problems += [f"missing: no rule for {path}" for path in sorted(expected_shapes.keys() - filled)]
     if problems:
@@ -165,7 +176,31 @@ def to_params(
             f"the weights do not fit {what}; compare the config with that of the checkpoint:\n  "
             + "\n  ".join(problems)
         )
+    check_finite(flat, f"the weights of {what}")
     return unflatten(flat)
+
+
+def _apply_rule(
+    rule: Rule,
+    state: Mapping[str, np.ndarray],
+    expected_shapes: Mapping[str, tuple[int, ...]],
+    flat: dict[str, np.ndarray],
+) -> list[str]:
+    """Add the arrays that a rule converts to `flat`; return the problems with their shapes."""
+    arrays = [state[name] for name in rule.theirs]
+    shapes = ", ".join(f"{n} {tuple(state[n].shape)}" for n in rule.theirs)
+    try:
+        converted = rule.forward(*arrays)
+    except ValueError as error:  # reported together with the other problems
+        return [f"misshaped: {shapes}: {error}"]
+    problems = []
+    for path, array in zip(rule.ours, converted, strict=True):
+        shape = expected_shapes.get(path)
+        if shape == array.shape:
+            flat[path] = np.asarray(array, np.float32, order="C")
+        else:
+            problems.append(f"misshaped: {shapes} becomes {path} {array.shape}; expected {shape}")
+    return problems
 
 
 def to_state_dict(params: Params, rules: Iterable[Rule]) -> dict[str, np.ndarray]:

@@ -210,8 +210,14 @@ class Experiment:
         for modality in MODALITIES:
             weights: Mapping[str, Any] = getattr(self.config.weights, modality)
             if weights:
+                model_cfg = self.config.model
                 pretrained[modality] = interop.load_tower(
-                    weights, self.config.model[modality], image_size=self.config.model["image_size"]
+                    weights,
+                    model_cfg[modality],
+                    image_size=model_cfg["image_size"],
+                    image_mean=model_cfg["image_mean"],
+                    image_std=model_cfg["image_std"],
+                    preprocess=self.config.preprocess,
                 )
         key = jax.random.fold_in(self.key, INIT_KEY)
         return state.init_params(self.model.init, key, self.partitioner, pretrained)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from imgtune_jax import interop, models, param_tree
+from imgtune_jax.errors import UserError
 from imgtune_jax.types import Batch
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "interop_open_clip.npz")
@@ -74,10 +75,11 @@ def test_exported_folder_loads_as_the_same_model(tmp_path):
     model = models.build_model(interop.config_from_open_clip(cfg))
     params = interop.load_open_clip(state, model)
     interop.save_open_clip_folder(tmp_path, model, params)
-    loaded_cfg, loaded_params = interop.load_open_clip_folder(tmp_path)
+    loaded_cfg, loaded_params, preprocess = interop.load_open_clip_folder(tmp_path)
     loaded = models.build_model(loaded_cfg)
     assert (loaded.image, loaded.text) == (model.image, model.text)
     np.testing.assert_allclose(loaded.image_mean, model.image_mean, rtol=1e-7)
+    assert [transform["name"] for transform in preprocess] == ["resize", "center_crop"]
     embeddings = zip(embed(model, params), embed(loaded, loaded_params), strict=True)
     for expected, actual in embeddings:
         np.testing.assert_array_equal(actual, expected)
@@ -140,3 +142,33 @@ def test_position_embeddings_are_resized_to_another_image_size(tmp_path):
     assert params["image"]["pos_embed"].shape == (16, 16)
     batch = Batch(jnp.ones(1, bool), image=jnp.zeros((1, 16, 16, 3), jnp.uint8))
     assert np.isfinite(model.apply(params, batch).image_emb).all()
+
+
+def test_prefix_that_all_names_share_is_removed():
+    cfg, _, state = case("clip")
+    model = models.build_model(interop.config_from_open_clip(cfg))
+    prefixed = interop.load_open_clip({f"module.{n}": x for n, x in state.items()}, model)
+    expected = param_tree.flatten(interop.load_open_clip(state, model))
+    for path, x in param_tree.flatten(prefixed).items():
+        np.testing.assert_array_equal(x, expected[path])
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_openai_weights_with_another_activation_are_refused(modality):
+    """Only OpenAI's state dicts have input_resolution, and they need quick_gelu (open_clip#771)."""
+    cfg, _, state = case("clip")
+    state["input_resolution"] = np.array(8)
+    full = interop.config_from_open_clip(cfg)
+    tower = models.build_tower(full[modality], **({"image_size": 8} if modality == "image" else {}))
+    expected = models.abstract_tower_params(tower)
+    with pytest.raises(UserError, match="act = 'gelu'; these are OpenAI's weights"):
+        interop.load_open_clip_tower(state, tower, expected)
+    assert interop.load_open_clip_tower(state, tower.clone(act="quick_gelu"), expected)
+
+
+def test_weights_that_are_not_finite_are_refused_by_name():
+    cfg, _, state = case("clip")
+    model = models.build_model(interop.config_from_open_clip(cfg))
+    state["visual.proj"] = np.full_like(state["visual.proj"], np.nan)
+    with pytest.raises(UserError, match="not finite: image_head/kernel"):
+        interop.load_open_clip(state, model)

@@ -3,16 +3,21 @@
 The tests write files in PyTorch's two formats, without PyTorch.
 """
 
+import argparse
 import collections
 import io
+import logging
 import os
+import pathlib
 import pickle
 import zipfile
 
 import numpy as np
 import pytest
 
-from imgtune_jax.interop.torch_file import load_state_dict
+from imgtune_jax import interop
+from imgtune_jax.errors import UserError
+from imgtune_jax.interop.torch_file import WRAPPERS, load_state_dict
 
 TYPES = {"<f4": "FloatStorage", "<f8": "DoubleStorage", "<i8": "LongStorage", "<f2": "HalfStorage"}
 
@@ -137,6 +142,39 @@ def test_state_dict_is_read_from_a_checkpoint(write, tmp_path):
     assert list(load_state_dict(tmp_path / "m.pt")) == ["w"]
 
 
+@pytest.mark.parametrize("entry", WRAPPERS)
+def test_every_name_of_the_state_dict_in_a_checkpoint_is_known(entry, tmp_path):
+    write_zip(tmp_path / "m.pt", {"epoch": 3, entry: {"w": as_tensor(np.ones(2, "<f4"))}})
+    assert list(load_state_dict(tmp_path / "m.pt")) == ["w"]
+
+
+def test_trained_parameters_are_preferred_to_their_average_and_the_choice_is_logged(
+    tmp_path, caplog
+):
+    trained, average = ({"w": as_tensor(np.full(2, x, "<f4"))} for x in (1, 2))
+    write_zip(tmp_path / "m.pt", {"ema": average, "model": trained})
+    with caplog.at_level(logging.INFO, "imgtune_jax.interop"):
+        np.testing.assert_array_equal(load_state_dict(tmp_path / "m.pt")["w"], [1, 1])
+    assert "read the entry 'model' of the checkpoint; not read: ema" in caplog.text
+
+
+def test_settings_and_counters_in_a_checkpoint_are_ignored(write, tmp_path):
+    content = {
+        "args": argparse.Namespace(lr=0.1, output=pathlib.PurePosixPath("runs")),
+        "best": np.float64(0.5),
+        "counts": collections.defaultdict(int, {"a": 1}),
+        "model": {"w": as_tensor(np.ones(2, "<f4"))},
+    }
+    write(tmp_path / "m.pt", content)
+    assert list(load_state_dict(tmp_path / "m.pt")) == ["w"]
+
+
+def test_dict_without_a_state_dict_is_an_error_that_lists_its_keys(tmp_path):
+    write_zip(tmp_path / "m.pt", {"optimizer": {}, "epoch": 3})
+    with pytest.raises(UserError, match="with the keys optimizer, epoch; expected a state dict"):
+        load_state_dict(tmp_path / "m.pt")
+
+
 class Attack:
     """An object that calls a function when it is unpickled."""
 
@@ -157,6 +195,9 @@ def test_malicious_pickle_is_refused_and_runs_no_code(call, write, tmp_path):
     write(tmp_path / "m.pth", {"w": Attack(call[0], *(x.format(marker) for x in call[1:]))})
     with pytest.raises(pickle.UnpicklingError, match="refused"):
         load_state_dict(tmp_path / "m.pth")
+    with pytest.raises(UserError, match="refused") as error:
+        interop.read_state_dict(tmp_path / "m.pth")
+    assert "original has another size" not in str(error.value)
     assert not marker.exists()
 
 
@@ -164,6 +205,45 @@ def test_view_beyond_its_storage_is_refused(write, tmp_path):
     write(tmp_path / "m.pth", {"w": _Tensor(np.zeros(4, "<f4"), (1000,), (1,))})
     with pytest.raises(ValueError, match="beyond its storage"):
         load_state_dict(tmp_path / "m.pth")
+
+
+@pytest.mark.parametrize("strides", [(0, 0), (0, 1)])
+def test_view_with_more_elements_than_its_storage_is_refused(strides, write, tmp_path):
+    """Copying these views would need terabytes."""
+    write(tmp_path / "m.pth", {"w": _Tensor(np.zeros(4, "<f4"), (10**12, 4), strides)})
+    with pytest.raises(UserError, match="repeats the 4 elements of its storage"):
+        load_state_dict(tmp_path / "m.pth")
+
+
+def test_zip_that_expands_to_many_times_its_size_is_refused(tmp_path):
+    write_zip(tmp_path / "m.pth", {"w": as_tensor(np.zeros(1 << 20, "<f4"))})
+    with zipfile.ZipFile(tmp_path / "m.pth") as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "m.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    with pytest.raises(UserError, match="its files are said to have 4194"):
+        load_state_dict(tmp_path / "m.pth")
+
+
+def test_torchscript_is_named(tmp_path):
+    write_zip(tmp_path / "m.pt", {"w": as_tensor(np.ones(2, "<f4"))})
+    with zipfile.ZipFile(tmp_path / "m.pt", "a") as archive:
+        archive.writestr("archive/constants.pkl", b"")
+        archive.writestr("archive/code/__torch__.py", "")
+    with pytest.raises(UserError, match=r"m\.pt .*TorchScript archive.*state_dict") as error:
+        interop.read_state_dict(tmp_path / "m.pt")
+    assert "original has another size" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [("_rebuild_tensor_v3", "float8"), ("_rebuild_qtensor", "quantized")],
+)
+def test_tensors_of_unreadable_types_are_named(function, message, tmp_path):
+    write_zip(tmp_path / "m.pt", {"w": _Global("torch._utils", function)})
+    with pytest.raises(UserError, match=message):
+        load_state_dict(tmp_path / "m.pt")
 
 
 def test_file_that_is_not_a_pytorch_file_is_an_error(tmp_path):
