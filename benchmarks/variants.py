@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from imgtune_jax.json_lines import read_json_lines
+
 I2T, T2I = "text_retrieval_recall", "image_retrieval_recall"
 
 
@@ -77,8 +79,7 @@ def _train(config: str, workdir: Path, seed: int) -> float:
 def _read_results(workdir: Path, columns: Sequence[Column]) -> list[float | None]:
     """Return a run's newest value of each column; None for a data set that it does not evaluate."""
     metrics: dict[str, dict[str, float]] = {}
-    for line in (workdir / "results.jsonl").read_text().splitlines():
-        record = json.loads(line)
+    for record in read_json_lines(workdir / "results.jsonl"):
         metrics[record["dataset"]] = record["metrics"]
     return [
         c.factor * metrics[c.dataset][c.metric] if c.dataset in metrics else None for c in columns

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from imgtune_jax import config as config_lib
-from imgtune_jax import data, models, param_tree
+from imgtune_jax import data, evals, models, param_tree
 from imgtune_jax.training import checkpoint
 from imgtune_jax.training.experiment import Experiment, build_experiment
 
@@ -29,7 +29,7 @@ def summarize_run(workdir: Path) -> str:
     lines.append(f"objectives   {', '.join(config.objectives)}; batch {config.batch_size}")
     lines.append(f"length       {run_length}; saved steps: {', '.join(map(str, steps)) or 'none'}")
     lines += _cache_lines(workdir)
-    results = _newest_results(workdir / "results.jsonl")
+    results = evals.newest_results(evals.read_results(workdir / "results.jsonl"))
     if results:
         lines += ["", *_result_lines(results)]
     return "\n".join(lines)
@@ -69,18 +69,11 @@ def _parameter_lines(experiment: Experiment) -> Iterable[str]:
         yield f"{group:<12} {name:<20} {total:>12,} {locked:>12,} {total - locked:>12,}"
 
 
-def _newest_results(path: Path) -> list[dict[str, Any]]:
-    """Return the last result of each pair of data set and model."""
-    if not path.exists():
-        return []
-    newest: dict[tuple[str, str], dict[str, Any]] = {}
-    for line in path.read_text().splitlines():
-        record = json.loads(line)
-        newest[(record["dataset"], record["model"])] = record
-    return list(newest.values())
-
-
-def _result_lines(results: list[dict[str, Any]]) -> Iterable[str]:
+def _result_lines(results: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    """Yield a line per result, without its metrics per class; report.html has a table of these."""
     for record in results:
-        values = ", ".join(f"{k} {v:.4g}" for k, v in record["metrics"].items())
+        metrics, _ = evals.split_per_class(record["metrics"])
+        values = ", ".join(
+            f"{k} {'not finite' if v is None else f'{v:.4g}'}" for k, v in metrics.items()
+        )
         yield f"{record['dataset']} ({record['model']}): {values}"

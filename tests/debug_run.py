@@ -1,7 +1,6 @@
 """Helpers of several tests, which train configs/debug.py with changes."""
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from imgtune_jax import config
+from imgtune_jax import config, json_lines
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,7 +37,7 @@ def settings(kind="", **changes):
 
 def metrics(workdir):
     """Return the records of metrics.jsonl."""
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return json_lines.read_json_lines(workdir / "metrics.jsonl")
 
 
 def losses(workdir):

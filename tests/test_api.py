@@ -205,3 +205,14 @@ def test_eval_command_repeats_the_results_of_training(run, capsys):
     assert len(new) == len(lines) + 1
     assert json.loads(new[-1])["metrics"] == json.loads(lines[-1])["metrics"]
     assert (run / "report.html").stat().st_size > 10_000
+
+
+def test_evaluation_of_an_older_step_prints_its_results_and_leaves_the_report(run, capsys):
+    page = run / "report.html"
+    page.write_text("the report of step 2")
+    printed = imgtune(capsys, "eval", "--workdir", run, "--step", "1")
+    assert json.loads((run / "results.jsonl").read_text().split("\n")[-2])["step"] == 1
+    assert printed.startswith(report.summary(run, step=1)) and report.summary(
+        run, step=1
+    ) != report.summary(run)
+    assert "Report: not rewritten" in printed and page.read_text() == "the report of step 2"

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "imgtune_jax"
 # Levels, lowest first. A package or module imports from lower levels and from itself only.
 LEVELS = (
     {"types", "errors", "config_history"},
-    {"config", "param_tree", "package_files", "xla_cpu"},
+    {"config", "json_lines", "param_tree", "package_files", "xla_cpu"},
     {"partition", "locking"},
     {"models", "objectives", "data", "decoding"},
     {"evals", "interop"},
@@ -130,6 +130,8 @@ HELPERS: dict[str, set[str]] = {
     "evals": {
         "__init__.py",
         "checks.py",
+        "normalize.py",
+        "per_class.py",
         "predictor.py",
         "protocol.py",
         "ranks.py",
@@ -184,3 +186,9 @@ HELPERS: dict[str, set[str]] = {
         "token_scores.py",
     },
 }
+
+
+def test_texts_and_json_are_split_at_line_feeds_only():
+    """`splitlines` also splits at U+2028 and other characters that captions and JSON may have."""
+    users = {path.name for path in modules() if "splitlines" in path.read_text("utf-8")}
+    assert users == {"java.py"}  # which replaces these characters

@@ -65,7 +65,11 @@ def _add_eval(commands: Any) -> None:
         "run a trained model's evaluators and rewrite its report",
     )
     parser.add_argument("--workdir", required=True, help="the run's folder")
-    parser.add_argument("--step", type=int, help="a saved step (default: the newest)")
+    parser.add_argument(
+        "--step",
+        type=int,
+        help="a saved step (default: the newest); for an older one, the report is not rewritten",
+    )
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="run only these evaluators of the config"
     )

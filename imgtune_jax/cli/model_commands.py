@@ -13,6 +13,7 @@ from imgtune_jax.errors import MissingFileError, UserError
 def evaluate(options: argparse.Namespace) -> None:
     """Evaluate a run's model on the full test sets, and rewrite the run's report."""
     from imgtune_jax import api, evals, report
+    from imgtune_jax.training.checkpoint import saved_steps
 
     workdir = Path(options.workdir)
     model = api.load(workdir, step=options.step, use_memo=True)
@@ -28,8 +29,11 @@ def evaluate(options: argparse.Namespace) -> None:
             name, evaluator, metrics, model=config.name, step=model.step
         )
         evals.append_result(workdir / "results.jsonl", record)
-    page = report.write_run_report(workdir, model.predictor)
-    print(f"{report.summary(workdir)}\n\nReport: {page}")
+    print(report.summary(workdir, step=options.step))
+    if model.step < max(saved_steps(workdir), default=model.step):
+        print(f"\nReport: not rewritten, since step {model.step} is not the newest")
+    else:
+        print(f"\nReport: {report.write_run_report(workdir, model.predictor)}")
 
 
 def embed(options: argparse.Namespace) -> None:
@@ -47,7 +51,7 @@ def embed(options: argparse.Namespace) -> None:
         arrays["image_features"] = model.encode_image(paths)
         arrays["image_paths"] = np.array([str(path) for path in paths])
     if options.texts is not None:
-        texts = options.texts.read_text(encoding="utf8").splitlines()
+        texts = options.texts.read_text(encoding="utf8").removesuffix("\n").split("\n")
         arrays["text_features"] = model.encode_text(texts)
         arrays["texts"] = np.array(texts)
     np.savez(options.output, **arrays)

@@ -14,6 +14,7 @@ from imgtune_jax.data.record import (
     Record,
     Source,
     TooManyBadRecordsError,
+    class_names,
     read_metadata,
 )
 from imgtune_jax.data.sources import SOURCES, build_source
@@ -59,6 +60,7 @@ __all__ = [
     "build_source",
     "build_tokenizer",
     "build_transform",
+    "class_names",
     "decode_image",
     "evenly_spaced",
     "load_tokenizer",

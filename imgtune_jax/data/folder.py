@@ -81,9 +81,9 @@ class Folder:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes, in the order of the labels."""
-        if self.classes is not None:
-            return tuple(self.classes)
+        """Names of the classes, in the order of the labels; () if the table has the labels."""
+        if self.classes is not None or self.table is not None:
+            return tuple(self.classes or ())
         return tuple(sorted(p.name for p in Path(self.path).iterdir() if p.is_dir()))
 
     @cached_property

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from imgtune_jax.data.record import Record, Source, read_metadata
+from imgtune_jax.data.record import Record, Source, class_names, read_metadata
 from imgtune_jax.data.record_fields import Fingerprint
 from imgtune_jax.errors import UserError
 
@@ -79,6 +79,22 @@ class Mixture:
     def has_group(self) -> bool:
         """Whether the records of all sources have groups."""
         return all(getattr(s, "has_group", False) for s in self.sources)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the labels.
+
+        Raises UserError if one label means different classes in two sources.
+        """
+        by_source = [class_names(s) for s in self.sources]
+        longest = max(by_source, key=len)
+        for names in by_source:
+            if names != longest[: len(names)]:
+                raise UserError(
+                    f"the sources of a mixture have the classes {longest[:8]} and {names[:8]}, so "
+                    "equal labels mean different classes; set `classes` of every source to one list"
+                )
+        return longest
 
     @cached_property
     def fingerprint(self) -> str:

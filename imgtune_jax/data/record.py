@@ -92,7 +92,8 @@ class Source(Protocol):
 
     `fingerprint` is a digest of the records, and cheap to compute. A source may also have
     `read_metadata(i)`, which returns record i without reading its image; `caption_sets`, the names
-    of the caption sets that its records may have; and `has_group`, whether its records have groups.
+    of the caption sets that its records may have; `has_group`, whether its records have groups; and
+    `class_names`, the names of the classes in the order of the labels.
     """
 
     def __len__(self) -> int: ...
@@ -105,6 +106,11 @@ def read_metadata(source: Source, index: int) -> Record:
     """Return a record, without its image if the source can skip reading it."""
     reader = getattr(source, "read_metadata", None)
     return source[index] if reader is None else reader(index)
+
+
+def class_names(source: Source | None) -> tuple[str, ...]:
+    """Return the names of a source's classes, in the order of the labels; () if it has no names."""
+    return tuple(getattr(source, "class_names", ()))
 
 
 def group_id(value: Any) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from imgtune_jax.data.record import Record, Source, read_metadata
+from imgtune_jax.data.record import Record, Source, class_names, read_metadata
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,11 @@ class Subset:
     def read_metadata(self, index: int) -> Record:
         """Return the record, without its image if the source can skip reading it."""
         return read_metadata(self.source, self.indices[index])
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the labels."""
+        return class_names(self.source)
 
     @property
     def fingerprint(self) -> str:

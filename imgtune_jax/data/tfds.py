@@ -79,6 +79,14 @@ class TFDS:
         """Whether records have a group."""
         return self.group is not None
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the labels; () unless the label is a ClassLabel."""
+        feature = self._builder.info.features
+        for key in as_field_path(self.label or ()):
+            feature = feature[key]
+        return tuple(getattr(feature, "names", None) or ())
+
     @cached_property
     def fingerprint(self) -> str:
         """Digest of the name, version, split, number of records and options."""

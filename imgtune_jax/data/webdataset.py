@@ -80,6 +80,11 @@ class WebDataset:
         """Whether records have a group."""
         return self.group is not None
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the labels; () without `classes`."""
+        return tuple(self.classes or ())
+
     @cached_property
     def fingerprint(self) -> str:
         """Digest of the options, names, sizes, and the bytes of about 16 members of each tar."""

@@ -16,9 +16,16 @@ from imgtune_jax.errors import UserError
 from imgtune_jax.evals.captioning import Captioning
 from imgtune_jax.evals.fewshot import FewShot
 from imgtune_jax.evals.linear_probe import LinearProbe
+from imgtune_jax.evals.per_class import split_per_class
 from imgtune_jax.evals.predictor import ModelPredictor
 from imgtune_jax.evals.protocol import Evaluator, GeneratedCaption, Predictor
-from imgtune_jax.evals.results import append_result, evaluator_result, make_result, read_results
+from imgtune_jax.evals.results import (
+    append_result,
+    evaluator_result,
+    make_result,
+    newest_results,
+    read_results,
+)
 from imgtune_jax.evals.retrieval import Retrieval, curve_names
 from imgtune_jax.evals.ridge import ridge_baseline
 from imgtune_jax.evals.ridge_retrieval import RidgeRetrieval
@@ -37,8 +44,10 @@ __all__ = [
     "curve_names",
     "evaluator_result",
     "make_result",
+    "newest_results",
     "read_results",
     "ridge_baseline",
+    "split_per_class",
 ]
 
 EVALUATORS: dict[str, type] = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,7 +15,10 @@ from imgtune_jax import decoding
 from imgtune_jax.data import Source, Subset, evenly_spaced, read_metadata
 from imgtune_jax.errors import UserError
 from imgtune_jax.evals import caption_metrics
+from imgtune_jax.evals.caption_metrics.tokens import normalize_text
 from imgtune_jax.evals.protocol import GeneratedCaption, Predictor
+
+log = logging.getLogger("imgtune_jax.evals")
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,9 @@ class Captioning:
     def __call__(self, predictor: Predictor) -> dict[str, float]:
         """Return the metrics under pycocoevalcap's names: `Bleu_1` to `Bleu_4`, `ROUGE_L`, `CIDEr`.
 
-        `perplexity` is the model's perplexity on the first reference of each image.
+        `perplexity` is the model's perplexity on the first reference of each image. `same_caption`
+        is the fraction of images that have the most frequent caption, and `same_reference` the
+        fraction that have the most frequent reference.
         """
         images = self.selected_images()
         captions, valid = self.generate_captions(predictor, images)
@@ -60,8 +67,9 @@ class Captioning:
                 f"none of the {len(valid)} images could be read; check the source's files"
             )
         references = [self.references(images, i) for i in range(len(images))]
+        predictions = [captions[i][0].text for i in readable]
         metrics = caption_metrics.compute_metrics(
-            [captions[i][0].text for i in readable],
+            predictions,
             [references[i] for i in readable],
             metrics=self._text_metrics,
             tokenization=self.tokenization,
@@ -69,6 +77,7 @@ class Captioning:
         if "perplexity" in self.metrics:
             first_references = [texts[0] for texts in references]
             metrics["perplexity"] = self._perplexity(predictor, images, first_references)
+        metrics |= _repetition([(p,) for p in predictions], [references[i] for i in readable])
         return metrics | {"num_images": float(len(readable)), "num_broken": float((~valid).sum())}
 
     def selected_images(self, *, ignore_limit: bool = False) -> Subset:
@@ -107,3 +116,36 @@ class Captioning:
     @property
     def _text_metrics(self) -> tuple[str, ...]:
         return tuple(name for name in self.metrics if name != "perplexity")
+
+
+def is_repetitive(metrics: Mapping[str, float | None]) -> bool:
+    """Return whether one caption is much more frequent than any reference.
+
+    Let r be the fraction of images that have the most frequent reference. The limit is (1 + r) / 2
+    of the images: half of them if every image has its own references.
+    """
+    caption, reference = metrics.get("same_caption"), metrics.get("same_reference")
+    return caption is not None and reference is not None and caption > (1 + reference) / 2
+
+
+def _repetition(
+    predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]
+) -> dict[str, float]:
+    """Return `same_caption` and `same_reference`; log a warning if captions are repetitive."""
+    text, same_caption = _most_frequent(predictions)
+    metrics = {"same_caption": same_caption, "same_reference": _most_frequent(references)[1]}
+    if is_repetitive(metrics):
+        log.warning(
+            "%.0f %% of %d images have the same caption: %.80r",
+            100 * same_caption,
+            len(predictions),
+            text,
+        )
+    return metrics
+
+
+def _most_frequent(texts: Sequence[Sequence[str]]) -> tuple[str, float]:
+    """Return the text that most images have, up to case and punctuation, and their fraction."""
+    counts = Counter(text for row in texts for text in set(map(normalize_text, row)))
+    text, count = counts.most_common(1)[0]
+    return text, count / len(texts)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from imgtune_jax.data import Source, read_metadata
+from imgtune_jax.data import Source, class_names, read_metadata
 from imgtune_jax.errors import UserError
 
 
@@ -30,10 +33,39 @@ def checked_labels(
     Raises UserError for a label outside 0 to num_classes - 1, and if no record is readable.
     """
     labels = [read_metadata(source, int(i)).label for i in np.flatnonzero(valid)]
+    if not labels:
+        raise UserError(f"none of the {len(valid)} records could be read; check the source's files")
     bad = [label for label in labels if label is None or not 0 <= label < num_classes]
-    if bad or not labels:
-        got = (
-            f"{len(bad)} of {len(labels)} readable records have an invalid label, such as {bad[:1]}"
+    if bad:
+        raise UserError(
+            f"{len(bad)} of {len(labels)} readable records have an invalid label, such as "
+            f"{bad[0]}; expected labels from 0 to {num_classes - 1}"
         )
-        raise UserError(f"{got}; expected one or more records, labeled 0 to {num_classes - 1}")
     return np.asarray(labels, np.int64)
+
+
+def check_label_order(names: Sequence[str], source: Source, *, name: str) -> None:
+    """Raise UserError if a class of `source` has another label in `names`.
+
+    `names` are class names in the order of the labels; `name` is their name in the error. Case and
+    punctuation are ignored. A class that occurs in only one of the two is not compared, since a
+    data set may have identifiers such as n01440764 instead of names.
+    """
+    own = class_names(source)
+    labels, own_labels = _labels_of(names), _labels_of(own)
+    for key, own_label in own_labels.items():
+        if key in labels and not labels[key] & own_label:
+            raise UserError(
+                f"{name} has the class {own[min(own_label)]!r} at label {min(labels[key])}, but "
+                f"in the source it has label {min(own_label)}; list the classes in the order of "
+                f"the source's labels: {', '.join(own[:8])}{', …' if len(own) > 8 else ''}"
+            )
+
+
+def _labels_of(names: Sequence[str]) -> dict[str, set[int]]:
+    """Return the labels of each name, in lower case and without punctuation."""
+    labels: dict[str, set[int]] = {}
+    for label, name in enumerate(names):
+        key = " ".join(re.split(r"[\W_]+", name.casefold())).strip()
+        labels.setdefault(key or name, set()).add(label)
+    return labels

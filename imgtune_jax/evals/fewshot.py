@@ -9,10 +9,11 @@ from typing import ClassVar
 import numpy as np
 from jaxtyping import Float, Int
 
-from imgtune_jax.data import Source
+from imgtune_jax.data import Source, class_names
 from imgtune_jax.errors import UserError
-from imgtune_jax.evals.checks import check_finite
+from imgtune_jax.evals.checks import check_finite, check_label_order
 from imgtune_jax.evals.linear_probe import labeled_features
+from imgtune_jax.evals.normalize import column_scales
 from imgtune_jax.evals.protocol import Predictor
 from imgtune_jax.evals.ridge import Ridge
 
@@ -51,11 +52,12 @@ def fewshot_predictions(
     The class with the largest output is predicted. Features are standardized by the mean and
     standard deviation of `train`. All computations are in float64.
     """
+    check_finite(train, "training features")
     check_finite(test, "test features")
-    mean, std = train.mean(0, dtype=np.float64), train.std(0, dtype=np.float64) + 1e-5
+    mean, divisor = column_scales(train, epsilon=1e-5)
 
     def standardize(x: np.ndarray) -> np.ndarray:
-        return np.pad((x - mean) / std, [(0, 0), (0, 1)], constant_values=BIAS)
+        return np.pad((x - mean) / divisor, [(0, 0), (0, 1)], constant_values=BIAS)
 
     targets = 2.0 * np.eye(num_classes)[labels] - 1.0
     ridge = Ridge.fit(standardize(train), targets, intercept=False)
@@ -80,6 +82,9 @@ class FewShot:
     seeds: int = 3
     l2: float = 2.0**10
     language: str = "en"
+
+    def __post_init__(self) -> None:
+        check_label_order(class_names(self.train_source), self.source, name="train_source")
 
     def __call__(self, predictor: Predictor) -> dict[str, float]:
         """Return `5shot_acc1`, `5shot_acc1_seed0`, … in [0, 1]."""

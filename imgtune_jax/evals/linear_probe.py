@@ -14,9 +14,10 @@ import numpy as np
 import scipy.optimize
 from jaxtyping import Array, Float, Int
 
-from imgtune_jax.data import Source
+from imgtune_jax.data import Source, class_names
 from imgtune_jax.errors import UserError
-from imgtune_jax.evals.checks import check_finite, checked_labels
+from imgtune_jax.evals.checks import check_finite, check_label_order, checked_labels
+from imgtune_jax.evals.normalize import column_scales, normalize_rows
 from imgtune_jax.evals.protocol import Predictor
 from imgtune_jax.evals.zeroshot import classification_metrics, true_class_ranks
 
@@ -128,14 +129,19 @@ class Scaling(enum.StrEnum):
 def scale_features(
     train: Float[np.ndarray, "n d"], *others: Float[np.ndarray, "m d"], scaling: Scaling
 ) -> list[Float[np.ndarray, "m d"]]:
-    """Return all arrays, scaled. The mean and standard deviation are those of `train`."""
-    check_finite(train, "training features")
+    """Return all arrays, scaled. The mean and standard deviation are those of `train`.
+
+    A row of zeros keeps norm 0, and a constant column is only centered.
+    """
+    arrays = [train, *others]
+    for x in arrays:
+        check_finite(x, "image features")
     if scaling is Scaling.UNIT:
-        return [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (train, *others)]
+        return [normalize_rows(x) for x in arrays]
     if scaling is Scaling.STANDARD:
-        mean, std = train.mean(0), train.std(0) + 1e-6
-        return [(x - mean) / std for x in (train, *others)]
-    return [train, *others]
+        mean, divisor = column_scales(train, epsilon=1e-6)
+        return [((x - mean) / divisor).astype(x.dtype) for x in arrays]
+    return arrays
 
 
 def sweep_l2(
@@ -189,6 +195,9 @@ class LinearProbe:
                 f"val_fraction = {self.val_fraction}; expected a fraction between 0 and 1, "
                 "or set val_source"
             )
+        for field in ("train_source", "val_source"):
+            names = class_names(getattr(self, field))
+            check_label_order(names, self.source, name=field)
 
     def __call__(self, predictor: Predictor) -> dict[str, float]:
         """Return `lp_acc1`, `lp_acc5`, …, the selected `l2`, and its accuracy `val_acc1`."""

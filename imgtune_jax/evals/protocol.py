@@ -134,5 +134,5 @@ class Evaluator(Protocol):
         ...
 
     def __call__(self, predictor: Predictor, /) -> dict[str, float]:
-        """Return finite metrics by name. Metrics that are undefined for the data are omitted."""
+        """Return metrics by name, without those that are undefined for the data."""
         ...

@@ -25,8 +25,8 @@ NO_INDEX = 2**31 - 1  # of a query without a positive; the largest int32, so tha
 class Ranks(NamedTuple):
     """Number of negative candidates before the best positive one, for every query.
 
-    `image_to_text` is in the order of the images. It is -1 for an image without a caption, which
-    is not a query. `text_to_image` is in the order of the texts.
+    `image_to_text` is in the order of the images. It is -1 for an image without a caption.
+    `text_to_image` is in the order of the texts.
     """
 
     image_to_text: Int[np.ndarray, " n"]
@@ -106,6 +106,7 @@ def _checked_groups(
         )
     check_finite(image_emb, "image embeddings")
     check_finite(text_emb, "text embeddings")
+    _check_float32_range(image_emb, text_emb)
     if image_group is None:
         return np.arange(n), image_of_text
     if np.shape(image_group) != (n,):
@@ -114,6 +115,19 @@ def _checked_groups(
         )
     image_number = np.unique(image_group, return_inverse=True)[1]
     return image_number, image_number[image_of_text]
+
+
+def _check_float32_range(image_emb: np.ndarray, text_emb: np.ndarray) -> None:
+    """Raise UserError if a score may overflow float32: no score is above the product of norms."""
+    norms = [
+        float(np.sqrt(np.einsum("nd,nd->n", x, x, dtype=np.float64).max()))
+        for x in (image_emb, text_emb)
+    ]
+    if not max(*norms, norms[0] * norms[1]) <= float(np.finfo(np.float32).max):
+        raise UserError(
+            f"the largest norms are {norms[0]:.3g} (image embeddings) and {norms[1]:.3g} (text "
+            "embeddings), so that scores overflow float32; expected embeddings of unit norm"
+        )
 
 
 class _Block(NamedTuple):

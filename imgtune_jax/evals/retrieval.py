@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 
 from imgtune_jax.data import Source, read_metadata
 from imgtune_jax.errors import UserError
+from imgtune_jax.evals.per_class import METRIC_NAME
 from imgtune_jax.evals.protocol import Predictor
 from imgtune_jax.evals.ranks import retrieval_ranks
 
@@ -30,16 +31,16 @@ def retrieval_metrics(
     """Return recall at k in [0, 1], median and mean rank (1 is best), with CLIP_benchmark's names.
 
     `image_retrieval_*` is text to image. `text_retrieval_*` is image to text, where any caption of
-    the image is a hit. Values of k above the number of candidates are omitted. `retrieval_ranks`
-    documents the arguments and the order of ties.
+    the image is a hit. An image without a caption is a miss in recall, as in CLIP_benchmark, and
+    left out of the median and mean rank. Values of k above the number of candidates are omitted.
+    `retrieval_ranks` documents the arguments and the order of ties.
     """
     ranks = retrieval_ranks(
         image_emb, text_emb, image_of_text, image_group=image_group, chunk=chunk, mesh=mesh
     )
-    queries = ranks.image_to_text[ranks.image_to_text >= 0]
     return {
         **_rank_summary("image_retrieval", ranks.text_to_image, ks, candidates=len(image_emb)),
-        **_rank_summary("text_retrieval", queries, ks, candidates=len(text_emb)),
+        **_rank_summary("text_retrieval", ranks.image_to_text, ks, candidates=len(text_emb)),
     }
 
 
@@ -47,7 +48,7 @@ def curve_names(metrics: Mapping[str, float], *, prefix: str = "val/") -> dict[s
     """Rename retrieval metrics to the names of training curves; add `prefix` to all names.
 
     `text_retrieval_recall@1` becomes `val/image_to_text_R@1`, and `image_retrieval_median_rank`
-    becomes `val/text_to_image_median_rank`.
+    becomes `val/text_to_image_median_rank`. Names of classes are not changed.
     """
     replacements = {
         "text_retrieval_": "image_to_text_",
@@ -56,6 +57,8 @@ def curve_names(metrics: Mapping[str, float], *, prefix: str = "val/") -> dict[s
     }
 
     def rename(name: str) -> str:
+        if METRIC_NAME.fullmatch(name):
+            return prefix + name
         return prefix + functools.reduce(
             lambda s, w: s.replace(w, replacements[w]), replacements, name
         )
@@ -67,10 +70,15 @@ def _rank_summary(
     name: str, ranks: Int[np.ndarray, " n"], ks: Sequence[int], *, candidates: int
 ) -> dict[str, float]:
     """Return recalls, median and mean rank; `ranks` count from 0, the metrics from 1."""
-    recalls = {f"{name}_recall@{k}": float((ranks < k).mean()) for k in ks if k <= candidates}
+    has_positive = ranks >= 0
+    recalls = {
+        f"{name}_recall@{k}": float((has_positive & (ranks < k)).mean())
+        for k in ks
+        if k <= candidates
+    }
     return recalls | {
-        f"{name}_median_rank": float(np.median(ranks)) + 1,
-        f"{name}_mean_rank": float(ranks.mean()) + 1,
+        f"{name}_median_rank": float(np.median(ranks[has_positive])) + 1,
+        f"{name}_mean_rank": float(ranks[has_positive].mean()) + 1,
     }
 
 
@@ -80,8 +88,8 @@ class Retrieval:
 
     The texts are the captions in `caption_set`: all of them, or the first `max_captions` of each
     image. An unreadable image is excluded with its captions, and counted by `num_broken`. An image
-    without a caption is a candidate, but not a query. With `use_groups`, the captions of a record's
-    `group` are positives of all images of the group.
+    without a caption is a candidate, and a miss in the recall from image to text. With
+    `use_groups`, the captions of a record's `group` are positives of all images of the group.
     """
 
     task: ClassVar[str] = "zeroshot_retrieval"

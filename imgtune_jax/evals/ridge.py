@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 
 from imgtune_jax.errors import UserError
 from imgtune_jax.evals.checks import check_finite
+from imgtune_jax.evals.normalize import normalize_rows
 from imgtune_jax.evals.retrieval import retrieval_metrics
 
 
@@ -89,15 +90,11 @@ def ridge_baseline(
     check_finite(test_text_emb, "test text embeddings")
     if image_of_text is None:
         image_of_text = np.arange(len(test_text_emb))
-    text_emb = _normalize_rows(test_text_emb)
+    text_emb = normalize_rows(test_text_emb)
     by_lambda = {}
     for lam, emb in zip(lambdas, ridge.predictions(test_features, lambdas), strict=True):
         by_lambda[float(lam)] = retrieval_metrics(
-            _normalize_rows(emb), text_emb, image_of_text, ks=ks, image_group=image_group, mesh=mesh
+            normalize_rows(emb), text_emb, image_of_text, ks=ks, image_group=image_group, mesh=mesh
         )
     best = max(by_lambda, key=lambda lam: by_lambda[lam][select])
     return RidgeBaseline(best, by_lambda[best], by_lambda)
-
-
-def _normalize_rows(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
-    return x / np.linalg.norm(x, axis=1, keepdims=True)

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from imgtune_jax.data import Source
+from imgtune_jax.evals.normalize import normalize_rows
 from imgtune_jax.evals.protocol import Predictor
 from imgtune_jax.evals.retrieval import Retrieval
 from imgtune_jax.evals.ridge import Ridge, ridge_baseline
@@ -61,6 +62,5 @@ class RidgeRetrieval:
         features, valid = predictor.image_features(source)
         retrieval = Retrieval(source, caption_set=self.caption_set, max_captions=max_captions)
         captions, image_of_text, _ = retrieval.captions_and_groups(valid)
-        text_emb = predictor.text_features(captions).astype(np.float64)
-        text_emb /= np.linalg.norm(text_emb, axis=1, keepdims=True)
+        text_emb = normalize_rows(predictor.text_features(captions).astype(np.float64))
         return features[valid].astype(np.float64), text_emb, image_of_text

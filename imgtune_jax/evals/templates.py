@@ -116,7 +116,7 @@ def imagenet_classnames() -> tuple[str, ...]:
     text = (
         resources.files("imgtune_jax.evals").joinpath("imagenet_classnames.txt").read_text("utf-8")
     )
-    return tuple(text.splitlines())
+    return tuple(text.removesuffix("\n").split("\n"))
 
 
 CLASSNAMES: dict[str, Callable[[], tuple[str, ...]]] = {"imagenet": imagenet_classnames}

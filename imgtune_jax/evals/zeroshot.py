@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from imgtune_jax.data import Source
 from imgtune_jax.errors import UserError
-from imgtune_jax.evals.checks import check_finite, checked_labels
+from imgtune_jax.evals.checks import check_finite, check_label_order, checked_labels
+from imgtune_jax.evals.normalize import normalize_rows
+from imgtune_jax.evals.per_class import per_class_metrics, per_class_scores
 from imgtune_jax.evals.protocol import Predictor
 from imgtune_jax.evals.templates import CLASSNAMES, TEMPLATES
 
@@ -32,7 +34,7 @@ def class_embeddings(
     row_of = {prompt: row for row, prompt in enumerate(distinct)}
     emb = np.asarray(predictor.embed_texts(distinct), np.float32)
     means = np.stack([emb[[row_of[p] for p in prompts]].mean(0) for prompts in per_class])
-    return means / np.linalg.norm(means, axis=1, keepdims=True)
+    return normalize_rows(means)
 
 
 def true_class_ranks(
@@ -59,42 +61,21 @@ def true_class_ranks(
 def ranks_from_scores(
     scores: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " n"]
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """Return what `true_class_ranks` returns, from the scores of all c classes."""
+    """Return what `true_class_ranks` returns, from the scores of all c classes.
+
+    Raises UserError for a score that is not finite, and for a label outside 0 to c - 1.
+    """
+    check_finite(scores, "rows of class scores")
+    num_classes = scores.shape[1]
+    if labels.min(initial=0) < 0 or labels.max(initial=0) >= num_classes:
+        raise UserError(
+            f"labels are from {labels.min()} to {labels.max()}; expected 0 to {num_classes - 1}"
+        )
     label = labels[:, None]
     label_score = np.take_along_axis(scores, label, 1)
-    is_lower = np.arange(scores.shape[1]) < label
+    is_lower = np.arange(num_classes) < label
     ahead = (scores > label_score) | ((scores == label_score) & is_lower)
     return scores.argmax(1), ahead.sum(1)
-
-
-class PerClassScores(NamedTuple):
-    """Precision, recall and F1 of every class, and its number of examples (support).
-
-    A ratio with denominator 0, such as the precision of a class that is never predicted, is 0, as
-    in scikit-learn with `zero_division=0`.
-    """
-
-    precision: Float[np.ndarray, " c"]
-    recall: Float[np.ndarray, " c"]
-    f1: Float[np.ndarray, " c"]
-    support: Int[np.ndarray, " c"]
-    predicted: Int[np.ndarray, " c"]  # number of times the class was predicted
-
-
-def per_class_scores(
-    predicted: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"], *, num_classes: int
-) -> PerClassScores:
-    """Compute the scores of every class from predicted and true labels."""
-    support = np.bincount(labels, minlength=num_classes)
-    num_predicted = np.bincount(predicted, minlength=num_classes)
-    hits = np.bincount(labels[predicted == labels], minlength=num_classes)
-    return PerClassScores(
-        precision=hits / np.maximum(num_predicted, 1),
-        recall=hits / np.maximum(support, 1),
-        f1=2 * hits / np.maximum(support + num_predicted, 1),
-        support=support,
-        predicted=num_predicted,
-    )
 
 
 def classification_metrics(
@@ -125,11 +106,11 @@ def classification_metrics(
 class ZeroShot:
     """Zero-shot classification of a labeled source.
 
-    `classnames` are the names in the order of the labels, or a key of `CLASSNAMES`. `templates`
-    are as in `class_prompts`, or a key of `TEMPLATES`. With `per_class`, the F1, precision, recall
-    and support of each class are reported too, as `f1/<name>` and so on. Classes that have the same
-    name are reported with their label, as `f1/<name> (<label>)`. Unreadable images are excluded and
-    counted by `num_broken`.
+    `classnames` are the names in the order of the labels, or a key of `CLASSNAMES`. They may differ
+    from the names that the source has, but a name that both have must have the same label.
+    `templates` are as in `class_prompts`, or a key of `TEMPLATES`. With `per_class`, the F1,
+    precision, recall and support of each class are reported too, under the names of
+    `per_class_metrics`. Unreadable images are excluded and counted by `num_broken`.
     """
 
     task: ClassVar[str] = "zeroshot_classification"
@@ -151,6 +132,7 @@ class ZeroShot:
                 )
         if len(self.names) < 2:
             raise UserError(f"classnames = {self.names}; expected two or more names")
+        check_label_order(self.names, self.source, name="classnames")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -183,19 +165,10 @@ class ZeroShot:
         metrics = classification_metrics(predicted, ranks, labels, num_classes=len(names))
         metrics |= {"num_images": float(len(labels)), "num_broken": float((~valid).sum())}
         if self.per_class:
-            metrics |= _per_class_metrics(
+            metrics |= per_class_metrics(
                 per_class_scores(predicted, labels, num_classes=len(names)), names
             )
         return metrics
-
-
-def _per_class_metrics(scores: PerClassScores, names: Sequence[str]) -> dict[str, float]:
-    unique = [c if names.count(c) == 1 else f"{c} ({i})" for i, c in enumerate(names)]
-    return {
-        f"{kind}/{name}": float(value)
-        for kind in ("precision", "recall", "f1", "support")
-        for name, value in zip(unique, getattr(scores, kind), strict=True)
-    }
 
 
 def class_prompts(name: str, templates: Templates) -> list[str]:

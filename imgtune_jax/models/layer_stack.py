@@ -78,35 +78,12 @@ class LayerStack:
         n = self.depth if self.num_frozen_layers == -1 else self.num_frozen_layers
         key = parent.make_rng("dropout") if train and block.dropout else jax.random.key(0)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(self.depth))
-        bound = parent.is_initializing() or parent.is_mutable_collection("intermediates")
-        run = functools.partial(
-            self._run_submodules if bound else self._run, parent, block, (mask, context), keys
-        )
+        run = functools.partial(self._run, parent, block, (mask, context), keys)
         # The frozen layers run separately, so that no gradient is computed through them.
         if segment is not Segment.SUFFIX:
             x = run(x, range(n), train=False)
         if segment is not Segment.PREFIX:
             x = run(x, range(n, self.depth), train=train)
-        return x
-
-    def _run_submodules(
-        self,
-        parent: nn.Module,
-        block: Block,
-        mask_and_context: tuple[Array | None, ...],
-        keys: Array,
-        x: Array,
-        indices: range,
-        *,
-        train: bool,
-    ) -> Array:
-        """Run layers as submodules of `parent`."""
-        for i in indices:
-            layer = block.clone(parent=parent, name=f"blocks_{i}")
-            if train and block.dropout:  # so that dropout is the same as in `_run`
-                assert layer.scope is not None
-                layer.scope.rngs = {**layer.scope.rngs, "dropout": LazyRng.create(keys[i])}
-            x = self.constrain(layer(x, *mask_and_context, train=train), layers.RESIDUAL_AXES)
         return x
 
     def _run(
@@ -120,7 +97,15 @@ class LayerStack:
         *,
         train: bool,
     ) -> Array:
-        """Run layers as functions of their parameters, in a loop or in a scan."""
+        """Run layers as submodules of `parent`, or as functions of their parameters."""
+        if parent.is_initializing() or parent.is_mutable_collection("intermediates"):
+            for i in indices:
+                bound = block.clone(parent=parent, name=f"blocks_{i}")
+                if train and block.dropout:  # so that both forms have the same dropout
+                    assert bound.scope is not None
+                    bound.scope.rngs = {**bound.scope.rngs, "dropout": LazyRng.create(keys[i])}
+                x = self.constrain(bound(x, *mask_and_context, train=train), layers.RESIDUAL_AXES)
+            return x
         params = [parent.variables["params"][f"blocks_{i}"] for i in indices]
         keys = keys[indices.start : indices.stop]
 

@@ -14,6 +14,7 @@ import matplotlib.ticker
 import numpy as np
 from matplotlib.figure import Figure
 
+from imgtune_jax.evals.per_class import SCORES
 from imgtune_jax.report.run_data import Series
 from imgtune_jax.report.tables import metric_label
 
@@ -27,6 +28,8 @@ DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))  # line styles
 MAX_POINTS = 600  # per curve; longer curves are averaged
 # Caption metrics in the chart; the result table has all of them.
 CAPTION_SCORES = ("Bleu_4", "ROUGE_L", "CIDEr", "METEOR", "exact_match")
+# Metrics of a class have no chart; `class_tables` has them. Older runs lack `per_class/`.
+PER_CLASS = re.compile(rf"val/.+?/(?:per_class/)?(?:{'|'.join(SCORES)})/")
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Panel:
 
 def panels(series: Mapping[str, Series]) -> list[Panel]:
     """Return the charts of a run: losses, each evaluator's metrics, then all other metrics."""
-    remaining = dict(series)
+    remaining = {name: points for name, points in series.items() if not PER_CLASS.match(name)}
 
     def take(condition: Callable[[str], Any]) -> dict[str, Series]:
         return {name: remaining.pop(name) for name in list(remaining) if condition(name)}
@@ -188,7 +191,7 @@ def _is_fraction(metric: str) -> bool:
 
 
 def _is_in_table_only(metric: str) -> bool:
-    return metric.endswith("mean_rank") or metric.startswith(("Bleu_", "chrF"))
+    return metric.endswith("mean_rank") or metric.startswith(("Bleu_", "chrF", "same_"))
 
 
 def _is_text_to_image(metric: str) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jinja2
 import numpy as np
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from PIL import Image
 
 from imgtune_jax import config as config_lib
@@ -21,11 +21,13 @@ from imgtune_jax.evals.captioning import Captioning
 from imgtune_jax.evals.retrieval import Retrieval
 from imgtune_jax.report import figures
 from imgtune_jax.report.caption_examples import CaptionExamples, sample_caption_examples
+from imgtune_jax.report.class_tables import class_tables
 from imgtune_jax.report.retrieval_examples import RetrievalData, sample_examples
 from imgtune_jax.report.run_data import RunData, read_run_data
 from imgtune_jax.report.tables import key_numbers, result_tables
 
 THUMBNAIL_SIZE = 96  # pixels of the longer side; sharp at 48 CSS pixels on a 2x display
+MAX_TEXT = 300  # characters of a caption or a class name that the page shows
 
 
 def write_report(
@@ -51,18 +53,20 @@ def write_report(
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.filters["cut"] = cut
     page = environment.get_template("report.html").render(
         run=run,
         charts=_charts(run),
         tables=tables,
         numbers=key_numbers(run, tables),
+        class_tables=class_tables(run.results),
         retrieval=[sample_examples(data, seed=seed) for data in retrieval],
         captions=captions,
         seed=seed,
     )
     path = workdir / "report.html"
     temporary = path.with_suffix(".html.tmp")
-    temporary.write_text(page, encoding="utf-8")
+    temporary.write_text(page, encoding="utf-8", errors="replace")  # captions may have surrogates
     temporary.replace(path)
     return path
 
@@ -107,6 +111,13 @@ def retrieval_data(name: str, evaluator: Retrieval, predictor: evals.Predictor) 
         image_group=image_group,
         language=evaluator.language,
     )
+
+
+def cut(text: str) -> Markup:
+    """Return at most MAX_TEXT characters of a text as HTML; a title has the full text."""
+    if len(text) <= MAX_TEXT:
+        return escape(text)
+    return Markup('<span title="{}">{}…</span>').format(text, text[:MAX_TEXT])
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from imgtune_jax.config import flatten_config
-from imgtune_jax.errors import MissingFileError, UserError
+from imgtune_jax.errors import MissingFileError
 from imgtune_jax.evals.results import read_results
+from imgtune_jax.json_lines import read_json_lines
 
 Series = list[tuple[int, float]]  # (step, value)
 
@@ -41,7 +43,7 @@ def read_run_data(workdir: Path) -> RunData:
         )
     path = workdir / "config.json"
     config = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    lines = _read_json_lines(workdir / "metrics.jsonl") + _read_json_lines(workdir / "timing.jsonl")
+    lines = read_json_lines(workdir / "metrics.jsonl") + read_json_lines(workdir / "timing.jsonl")
     return RunData(
         name=str(config.get("name", workdir.resolve().name)),
         config=flatten_config(config) if config else {},
@@ -51,23 +53,10 @@ def read_run_data(workdir: Path) -> RunData:
 
 
 def _series_by_metric(lines: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
+    """Return the finite values of each metric by step."""
     by_name: dict[str, dict[int, float]] = {}
     for line in lines:
         for name, value in line.items():
-            if name != "step":
+            if name != "step" and value is not None and math.isfinite(value):
                 by_name.setdefault(name, {})[int(line["step"])] = float(value)
     return {name: sorted(points.items()) for name, points in by_name.items()}
-
-
-def _read_json_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    # The last line may be incomplete, without a line break, if the run is active or was killed.
-    complete = path.read_text("utf-8").split("\n")[:-1]
-    records = []
-    for number, line in enumerate(complete, 1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number} is not JSON: {line[:80]!r}") from error
-    return records

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
+from imgtune_jax.evals.captioning import is_repetitive
+from imgtune_jax.evals.per_class import split_per_class
+from imgtune_jax.evals.results import newest_results
 from imgtune_jax.report.run_data import RunData
 
 # Metrics whose names contain one of these strings are shown in percent, as in captioning papers.
 FRACTIONS = ("recall", "R@", "acc", "f1", "precision", "Bleu", "ROUGE", "METEOR", "CIDEr", "exact")
+NOT_FINITE = "not finite"
+# The note below a table states these.
+HIDDEN_METRICS = ("same_caption", "same_reference")
 
 
 class MetricColumn:
@@ -29,14 +36,20 @@ class MetricColumn:
         )
         return -1 if lower_is_better else 1
 
-    def format(self, value: float) -> str:
+    def format(self, value: float | None) -> str:
         """Format fractions in percent, chrF (0 to 100) like a percentage, and integers as such."""
+        if not _is_finite(value):
+            return NOT_FINITE
         if self._is_fraction() or self.metric == "chrF":
             return f"{value if self.metric == 'chrF' else 100 * value:.1f}"
         return f"{value:,.0f}" if value == int(value) and abs(value) >= 1 else f"{value:.4g}"
 
     def _is_fraction(self) -> bool:
         return any(part in self.metric for part in FRACTIONS)
+
+
+def _is_finite(value: float | None) -> TypeGuard[float]:
+    return value is not None and math.isfinite(value)
 
 
 def metric_label(metric: str) -> str:
@@ -88,11 +101,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """The newest results of one task, grouped by data set; the best values are marked."""
+    """The newest results of one task, grouped by data set; the best values are marked.
+
+    `notes` are sentences that warn of a result.
+    """
 
     task: str
     columns: list[str]
     rows: list[Row]
+    notes: list[str]
 
     @property
     def title(self) -> str:
@@ -100,26 +117,26 @@ class Table:
         return self.task.replace("zeroshot", "zero-shot").replace("_", " ").capitalize()
 
 
-def result_tables(results: Sequence[Mapping[str, Any]], *, model: str) -> list[Table]:
-    """Return one table per task, with the last result of each model on each data set.
+def result_tables(
+    results: Sequence[Mapping[str, Any]], *, model: str, step: int | None = None
+) -> list[Table]:
+    """Return one table per task, with the newest result of each model on each data set.
 
-    `model` is the run's name; all other models are baselines. Mean ranks and metrics per class and
-    per sample (`f1/cat`, `5shot_acc1_seed0`) are omitted; `results.jsonl` has them.
+    `model` is the run's name; all other models are baselines. With `step`, the table has the run's
+    results at that step. Mean ranks and metrics per class and per sample (`5shot_acc1_seed0`) are
+    omitted; `results.jsonl` has them.
     """
-    newest: dict[tuple[str, str, str, str], Mapping[str, Any]] = {}
-    for result in results:
-        key = result["task"], result["dataset"], result["language"], result["model"]
-        newest[key] = result
-    tasks = dict.fromkeys(task for task, *_ in newest)
+    chosen = [r for r in results if step is None or r["model"] != model or r.get("step") == step]
+    newest = newest_results(chosen)
+    tasks = dict.fromkeys(r["task"] for r in newest)
     return [
-        _task_table(task, [r for r in newest.values() if r["task"] == task], model=model)
-        for task in tasks
+        _task_table(task, [r for r in newest if r["task"] == task], model=model) for task in tasks
     ]
 
 
 def _task_table(task: str, results: Sequence[Mapping[str, Any]], *, model: str) -> Table:
-    names = dict.fromkeys(name for r in results for name in r["metrics"] if "/" not in name)
-    shown = [name for name in names if "mean_rank" not in name and "_seed" not in name]
+    names = dict.fromkeys(name for r in results for name in split_per_class(r["metrics"])[0])
+    shown = [name for name in names if _is_shown(name)]
     columns = [MetricColumn(name) for name in sorted(shown, key=_column_order)]
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for result in results:
@@ -139,7 +156,20 @@ def _task_table(task: str, results: Sequence[Mapping[str, Any]], *, model: str) 
                     cells=[_cell(column, result, group) for column in columns],
                 )
             )
-    return Table(task, [column.label for column in columns], rows)
+    notes = [_repetition_note(result) for result in results if is_repetitive(result["metrics"])]
+    return Table(task, [column.label for column in columns], rows, notes)
+
+
+def _is_shown(metric: str) -> bool:
+    return not (
+        metric in HIDDEN_METRICS or "mean_rank" in metric or "_seed" in metric or "/" in metric
+    )
+
+
+def _repetition_note(result: Mapping[str, Any]) -> str:
+    share = 100 * result["metrics"]["same_caption"]
+    name = f"{result['dataset']} ({result['model']})"
+    return f"{name}: {share:.0f} % of the images have the same caption."
 
 
 def _cell(
@@ -149,10 +179,12 @@ def _cell(
 
     `group` has all results on the same data set.
     """
-    value = result["metrics"].get(column.metric)
-    if value is None:
+    if column.metric not in result["metrics"]:
         return None
-    values = [r["metrics"][column.metric] for r in group if column.metric in r["metrics"]]
+    value = result["metrics"][column.metric]
+    if not _is_finite(value):
+        return Cell(NOT_FINITE, best=False)
+    values = [x for r in group if _is_finite(x := r["metrics"].get(column.metric))]
     has_worse = any(column.sign * v < column.sign * value for v in values)
     best = has_worse and value == max(values, key=lambda v: column.sign * v)
     return Cell(column.format(value), best)
@@ -197,11 +229,12 @@ def key_numbers(run: RunData, tables: Sequence[Table], *, limit: int = 8) -> lis
 
 
 def _key_number(table: Table, row: Row, column: int) -> KeyNumber:
-    unit = "" if table.columns[column] == "CIDEr" else " %"
-
     def format_cell(r: Row) -> str:
         cell = r.cells[column]
-        return f"{cell.text}{unit}" if cell else "–"
+        if cell is None:
+            return "–"
+        has_unit = table.columns[column] != "CIDEr" and cell.text != NOT_FINITE
+        return f"{cell.text} %" if has_unit else cell.text
 
     dataset_and_language = row.dataset, row.language
     baselines = [

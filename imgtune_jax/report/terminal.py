@@ -10,10 +10,14 @@ from imgtune_jax.report.tables import Table, result_tables
 HIDDEN_COLUMNS = ("images", "texts", "broken")
 
 
-def summary(workdir: str | Path) -> str:
-    """Return the results of a run and its baselines as aligned text; stars mark the best values."""
+def summary(workdir: str | Path, *, step: int | None = None) -> str:
+    """Return the results of a run and its baselines as aligned text; stars mark the best values.
+
+    With `step`, the run's results are those at that step, and not the newest ones.
+    """
     run = read_run_data(Path(workdir))
-    return "\n\n".join(_format_table(t) for t in result_tables(run.results, model=run.name))
+    tables = result_tables(run.results, model=run.name, step=step)
+    return "\n\n".join(map(_format_table, tables))
 
 
 def _format_table(table: Table) -> str:
@@ -27,7 +31,9 @@ def _format_table(table: Table) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     lines = [_format_row(row, widths) for row in rows]
     separator = "-" * len(lines[0])
-    return "\n".join([table.title, separator, lines[0], separator, *lines[1:], separator])
+    return "\n".join(
+        [table.title, separator, lines[0], separator, *lines[1:], separator, *table.notes]
+    )
 
 
 def _abbreviate(label: str) -> str:

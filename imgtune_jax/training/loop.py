@@ -148,7 +148,8 @@ def _save_checkpoint(run: Run, step: int) -> None:
     record = {
         "step": step,
         "frozen": run.frozen_digest,
-        "metrics": run.last_metrics,
+        # A NaN has no place in the order of the best checkpoints, and JSON has none.
+        "metrics": {k: v for k, v in run.last_metrics.items() if math.isfinite(v)},
         "has_ema": run.state.ema_params is not None,
         "bad_records": run.batch_source.pipeline.bad_records(),
     }

@@ -87,7 +87,9 @@ def _truncate_jsonl(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     lines = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text("utf-8").split("\n"):
+        if not line:
+            continue
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
@@ -96,5 +98,5 @@ def _truncate_jsonl(path: Path, last_step: int) -> None:
         if record.get("step", 0) <= last_step:
             lines.append(line)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in lines))
+    temporary.write_text("".join(f"{line}\n" for line in lines), "utf-8")
     temporary.replace(path)

@@ -43,6 +43,8 @@ def test_jsonl_with_caption_lists_labels_and_groups(tmp_path):
     assert records[0].captions == {"names": ("x", "y"), "en": ("ex",)}
     assert records[1].captions["names"] == ()
     assert [r.label for r in records] == [1, 0]
+    assert records.class_names == ("cat", "dog")
+    assert folder_source(tmp_path, table=str(table), image_column="file").class_names == ()
     assert records[0].group == records[1].group is not None
     assert records.read_metadata(0).image is None and records.read_metadata(0).captions["en"] == (
         "ex",
@@ -120,3 +122,21 @@ def test_fingerprint_depends_on_content(tmp_path):
     assert changed != before
     save_image(tmp_path, "cat/2.png", 2)
     assert folder_source(tmp_path).fingerprint not in (before, changed)
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv"])
+def test_line_separator_in_a_caption_does_not_split_a_line(tmp_path, suffix, separator):
+    save_image(tmp_path, "a.png", 1)
+    save_image(tmp_path, "b.png", 2)
+    rows = [("a.png", f"one{separator}two"), ("b.png", "three")]
+    if suffix == ".jsonl":
+        objects = [dict(filepath=file, title=title) for file, title in rows]
+        lines = [json.dumps(x, ensure_ascii=False) for x in objects]
+    else:
+        delimiter = "," if suffix == ".csv" else "\t"
+        lines = [delimiter.join(row) for row in [("filepath", "title"), *rows]]
+    table = tmp_path / f"t{suffix}"
+    table.write_text("\n".join(lines) + "\n", "utf-8")
+    records = folder_source(tmp_path, table=str(table))
+    assert [r.captions["caption"] for r in records] == [(rows[0][1],), ("three",)]

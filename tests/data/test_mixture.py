@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 
-from imgtune_jax.data import Mixture, build_source
+from imgtune_jax.data import Mixture, Subset, build_source
 from tests.data.conftest import write_tar
 
 
@@ -70,3 +70,16 @@ def test_invalid_weights_are_rejected(configs):
         build_mixture(configs, (1, 0, 1))
     with pytest.raises(ValueError, match="has no sources"):
         Mixture(())
+
+
+def test_class_names_are_those_of_the_sources_if_these_agree(configs):
+    def names(*classes):
+        sources = [
+            c | {"classes": x, "label": ("l",)} for c, x in zip(configs, classes, strict=True)
+        ]
+        return Subset(build_mixture(sources), (0, 2)).class_names
+
+    assert names(("a", "b"), None, ("a", "b", "c")) == ("a", "b", "c")
+    assert names(None, None, None) == ()
+    with pytest.raises(ValueError, match="equal labels mean different classes"):
+        names(("a", "b"), None, ("b", "a"))

@@ -70,6 +70,9 @@ def test_records_have_image_captions_label_and_group(config):
     records = by_title(source)
     record = records["title 3"]
     assert record.captions["caption"] == ("caption 3", "Bild 3 狐")
+    assert source.class_names == ("odd", "even")
+    assert build_source(config | {"label": None}).class_names == ()
+    assert build_source(config | {"label": ("title",)}).class_names == ()
     assert record.label == 1 and record.group == records["title 1"].group
     image = decode_image(record.image)
     assert image.shape == (5, 8, 3) and (image == 3).all()

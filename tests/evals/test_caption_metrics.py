@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,43 @@ def test_ptb_tokenization_and_meteor_equal_pycocoevalcap():
         tokenization="ptb",
     )
     assert got == pytest.approx(stored["scores"], rel=1e-12, abs=1e-15)
+
+
+SEPARATORS = ("\n", "\r", "\r\n", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029")
+
+
+@pytest.fixture
+def java_lines(monkeypatch):
+    """Replace the PTB tokenizer by one that splits its input into lines as Java does."""
+    lines = []
+
+    class PTBTokenizer:
+        def tokenize(self, captions):
+            text = "\n".join(row[0]["caption"] for row in captions.values())
+            text.encode()  # to Java
+            lines[:] = text.splitlines()
+            return {i: [line] for i, line in zip(captions, lines, strict=False)}
+
+    module = types.ModuleType("ptbtokenizer")
+    module.PTBTokenizer = PTBTokenizer
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.tokenizer.ptbtokenizer", module)
+    monkeypatch.setattr(java, "require_java", lambda: None)
+    return lines
+
+
+@pytest.mark.parametrize("separator", [*SEPARATORS, "\ud800"])
+def test_line_separator_in_a_caption_does_not_shift_the_next_ones(java_lines, separator):
+    texts = [f"a{separator}b", "c", f"{separator}", "d"]
+    got = java.ptb_tokens(texts)
+    assert len(java_lines) == len(texts) + 1
+    assert [got[1], got[3]] == [["c"], ["d"]]
+    assert got[0] == ["a", "b"] or separator == "\ud800"
+
+
+def test_shifted_lines_of_the_java_tokenizer_raise(java_lines, monkeypatch):
+    monkeypatch.setattr(java, "_one_line", lambda text: text)
+    with pytest.raises(ValueError, match="did not return one line for each of the 2 texts"):
+        java.ptb_tokens(["a\u2028b", "c"])
 
 
 def test_missing_java_or_package_error_names_what_to_install(monkeypatch):

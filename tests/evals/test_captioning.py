@@ -9,6 +9,8 @@ from imgtune_jax.data import Subset, evenly_spaced
 from imgtune_jax.evals.captioning import Captioning
 from imgtune_jax.evals.results import evaluator_result
 
+ALWAYS = {"num_images", "num_broken", "same_caption", "same_reference"}
+
 
 def toy_source(fakes):
     """Return five records: one has no German reference, one is unreadable, three are evaluated."""
@@ -48,7 +50,7 @@ def test_perplexity_is_computed_on_first_references(fakes):
     )
     losses = [n for text in ("ein Hund", "eine Katze", "Rot!") for n in range(1, 1 + len(text))]
     assert got["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)))
-    assert set(got) == {"perplexity", "num_images", "num_broken"}
+    assert set(got) == {"perplexity", *ALWAYS}
 
 
 def test_prefix_is_passed_to_the_predictor(fakes):
@@ -81,7 +83,7 @@ def test_results_have_the_clip_benchmark_schema(fakes):
     line = json.loads(json.dumps(line, allow_nan=False))
     assert line["task"] == "captioning" and line["language"] == "de"
     expected = {f"Bleu_{n}" for n in (1, 2, 3, 4)} | {"ROUGE_L", "CIDEr", "chrF", "exact_match"}
-    assert expected | {"perplexity", "num_images", "num_broken"} == set(line["metrics"])
+    assert expected | {"perplexity", *ALWAYS} == set(line["metrics"])
 
 
 def test_invalid_settings_and_empty_sources_raise(fakes):
@@ -95,3 +97,27 @@ def test_invalid_settings_and_empty_sources_raise(fakes):
         Captioning(toy_source(fakes), limit=0)
     with pytest.raises(ValueError, match="none of the 1 images could be read"):
         Captioning(Records([fakes.record(None, "x")]))(fakes.Predictor())
+
+
+@pytest.mark.parametrize(
+    ("captions", "references", "share", "is_logged"),
+    [
+        ("aaab", "abcd", 0.75, True),
+        ("AAab", "abcd", 0.75, True),  # up to case
+        ("aabc", "abcd", 0.5, False),
+        ("aaaa", "aaab", 1.0, True),  # 75 % of the references are equal: the limit is 87.5 %
+        ("aaab", "aaab", 0.75, False),
+        ("aaaa", "aaaa", 1.0, False),
+    ],
+)
+def test_caption_of_most_images_is_reported_and_logged(
+    fakes, caplog, captions, references, share, is_logged
+):
+    pairs = zip(captions, references, strict=True)
+    source = Records([fakes.record(caption, reference) for caption, reference in pairs])
+    got = Captioning(source, metrics=("exact_match",))(fakes.Predictor())
+    assert got["same_caption"] == share
+    assert got["same_reference"] == max(map(references.count, references)) / 4
+    assert (
+        f"{100 * share:.0f} % of 4 images have the same caption: 'a'" in caplog.text
+    ) == is_logged

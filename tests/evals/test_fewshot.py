@@ -52,3 +52,24 @@ def test_evaluator_reports_every_sample_and_their_mean(fakes):
     accuracies = [got["10shot_acc1_seed0"], got["10shot_acc1_seed1"]]
     assert got["10shot_acc1"] == np.mean(accuracies) > 0.8
     assert set(got) == {f"{k}shot_acc1{s}" for k in (1, 10) for s in ("", "_seed0", "_seed1")}
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.1])
+def test_one_row_of_zeros_and_a_constant_column_do_not_change_the_predictions(constant):
+    rng = np.random.default_rng(0)
+    y = np.arange(30) % 3
+    x = np.eye(3, 6)[y] + 0.1 * rng.normal(size=(30, 6))
+    x[5], x[:, 4] = 0, constant
+    test = np.eye(3, 6)
+    test[:, 4] = [-50, 1e6, 3]
+    got = fewshot.fewshot_predictions(x, y, test, num_classes=3, l2=1.0)
+    assert got.tolist() == [0, 1, 2]
+
+
+def test_row_that_is_not_finite_raises():
+    x, y = np.arange(180.0).reshape(30, 6) % 7, np.arange(30) % 3
+    bad = x.copy()
+    bad[2, 1] = np.inf
+    for features, queries in ((bad, x), (x, bad)):
+        with pytest.raises(ValueError, match=r"1 of 30 .* features are not finite .* row 2"):
+            fewshot.fewshot_predictions(features, y, queries, num_classes=3, l2=1.0)

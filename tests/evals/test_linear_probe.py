@@ -89,6 +89,41 @@ def test_scaling_uses_statistics_of_the_training_features():
     np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1)
 
 
+def test_rows_of_zeros_and_constant_columns_do_not_change_the_others():
+    rng = np.random.default_rng(0)
+    train, test = rng.normal(3, 2, (50, 4)).astype(np.float32), np.ones((1, 4), np.float32)
+    train[7] = 0
+    unit, _ = linear_probe.scale_features(train, test, scaling=linear_probe.Scaling.UNIT)
+    assert unit.dtype == np.float32 and not unit[7].any()
+    others = np.delete(train, 7, 0)
+    expected = others / np.linalg.norm(others, axis=1, keepdims=True)
+    np.testing.assert_array_equal(np.delete(unit, 7, 0), expected)
+
+    train[:, 1], train[:, 2] = 0, 0.1  # a dead unit, and a constant with a rounding error
+    scaled = linear_probe.scale_features(train, test, scaling=linear_probe.Scaling.STANDARD)
+    assert scaled[0].dtype == np.float32
+    np.testing.assert_allclose(scaled[0].std(0), [1, 0, 0, 1], atol=1e-5)
+    np.testing.assert_allclose(scaled[1][0, 1:3], [1, 0.9], rtol=1e-6)
+
+
+@pytest.mark.parametrize("scaling", linear_probe.Scaling)
+def test_one_row_of_zeros_leaves_the_accuracy_unchanged(fakes, scaling):
+    train, test = clusters(fakes, 0), clusters(fakes, 1)
+    train[3] = fakes.record(np.zeros(6), label=0)
+    test[4] = fakes.record(np.zeros(6), label=1)
+    got = LinearProbe(test, train, 3, l2s=(1e-2,), scaling=scaling)(fakes.Predictor())
+    assert got["lp_acc1"] > 0.95 and got["num_images"] == 90
+
+
+@pytest.mark.parametrize("part", ["train", "val", "test"])
+def test_row_that_is_not_finite_raises(fakes, part):
+    sources = {name: clusters(fakes, i) for i, name in enumerate(("train", "val", "test"))}
+    sources[part][3] = fakes.record(np.full(6, np.nan), label=0)
+    probe = LinearProbe(sources["test"], sources["train"], 3, val_source=sources["val"])
+    with pytest.raises(ValueError, match=r"1 of 90 image features are not finite .* row 3"):
+        probe(fakes.Predictor())
+
+
 def test_probe_without_validation_images_raises(fakes):
     with pytest.raises(ValueError, match="val_fraction = 0"):
         LinearProbe([], [], 3, val_fraction=0.0)

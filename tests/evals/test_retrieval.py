@@ -125,7 +125,7 @@ def test_any_caption_of_the_image_is_a_hit():
     assert got["image_retrieval_recall@1"] == 1 / 3
 
 
-def test_image_without_a_caption_is_a_candidate_but_not_a_query():
+def test_image_without_a_caption_is_a_candidate_without_a_rank():
     image = np.eye(3, dtype=np.float32)
     got = retrieval_ranks(image, np.array([[0.0, 0.5, 1.0]], np.float32), np.array([1]))
     assert got.image_to_text.tolist() == [-1, 0, -1]
@@ -139,10 +139,46 @@ def test_embeddings_that_are_not_finite_raise():
         retrieval_metrics(image, text, np.arange(3))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_scores_that_overflow_float32_raise(dtype):
+    """An infinite or NaN score of a positive pair would have the best rank."""
+    image, text = np.eye(3, dtype=dtype), np.eye(3, dtype=dtype)
+    text[1] = [3e38, -3e38, 3e38]
+    image[1] = [3e38, 3e38, 3e38]
+    with pytest.raises(ValueError, match="scores overflow float32"):
+        retrieval_metrics(image, text, np.arange(3))
+
+
 @pytest.mark.parametrize("image_of_text", [[0, 1], [0, 1, 3], [0, 1, -1]])
 def test_invalid_image_of_text_raises(image_of_text):
     with pytest.raises(ValueError, match="index of one of the 3 images"):
         retrieval_metrics(np.eye(3), np.eye(3), np.array(image_of_text))
+
+
+def recall_of_clip_benchmark(scores, positive, k):
+    """Transcribe `recall_at_k` of CLIP_benchmark 1.6.2 and its use: the fraction of hits > 0."""
+    top = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    num_hits = np.take_along_axis(positive, top, 1).sum(1)
+    with np.errstate(invalid="ignore"):
+        return (num_hits / positive.sum(1) > 0).mean()
+
+
+def test_recalls_equal_clip_benchmark_with_uneven_captions_and_images_without_any(fakes):
+    rng = np.random.default_rng(4)
+    num_captions = rng.integers(0, 4, 30)
+    assert set(num_captions) == {0, 1, 2, 3}
+    image_of_text = np.repeat(np.arange(30), num_captions)
+    image = fakes.unit(rng.normal(size=(30, 6)))
+    text = fakes.unit(image[image_of_text] + 0.3 * rng.normal(size=(len(image_of_text), 6)))
+    got = retrieval_metrics(image, text, image_of_text)
+    positive = image_of_text[:, None] == np.arange(30)
+    scores = text @ image.T
+    for k in (1, 5, 10):
+        for name, args in {"image": (scores, positive), "text": (scores.T, positive.T)}.items():
+            expected = recall_of_clip_benchmark(*args, k)
+            assert got[f"{name}_retrieval_recall@{k}"] == pytest.approx(expected), (name, k)
+    assert got["text_retrieval_recall@10"] <= (num_captions > 0).mean()
+    assert got["text_retrieval_mean_rank"] >= 1
 
 
 def test_k_above_the_number_of_candidates_is_omitted():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -83,3 +85,18 @@ def test_evaluator_fits_on_the_training_source_and_evaluates_on_the_other(fakes)
     standardized = RidgeRetrieval(train, test, standardize=True)
     standardized(predictor)
     assert [texts[0] for texts in predictor.calls][3:] == ["train0", "test0"]
+
+
+def test_one_row_of_zeros_leaves_the_retrieval_of_others_unchanged(fakes):
+    rng = np.random.default_rng(3)
+    vectors = rng.normal(size=(40, 5))
+    vectors[7] = 0  # both of an image and of a text
+    texts = {f"t{i}": v for i, v in enumerate(vectors)}
+    source = fakes.Source(fakes.record(v, f"t{i}") for i, v in enumerate(vectors))
+    predictor = SimpleNamespace(
+        image_features=fakes.Predictor().image_features,
+        text_features=lambda names: np.stack([texts[name] for name in names]),
+        memoize=lambda key, compute: compute(),
+    )
+    got = RidgeRetrieval(source, source, lambdas=(1e-3,))(predictor)
+    assert got["text_retrieval_recall@1"] > 0.9 and got["image_retrieval_recall@1"] > 0.9

@@ -31,7 +31,7 @@ def test_metrics_equal_clip_benchmark_and_scikit_learn(golden, fakes, case):
     for row, kind in zip(
         stored["per_class"], ("precision", "recall", "f1", "support"), strict=True
     ):
-        np.testing.assert_allclose([got[f"{kind}/{c}"] for c in names], row, rtol=1e-12)
+        np.testing.assert_allclose([got[f"per_class/{kind}/{c}"] for c in names], row, rtol=1e-12)
 
 
 def test_acc5_is_omitted_below_five_classes(golden):
@@ -72,6 +72,24 @@ def test_embeddings_that_are_not_finite_raise():
         zeroshot.true_class_ranks(emb, np.eye(2), np.array([0]))
 
 
+@pytest.mark.parametrize("scores", [[[np.nan, 1.0]], [[1.0, np.nan]], [[np.inf, 0.0]]])
+def test_score_that_is_not_finite_raises_and_has_no_rank(scores):
+    with pytest.raises(ValueError, match="1 of 1 rows of class scores are not finite"):
+        zeroshot.ranks_from_scores(np.array(scores), np.array([0]))
+
+
+@pytest.mark.parametrize("label", [-1, 2])
+def test_label_outside_the_classes_has_no_rank(label):
+    with pytest.raises(ValueError, match=r"labels are from .* expected 0 to 1"):
+        zeroshot.ranks_from_scores(np.eye(2), np.array([0, label]))
+
+
+def test_prompts_that_cancel_out_give_a_class_embedding_of_zeros(fakes):
+    texts = {"a cat": np.array([1.0, 0]), "the cat": np.array([-1.0, 0])}
+    got = zeroshot.class_embeddings(fakes.Predictor(texts), ["cat"], ["a {}", "the {}"])
+    np.testing.assert_array_equal(got, [[0, 0]])
+
+
 @pytest.mark.parametrize("bad_templates", [["a photo"], ["{}", "{}"], []])
 def test_templates_without_the_class_name_raise(fakes, bad_templates):
     with pytest.raises(ValueError, match=r"templates|no prompts"):
@@ -81,9 +99,7 @@ def test_templates_without_the_class_name_raise(fakes, bad_templates):
 def test_label_outside_the_class_names_raises(fakes):
     source = [fakes.record(np.ones(2), label=2)]
     predictor = fakes.Predictor({"a": np.ones(2), "b": np.ones(2)})
-    with pytest.raises(
-        ValueError, match=r"such as \[2\]; expected one or more records, labeled 0 to 1"
-    ):
+    with pytest.raises(ValueError, match="invalid label, such as 2; expected labels from 0 to 1"):
         ZeroShot(source, ("a", "b"), "name")(predictor)
 
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from imgtune_jax.report.figures import MAX_POINTS, Curve, Panel, alt_text, panels, svg
 
 POINTS = [(1, 2.0), (2, 1.0)]
@@ -39,3 +41,11 @@ def test_caption_metrics_share_a_chart():
     charts = panels({f"val/toy/{name}": POINTS for name in names})
     assert [p.title for p in charts] == ["toy: captions", "toy: perplexity"]
     assert [c.label for c in charts[0].curves] == ["BLEU-4", "ROUGE-L", "CIDEr", "exact match"]
+
+
+@pytest.mark.parametrize("prefix", ["per_class/", ""])  # without it in older runs
+def test_metrics_of_classes_have_no_chart(prefix):
+    names = [f"c{i}" for i in range(200)] + ["loss", "a/b", "R@1", "acc1"]
+    by_class = {f"val/zs/{prefix}{x}/{n}": POINTS for x in ("f1", "support") for n in names}
+    charts = panels({"val/zs/acc1": POINTS, **by_class, "val/f1/acc1": POINTS})
+    assert [(p.title, len(p.curves)) for p in charts] == [("zs: accuracy", 1), ("f1: accuracy", 1)]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from types import SimpleNamespace
 
@@ -8,10 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imgtune_jax.evals.retrieval import Retrieval
+from imgtune_jax.evals.results import append_result, make_result
+from imgtune_jax.evals.retrieval import Retrieval, curve_names
 from imgtune_jax.report import page as page_module
 from imgtune_jax.report import write_report
 from tests.report.toy_report import UNSAFE, Page, png, retrieval_data
+
+
+def count(path, tag):
+    """Return the number of elements with a tag in a page."""
+    return [name for name, _ in Page(path.read_text("utf-8")).tags].count(tag)
 
 
 def test_page_loads_nothing_from_the_network_and_has_no_script(workdir):
@@ -31,6 +38,38 @@ def test_captions_and_settings_are_escaped(workdir):
     assert "script" not in [tag for tag, _ in page.tags]
     assert page.words.count(UNSAFE) >= 3  # in a query, a row of the heat map, and the settings
     assert any(attrs.get("alt") == UNSAFE for _, attrs in page.tags)
+
+
+def test_long_texts_are_cut_and_their_title_is_the_full_text(workdir):
+    long = "<b>" + "x" * 5000
+    data = retrieval_data(captions=["red", "green", long])
+    text = write_report(workdir, retrieval=[data]).read_text("utf-8")
+    page = Page(text)
+    cut = long[: page_module.MAX_TEXT]
+    assert cut + "…" in page.words and cut + "x" not in page.words
+    titles = [attrs["title"] for _, attrs in page.tags if "title" in attrs]
+    assert titles and set(titles) == {long}
+    alternatives = [attrs["alt"] for _, attrs in page.tags if "alt" in attrs]
+    assert max(map(len, alternatives)) == page_module.MAX_TEXT
+    assert page_module.cut("a & b") == "a &amp; b"
+
+
+def test_classes_have_a_table_and_no_charts(workdir):
+    num_charts = count(write_report(workdir), "figure")
+    by_class = {
+        f"per_class/{score}/{name}": value
+        for name in [UNSAFE, *(f"class {i}" for i in range(200))]
+        for score, value in {"f1": float(name == UNSAFE), "support": 4.0}.items()
+    }
+    fields = dict(dataset="zs", model="lit", pretrained="step 5", task="zeroshot_classification")
+    append_result(workdir / "results.jsonl", make_result(**fields, metrics=by_class))
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 5} | curve_names(by_class, prefix="val/zs/")) + "\n")
+    path = write_report(workdir)
+    page = Page(path.read_text("utf-8"))
+    assert count(path, "figure") == num_charts and "script" not in [tag for tag, _ in page.tags]
+    assert "The 10 best and the 10 worst of 201 classes" in page.words
+    assert f"{UNSAFE}100.0––4" in page.words.replace("\n", "").replace(" " * 6, "")
 
 
 def test_every_image_and_chart_has_a_text_alternative(workdir):

@@ -13,3 +13,11 @@ def test_incomplete_last_line_is_skipped_and_an_invalid_line_raises(workdir):
     path.write_text("nonsense\n" + text)
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1 is not JSON: 'nonsense'"):
         read_run_data(workdir)
+
+
+def test_values_that_are_not_finite_are_no_points_of_a_curve(workdir):
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "train/loss": NaN, "train/lr": null, "val/x": Infinity}\n')
+    series = read_run_data(workdir).series
+    assert [len(series[name]) for name in ("train/loss", "train/lr")] == [5, 5]
+    assert "val/x" not in series

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
+
 from imgtune_jax.evals.results import make_result
 from imgtune_jax.report.run_data import read_run_data
 from imgtune_jax.report.tables import MetricColumn, key_numbers, metric_label, result_tables
@@ -16,6 +18,46 @@ def test_table_has_the_newest_results_and_marks_the_best_of_a_data_set(workdir):
     assert [c.text for c in run.cells] == ["50.0", "4.5", "40"]
     assert [c.best for c in run.cells] == [True, False, False]
     assert [c.best for c in baseline.cells] == [False, True, False]  # a lower rank is better
+
+
+def result(value, step, **changes):
+    fields = dict(dataset="d", model="m", pretrained="", task="t", step=step)
+    return make_result(**(fields | changes), metrics={"acc1": value})
+
+
+def cells(tables):
+    return [cell and cell.text for table in tables for row in table.rows for cell in row.cells]
+
+
+def test_result_of_an_older_step_does_not_replace_a_newer_one():
+    results = [result(0.1, 0, model="ridge"), result(0.3, 30), result(0.2, 20)]
+    assert cells(result_tables(results, model="m")) == ["30.0", "10.0"]
+    assert cells(result_tables(results, model="m", step=20)) == ["20.0", "10.0"]
+
+
+@pytest.mark.parametrize("bad", [None, float("nan"), float("inf")])
+def test_value_that_is_not_finite_is_shown_as_such_and_never_the_best(bad):
+    results = [result(0.3, 1), result(0.1, 0, model="ridge"), result(0.2, 0, model="other")]
+    results[1]["metrics"] = {"acc1": bad, "loss": bad}  # older files may have NaN
+    (table,) = result_tables(results, model="m")
+    assert [[c and (c.text, c.best) for c in row.cells] for row in table.rows] == [
+        [("30.0", True), None],
+        [("not finite", False), ("not finite", False)],
+        [("20.0", False), None],
+    ]
+    run = SimpleNamespace(last_step=None, series={})
+    assert [n.note for n in key_numbers(run, [table])] == ["ridge: not finite"]
+
+
+def test_repeated_captions_have_a_note_and_no_column():
+    metrics = {"CIDEr": 0.1, "same_caption": 0.92, "same_reference": 0.1}
+    records = [
+        make_result(dataset=d, model="m", pretrained="", task="captioning", metrics=metrics | x)
+        for d, x in {"a": {}, "b": {"same_caption": 0.2}}.items()
+    ]
+    (table,) = result_tables(records, model="m")
+    assert table.columns == ["CIDEr"]
+    assert table.notes == ["a (m): 92 % of the images have the same caption."]
 
 
 def test_key_numbers_start_with_english_results():

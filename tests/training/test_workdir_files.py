@@ -69,6 +69,13 @@ def test_logs_are_truncated_after_the_last_step(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
+def test_line_separator_in_a_text_does_not_truncate_the_log(tmp_path):
+    line = '{"step": 1, "dataset": "a\u2028b\x85c"}\n'
+    (tmp_path / "results.jsonl").write_text(line + '{"step": 2}\n', "utf-8")
+    workdir_files.truncate_logs(tmp_path, 1)
+    assert (tmp_path / "results.jsonl").read_text("utf-8") == line
+
+
 def test_incomplete_last_line_is_dropped(tmp_path, caplog):
     write_lines(
         tmp_path / "metrics.jsonl", [{"step": 1}, {"step": 2}], incomplete='{"step": 3, "tr'

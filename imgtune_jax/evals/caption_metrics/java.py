@@ -12,6 +12,10 @@ from collections.abc import Sequence
 from imgtune_jax.errors import UserError
 from imgtune_jax.evals.caption_metrics.tokens import Tokens
 
+# The tokenizer drops empty lines at the end of its input, so this line follows the texts. If it is
+# returned in the same place, each text was one line.
+LAST_LINE = "endofcaptions"
+
 
 def ptb_tokens(texts: Sequence[str]) -> list[list[str]]:
     """Tokenize with Stanford's PTB tokenizer (CoreNLP 3.4.1).
@@ -24,10 +28,19 @@ def ptb_tokens(texts: Sequence[str]) -> list[list[str]]:
         PTBTokenizer,
     )
 
-    # The tokenizer drops empty lines at the end of its input, so the last line must not be empty.
-    lines = dict(enumerate([*texts, "end"]))
-    tokens = PTBTokenizer().tokenize({i: [{"caption": t}] for i, t in lines.items()})
+    lines = dict(enumerate([*map(_one_line, texts), LAST_LINE]))
+    tokens = PTBTokenizer().tokenize({i: [{"caption": line}] for i, line in lines.items()})
+    if tokens.get(len(texts)) != [LAST_LINE]:
+        raise UserError(
+            f"the PTB tokenizer did not return one line for each of the {len(texts)} texts; use "
+            'tokenization="simple"'
+        )
     return [tokens[i][0].split() for i in range(len(texts))]
+
+
+def _one_line(text: str) -> str:
+    """Replace all characters that end a line, such as U+2028, by spaces; replace surrogates."""
+    return " ".join(text.splitlines()).encode("utf-8", "replace").decode()
 
 
 def meteor(
