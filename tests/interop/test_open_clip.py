@@ -140,3 +140,23 @@ def test_position_embeddings_are_resized_to_another_image_size(tmp_path):
     assert params["image"]["pos_embed"].shape == (16, 16)
     batch = Batch(jnp.ones(1, bool), image=jnp.zeros((1, 16, 16, 3), jnp.uint8))
     assert np.isfinite(model.apply(params, batch).image_emb).all()
+
+
+@pytest.mark.parametrize("bias", [dict(use_bias=False), dict(vocab_bias=True)])
+def test_export_of_a_decoder_with_other_biases_than_open_clips_is_an_error(bias):
+    sizes = dict(width=16, depth=1, mlp_dim=64, num_heads=2, norm_epsilon=1e-5, act="gelu")
+    text = dict(sizes, vocab_size=10, max_length=6)
+    cfg = dict(
+        image=dict(
+            sizes, name="vit", patch_size=4, pre_norm=True, patch_bias=False, final_norm="none"
+        ),
+        image_pooler=dict(name="attentional", layout="shared", width=16, norm_epsilon=1e-5),
+        text=dict(text, name="text_transformer", pool="class", shifted_class_mask=True),
+        decoder=dict(text, name="transformer", input_from="text_tower", cross="block"),
+        image_size=8,
+        embed_dim=16,
+    )
+    assert "multimodal_cfg" in interop.config_to_open_clip(models.build_model(cfg))
+    cfg["decoder"] |= bias
+    with pytest.raises(ValueError, match=rf"decoder\.{next(iter(bias))} = "):
+        interop.config_to_open_clip(models.build_model(cfg))
