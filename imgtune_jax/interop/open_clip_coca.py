@@ -179,6 +179,8 @@ def _check_decoder_and_pooler(model: ImageTextModel) -> None:
         "decoder.mlp_dim": (decoder.mlp_dim, MLP_RATIO * decoder.width),
         "decoder.norm_epsilon": (decoder.norm_epsilon, LAYER_NORM_EPSILON),
         "decoder.act": (decoder.act, model.text.act),
+        "decoder.use_bias": (decoder.use_bias, True),
+        "decoder.vocab_bias": (decoder.vocab_bias, False),
         "decoder.width": (decoder.width, pooler.width),
         "image_pooler.norm_epsilon": (pooler.norm_epsilon, model.image.norm_epsilon),
     }

@@ -172,3 +172,23 @@ def test_weights_that_are_not_finite_are_refused_by_name():
     state["visual.proj"] = np.full_like(state["visual.proj"], np.nan)
     with pytest.raises(UserError, match="not finite: image_head/kernel"):
         interop.load_open_clip(state, model)
+
+
+@pytest.mark.parametrize("bias", [dict(use_bias=False), dict(vocab_bias=True)])
+def test_export_of_a_decoder_with_other_biases_than_open_clips_is_an_error(bias):
+    sizes = dict(width=16, depth=1, mlp_dim=64, num_heads=2, norm_epsilon=1e-5, act="gelu")
+    text = dict(sizes, vocab_size=10, max_length=6)
+    cfg = dict(
+        image=dict(
+            sizes, name="vit", patch_size=4, pre_norm=True, patch_bias=False, final_norm="none"
+        ),
+        image_pooler=dict(name="attentional", layout="shared", width=16, norm_epsilon=1e-5),
+        text=dict(text, name="text_transformer", pool="class", shifted_class_mask=True),
+        decoder=dict(text, name="transformer", input_from="text_tower", cross="block"),
+        image_size=8,
+        embed_dim=16,
+    )
+    assert "multimodal_cfg" in interop.config_to_open_clip(models.build_model(cfg))
+    cfg["decoder"] |= bias
+    with pytest.raises(ValueError, match=rf"decoder\.{next(iter(bias))} = "):
+        interop.config_to_open_clip(models.build_model(cfg))
