@@ -160,7 +160,8 @@ def _read_headers(tar: tarfile.TarFile, path: Path) -> Iterator[tarfile.TarInfo]
             continue
         if info is None:
             break
-        tar.members = []  # otherwise tarfile keeps all headers in memory, which may be millions
+        # Otherwise tarfile keeps all headers in memory, which may be millions.
+        tar.members = []  # type: ignore[attr-defined]
         if info.size < 0 or tar.offset <= info.offset:  # malformed: the next header is after it
             tar.offset = max(info.offset, position) + tarfile.BLOCKSIZE
             continue
