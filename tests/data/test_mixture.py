@@ -3,6 +3,7 @@ from collections import Counter
 import pytest
 
 from imgtune_jax.data import Mixture, build_source
+from imgtune_jax.errors import UserError
 from tests.data.conftest import write_tar
 
 
@@ -70,3 +71,14 @@ def test_invalid_weights_are_rejected(configs):
         build_mixture(configs, (1, 0, 1))
     with pytest.raises(ValueError, match="has no sources"):
         Mixture(())
+
+
+def test_sources_may_be_a_generator(configs):
+    sources = [build_source(config) for config in configs]
+    assert Mixture(source for source in sources) == Mixture(sources=tuple(sources))
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), 0, -1])
+def test_weights_that_are_no_proportion_are_rejected(configs, weight):
+    with pytest.raises(UserError, match="expected 3 weights above 0 and finite"):
+        build_source({"name": "mixture", "sources": configs, "weights": (1, 1, weight)})
