@@ -153,6 +153,8 @@ HELPERS: dict[str, set[str]] = {
         "sources.py",
         "subset.py",
         "feature_store.py",
+        "hidden.py",
+        "table.py",
         "tar_index.py",
         "tokenizer.py",
         "tokenizer_files.py",

@@ -6,6 +6,7 @@ Malformed bytes raise BadRecord, and no other exception.
 from __future__ import annotations
 
 import io
+import stat
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ Color = tuple[int, int, int]  # RGB
 WHITE: Color = (255, 255, 255)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_PIXELS = 89_478_485  # Pillow's warning threshold
+MAX_ASPECT_RATIO = 200  # resizing the shorter side of a thinner image would allocate gigabytes
+MAX_FILE_BYTES = 1 << 30
 # Larger images have no buffer: for them, page faults cost little compared with decoding.
 BUFFER_BYTES = 1 << 24
 ORIENTATION = 0x0112  # EXIF tag; its value 1 means upright
@@ -110,10 +113,13 @@ def open_image(
         _check_size(image, max_pixels)
         return _decode_with_pillow(image, background)
     if isinstance(image, str | Path):
-        try:
-            image = Path(image).read_bytes()
-        except OSError as error:
-            raise BadRecord(FaultCause.MISSING_IMAGE, str(error)) from error
+        image = read_image_file(Path(image))
+    if not isinstance(image, bytes | bytearray | memoryview):
+        raise BadRecord(
+            FaultCause.UNSUPPORTED_IMAGE,
+            f"image of type {type(image).__name__}; expected encoded bytes, a path, a PIL image or "
+            "an array",
+        )
     data = bytes(image)
     try:
         opened = Image.open(io.BytesIO(data))
@@ -129,6 +135,21 @@ def open_image(
     )
 
 
+def read_image_file(path: Path) -> bytes:
+    """Return the bytes of a file. Raises BadRecord unless it is a regular file that can be read."""
+    try:
+        status = path.stat()
+        if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_FILE_BYTES:
+            return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: the name contains a zero byte
+        raise BadRecord(FaultCause.MISSING_IMAGE, str(error)) from error
+    raise BadRecord(
+        FaultCause.UNREADABLE_FILE,
+        f"{path} has {status.st_size} bytes and mode {stat.filemode(status.st_mode)}; expected a "
+        f"regular file of at most {MAX_FILE_BYTES} bytes",
+    )
+
+
 def _is_plain_jpeg(opened: Image.Image) -> bool:
     """Return whether libjpeg-turbo returns Pillow's pixels: no CMYK, rotation or several images."""
     if opened.format != "JPEG" or opened.mode not in ("RGB", "L"):
@@ -141,10 +162,19 @@ def _is_plain_jpeg(opened: Image.Image) -> bool:
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:
     width, height = image.size
+    _check_aspect(width, height)
     if width * height > max_pixels:
         raise BadRecord(
             FaultCause.TOO_MANY_PIXELS,
             f"image of {width}x{height} = {width * height} pixels; expected at most {max_pixels}",
+        )
+
+
+def _check_aspect(width: int, height: int) -> None:
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise BadRecord(
+            FaultCause.UNSUPPORTED_IMAGE,
+            f"image of {width}x{height}; expected sides whose ratio is at most {MAX_ASPECT_RATIO}",
         )
 
 
@@ -204,6 +234,7 @@ def _array_to_pil(array: np.ndarray, max_pixels: int) -> Image.Image:
             FaultCause.UNSUPPORTED_IMAGE,
             f"array of shape {array.shape}; expected [h w], [h w 1], [h w 3] or [h w 4]",
         )
+    _check_aspect(array.shape[1], array.shape[0])
     if array.shape[0] * array.shape[1] > max_pixels:
         raise BadRecord(
             FaultCause.TOO_MANY_PIXELS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,13 +28,16 @@ class Mixture:
     weights: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "sources", tuple(self.sources))  # it may be a generator
         if not self.sources:
             raise UserError("a mixture has no sources; set `sources` to one or more")
         weights = self.weights
-        if weights is not None and (len(weights) != len(self.sources) or min(weights) <= 0):
+        if weights is not None and (
+            len(weights) != len(self.sources) or not all(0 < w < math.inf for w in weights)
+        ):
             raise UserError(
-                f"weights = {tuple(weights)}; expected {len(self.sources)} weights above 0, "
-                "one per source"
+                f"weights = {tuple(weights)}; expected {len(self.sources)} weights above 0 "
+                "and finite, one per source"
             )
 
     @cached_property

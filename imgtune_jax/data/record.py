@@ -23,6 +23,7 @@ class FaultCause(enum.StrEnum):
     """The reason that a record is bad."""
 
     MISSING_IMAGE = "missing_image"
+    UNREADABLE_FILE = "unreadable_file"
     NOT_AN_IMAGE = "not_an_image"
     TRUNCATED_IMAGE = "truncated_image"
     UNDECODABLE_IMAGE = "undecodable_image"
@@ -35,10 +36,16 @@ class FaultCause(enum.StrEnum):
     INVALID_FEATURES = "invalid_features"
 
 
+def printable(text: str) -> str:
+    """Return a text that can be printed: bytes that are not UTF-8 are written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 class BadRecord(Exception):
     """A record that cannot be used: `cause` classifies the reason, `detail` explains it."""
 
     def __init__(self, cause: FaultCause, detail: str) -> None:
+        detail = printable(detail)
         super().__init__(cause, detail)
         self.cause = cause
         self.detail = detail

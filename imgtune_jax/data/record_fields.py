@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
+import math
+import re
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from imgtune_jax.data.record import BadRecord, FaultCause, Record, group_id
+import numpy as np
+
+from imgtune_jax.data.record import BadRecord, FaultCause, Record, group_id, printable
 
 FieldPath = tuple[str, ...]  # ("name", "en"): the keys from the outermost object inwards
 MAX_SAMPLE_BYTES = 1 << 16  # a fingerprint reads at most this much of a sampled span
+MAX_JSON_DEPTH = 64  # functions such as repr cannot process any depth
+MAX_LABEL = 2**31 - 1
+ENCODING_OF_MARK = {
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32-le",  # before UTF-16, whose mark is the beginning of this one
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
+
+# Python does not convert an integer of more than 4300 digits.
+_JSON_DECODER = json.JSONDecoder(parse_int=lambda s: int(s) if len(s) < 1000 else float(s))
 
 
 def as_field_path(value: str | Sequence[str]) -> FieldPath:
@@ -29,10 +47,19 @@ def get_field(metadata: Any, path: FieldPath) -> Any:
     return metadata
 
 
+def with_field(metadata: Any, path: FieldPath, value: Any) -> Any:
+    """Return a copy of `metadata` with `value` at a path; missing objects on the path are added."""
+    if not path:
+        return value
+    fields = metadata if isinstance(metadata, Mapping) else {}
+    return {**fields, path[0]: with_field(fields.get(path[0]), path[1:], value)}
+
+
 def parse_captions(value: Any) -> tuple[str, ...]:
     """Return the captions in a value: a string, a list of strings, or None.
 
-    Blank strings are dropped. Raises BadRecord for any other value.
+    Blank strings are dropped. Raises BadRecord for any other value, and for a string that is not
+    Unicode text, such as half of a surrogate pair.
     """
     if value is None:
         return ()
@@ -40,50 +67,106 @@ def parse_captions(value: Any) -> tuple[str, ...]:
     if not isinstance(values, Sequence) or not all(isinstance(v, str) for v in values):
         raise BadRecord(
             FaultCause.BAD_METADATA,
-            f"caption = {str(value)[:60]!r}; expected a string or a list of strings",
+            f"caption = {reprlib.repr(value)}; expected a string or a list of strings",
         )
+    for text in values:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise BadRecord(
+                FaultCause.BAD_UTF8, f"caption = {reprlib.repr(text)} is not UTF-8 ({error.reason})"
+            ) from error
     return tuple(v for v in values if v.strip())
 
 
 def parse_label(value: Any, classes: Sequence[str] | None) -> int:
     """Return a class id: the value itself or, with `classes`, its index in `classes`.
 
-    Raises BadRecord if the value is not an integer, or not one of `classes`.
+    Raises BadRecord if the value is not an integer from 0 to 2³¹ - 1, or not one of `classes`.
     """
+    value = _as_python_scalar(value)
     if classes is not None and value in classes:
         return list(classes).index(value)
-    if classes is None and isinstance(value, int) and not isinstance(value, bool):
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if classes is None and is_int and 0 <= value <= MAX_LABEL:
         return value
-    expected = "an integer" if classes is None else f"one of the {len(classes)} classes"
-    raise BadRecord(FaultCause.MISSING_LABEL, f"label = {str(value)[:60]!r}; expected {expected}")
+    expected = (
+        f"an integer from 0 to {MAX_LABEL}"
+        if classes is None
+        else f"one of the {len(classes)} classes"
+    )
+    raise BadRecord(FaultCause.MISSING_LABEL, f"label = {reprlib.repr(value)}; expected {expected}")
 
 
 def parse_group(value: Any) -> int:
-    """Return the id of a group. Raises BadRecord for None, the value of a missing field."""
-    if value is None:
-        raise BadRecord(FaultCause.BAD_METADATA, "the group field is missing")
+    """Return the id of a group.
+
+    Raises BadRecord for None (the value of a missing field), for a blank string, and for NaN, since
+    records without a group would all be in the same one.
+    """
+    value = _as_python_scalar(value)
+    is_blank = isinstance(value, str) and not value.strip()
+    if value is None or is_blank or (isinstance(value, float) and math.isnan(value)):
+        raise BadRecord(FaultCause.BAD_METADATA, "the group field is missing or empty")
     return group_id(value)
 
 
-def decode_utf8(data: bytes, name: str) -> str:
-    """Decode bytes as UTF-8. Raises BadRecord, with `name` in its text, if they are not UTF-8."""
+def _as_python_scalar(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def split_mark(data: bytes) -> tuple[str, bytes]:
+    """Return the encoding that a byte order mark states (default: UTF-8), and the other bytes."""
+    for mark, encoding in ENCODING_OF_MARK.items():
+        if data.startswith(mark):
+            return encoding, data[len(mark) :]
+    return "utf-8", data
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """Decode UTF-8, or the encoding of the byte order mark. Raises BadRecord that names `name`."""
+    encoding, data = split_mark(data)
     try:
-        return data.decode("utf-8")
+        return data.decode(encoding)
     except UnicodeDecodeError as error:
         raise BadRecord(FaultCause.BAD_UTF8, f"{name}: {error}") from error
 
 
-def parse_json(data: bytes, name: str) -> Mapping[str, Any]:
+def load_json(text: str) -> Any:
+    """Parse JSON. Raises ValueError if the text is not JSON, or is nested too deeply for Python.
+
+    An integer with more digits than Python converts is a float, as in other JSON parsers.
+    """
+    try:
+        return _JSON_DECODER.decode(text)
+    except RecursionError as error:
+        raise ValueError("too deeply nested") from error
+
+
+def parse_json(data: bytes | str, name: str) -> Mapping[str, Any]:
     """Parse a JSON object. Raises BadRecord, with `name` in its text, if it is not one."""
     try:
-        parsed = json.loads(decode_utf8(data, name))
-    except (json.JSONDecodeError, RecursionError) as error:
+        parsed = load_json(data if isinstance(data, str) else decode_text(data, name))
+    except ValueError as error:
         raise BadRecord(FaultCause.BAD_METADATA, f"{name} is not JSON: {error}") from error
-    if not isinstance(parsed, Mapping):
+    return check_json_object(parsed, name)
+
+
+def check_json_object(value: Any, name: str) -> Mapping[str, Any]:
+    """Return a JSON object. Raises BadRecord if the value is another one, or deeply nested."""
+    if not isinstance(value, Mapping):
         raise BadRecord(
-            FaultCause.BAD_METADATA, f"{name} = {str(parsed)[:40]!r}; expected a JSON object"
+            FaultCause.BAD_METADATA, f"{name} = {reprlib.repr(value)}; expected a JSON object"
         )
-    return parsed
+    level: list[Any] = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        containers = [v.values() if isinstance(v, dict) else v for v in level]
+        level = [v for values in containers for v in values if isinstance(v, dict | list)]
+        if not level:
+            return value
+    raise BadRecord(
+        FaultCause.BAD_METADATA, f"{name} is nested more than {MAX_JSON_DEPTH} levels deep"
+    )
 
 
 def matches_filter(metadata: Any, where: Mapping[str, Sequence[Any]]) -> bool:
@@ -93,7 +176,8 @@ def matches_filter(metadata: Any, where: Mapping[str, Sequence[Any]]) -> bool:
 
 def as_int_if_digits(value: Any) -> Any:
     """Return "3" as 3, since csv files have no integers. Return any other value unchanged."""
-    return int(value) if isinstance(value, str) and value.isdigit() else value
+    is_digits = isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,18}\s*", value)
+    return int(value) if is_digits else value
 
 
 @dataclass(frozen=True)
@@ -137,7 +221,7 @@ class RecordFields:
                 values[field] = read_field()
             except BadRecord as bad:
                 all_faults[field] = bad
-        return Record(key, image, metadata=metadata, faults=all_faults, **values)
+        return Record(printable(key), image, metadata=metadata, faults=all_faults, **values)
 
     def _read_captions(self, metadata: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
         return {

@@ -87,7 +87,10 @@ class RowBuilder:
             return row
         pipeline = self.pipeline
         with_image = pipeline.transform is not None and "image" not in cached
-        record = pipeline.source[index] if with_image else read_metadata(pipeline.source, index)
+        try:
+            record = pipeline.source[index] if with_image else read_metadata(pipeline.source, index)
+        except BadRecord as bad:
+            record = Record(f"record {index}", faults={"image": bad, "captions": bad})
         row["key"] = record.key
         readers: dict[str, Any] = {}
         if pipeline.caption_sampler is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from imgtune_jax.data.record import BadRecord, Record
+from imgtune_jax.data.record import BadRecord, FaultCause, Record
 from imgtune_jax.data.record_fields import (
     Fingerprint,
+    RecordFields,
     as_field_path,
-    decode_utf8,
+    decode_text,
     get_field,
     parse_captions,
-    parse_group,
 )
 from imgtune_jax.errors import UserError
 
@@ -48,7 +49,14 @@ class TFDS:
         return len(self._data_source)
 
     def __getitem__(self, index: int) -> Record:
-        example = self._data_source[index]
+        if not 0 <= index < len(self):
+            raise IndexError(f"index = {index}; expected 0 <= index < {len(self)}")
+        key = f"{self.dataset}[{self.split}] {index}"
+        try:
+            example = self._data_source[index]
+        except Exception as error:  # the parsers of TFDS raise any exception on malformed bytes
+            bad = BadRecord(FaultCause.BAD_METADATA, f"{key}: {type(error).__name__}: {error}")
+            return Record(key, faults=dict.fromkeys(("image", "captions", "label", "group"), bad))
         faults: dict[str, BadRecord] = {}
         captions: dict[str, tuple[str, ...]] = {}
         try:
@@ -56,18 +64,18 @@ class TFDS:
                 captions[name] = _decode_captions(get_field(example, as_field_path(path)))
         except BadRecord as bad:
             faults["captions"] = bad
+        image = get_field(example, as_field_path(self.image))
+        record = self._record_fields.build_record(
+            key, image=image, metadata=example, faults=faults, captions=captions
+        )
+        return dataclasses.replace(record, metadata={})  # the features would keep the image alive
+
+    @cached_property
+    def _record_fields(self) -> RecordFields:
         label, group = (
-            None if path is None else get_field(example, as_field_path(path))
-            for path in (self.label, self.group)
+            None if path is None else as_field_path(path) for path in (self.label, self.group)
         )
-        return Record(
-            key=f"{self.dataset}[{self.split}] {index}",
-            image=get_field(example, as_field_path(self.image)),
-            captions=captions,
-            label=None if label is None else int(label),
-            group=None if group is None else parse_group(_as_python_scalar(group)),
-            faults=faults,
-        )
+        return RecordFields({}, label=label, group=group)
 
     @property
     def caption_sets(self) -> tuple[str, ...]:
@@ -118,11 +126,9 @@ class TFDS:
         return self._builder.as_data_source(self.split, decoders=skip)
 
 
-def _as_python_scalar(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value
-
-
 def _decode_captions(value: Any) -> tuple[str, ...]:
-    values = [value] if isinstance(value, bytes | str) else list(value if value is not None else ())
-    texts = [decode_utf8(v, "caption") if isinstance(v, bytes) else v for v in values]
-    return parse_captions(texts)
+    values = value.tolist() if isinstance(value, np.ndarray) else value
+    values = values if isinstance(values, list) else [] if values is None else [values]
+    return parse_captions(
+        [decode_text(v, "caption") if isinstance(v, bytes) else v for v in values]
+    )

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import glob
+import logging
+import posixpath
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
 
+from imgtune_jax.data.hidden import is_hidden
+from imgtune_jax.data.image import MAX_FILE_BYTES
 from imgtune_jax.data.record import BadRecord, FaultCause, Record
 from imgtune_jax.data.record_fields import (
     Fingerprint,
     RecordFields,
     as_field_path,
-    decode_utf8,
+    as_int_if_digits,
+    decode_text,
     matches_filter,
     parse_captions,
     parse_json,
@@ -25,9 +30,21 @@ from imgtune_jax.data.record_fields import (
 from imgtune_jax.data.tar_index import TarIndex, expand_braces, index_tar
 from imgtune_jax.errors import UserError
 
+log = logging.getLogger("imgtune_jax.data")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 DEFAULT_CAPTION_FIELDS = ("caption", "text")
+MAX_TEXT_BYTES = 1 << 24  # of a txt, json or cls member
 NO_MEMBER = -1
+
+
+class _Records(NamedTuple):
+    """Members of each record: (tar, image, JSON, txt, cls), or NO_MEMBER.
+
+    `without_image` maps the index of a record without an image to its {extension: member}.
+    """
+
+    members: Int64[np.ndarray, "n 5"]
+    without_image: Mapping[int, Mapping[str, int]]
 
 
 @dataclass(frozen=True)
@@ -35,13 +52,15 @@ class WebDataset:
     """WebDataset tars. Each image of each key is a record.
 
     A key is the name of a member up to the first dot of its file name; the extension is the rest
-    after the dot. Field paths such as ("name", "en") refer to the key's JSON.
+    after the dot. If a key has an extension again, the further member begins another record. Hidden
+    members are skipped. Field paths such as ("name", "en") refer to the key's JSON.
 
     `path`: a tar, a list of tars, or patterns with `*` and `{000..099}`.
     `image`: the extensions of images. A key without any of them is a record with a missing image.
     `captions`: caption set -> field path of a string or a list of strings. If None, the only
     caption set is "caption", from the `txt` member or from "caption" or "text" in the JSON.
-    `label`: field path of an integer or, with `classes`, of a name in `classes`.
+    `label`: field path of an integer or, with `classes`, of a name in `classes`. If None, the label
+    is the integer in the `cls` member, as in CLIP_benchmark's tars.
     `group`: field path; records with equal values have equal groups.
     `where`: top-level JSON field -> allowed values. Keys with any other value are skipped.
     """
@@ -57,11 +76,14 @@ class WebDataset:
     def __post_init__(self) -> None:
         if not len(self):
             raise UserError(
-                f"no records in {self.path} (image={tuple(self.image)}, where={dict(self.where)})"
+                f"no records in {self.path} (image={self._extensions}, where={dict(self.where)})"
             )
+        if len(self._records.without_image) == len(self):
+            fault = self[0].faults["image"]
+            raise UserError(f"no images in {self.path}: {fault.detail}")
 
     def __len__(self) -> int:
-        return len(self._record_members)
+        return len(self._records.members)
 
     def __getitem__(self, index: int) -> Record:
         return self._build_record(index, with_image=True)
@@ -92,16 +114,23 @@ class WebDataset:
         digest = Fingerprint(*map(_canonical, options))
         for tar in self._tars:
             digest.add(tar.names, tar.sizes.tolist())
-            spans = list(zip(tar.offsets.tolist(), tar.sizes.tolist(), strict=True))
-            digest.add_samples(tar.path, spans)
+            spans = zip(tar.offsets.tolist(), tar.sizes.tolist(), strict=True)
+            digest.add_samples(tar.path, [(start, size) for start, size in spans if start >= 0])
         return digest.hex()
+
+    @property
+    def _extensions(self) -> tuple[str, ...]:
+        return tuple(e.lower().removeprefix(".") for e in as_field_path(self.image))
 
     @cached_property
     def _record_fields(self) -> RecordFields:
+        label = None if self.label is None else as_field_path(self.label)
+        if label is None and (self._records.members[:, -1] != NO_MEMBER).any():
+            label = ("cls",)
         return RecordFields(
             captions={name: as_field_path(path) for name, path in (self.captions or {}).items()},
-            label=None if self.label is None else as_field_path(self.label),
-            classes=self.classes,
+            label=label,
+            classes=None if self.label is None else self.classes,  # `cls` is the index of a class
             group=None if self.group is None else as_field_path(self.group),
         )
 
@@ -110,17 +139,18 @@ class WebDataset:
         return tuple(index_tar(path) for path in _expand_paths(self.path))
 
     @cached_property
-    def _record_members(self) -> Int64[np.ndarray, "n 4"]:
-        """(tar, image member, JSON member, txt member) of each record; NO_MEMBER if missing."""
-        rows = []
+    def _records(self) -> _Records:
+        rows, without_image = [], {}
         for t, tar in enumerate(self._tars):
-            for members in _group_by_key(tar.names).values():
+            for members in _group_by_key(tar):
                 if self.where and not self._is_selected(tar, members):
                     continue
-                images = [members[e] for e in self.image if e in members] or [NO_MEMBER]
-                texts = members.get("json", NO_MEMBER), members.get("txt", NO_MEMBER)
-                rows += [(t, image, *texts) for image in images]
-        return np.array(rows, np.int64).reshape(-1, 4)
+                images = [members[e] for e in self._extensions if e in members]
+                if not images:
+                    without_image[len(rows)] = members
+                texts = [members.get(e, NO_MEMBER) for e in ("json", "txt", "cls")]
+                rows += [(t, image, *texts) for image in images or [NO_MEMBER]]
+        return _Records(np.array(rows, np.int64).reshape(-1, 5), without_image)
 
     def _is_selected(self, tar: TarIndex, members: Mapping[str, int]) -> bool:
         """Return whether `where` selects a key.
@@ -130,42 +160,63 @@ class WebDataset:
         if "json" not in members:
             return False
         try:
-            metadata = parse_json(tar.read(members["json"]), "json")
+            metadata = parse_json(_read_text(tar, members["json"]), "json")
         except BadRecord:
             return True
         return matches_filter(metadata, self.where)
 
     def _build_record(self, index: int, *, with_image: bool) -> Record:
-        t, image, json_member, txt = (int(x) for x in self._record_members[index])
-        tar = self._tars[t]
-        named_member = image if image != NO_MEMBER else max(json_member, txt)
-        name = tar.names[named_member] if named_member != NO_MEMBER else f"record {index}"
-        faults: dict[str, BadRecord] = {}
+        t, image, json_member, txt, cls = (int(x) for x in self._records.members[index])
+        tar, faults, data = self._tars[t], {}, None
         if image == NO_MEMBER:
-            detail = f"no {'|'.join(self.image)} member"
-            faults["image"] = BadRecord(FaultCause.MISSING_IMAGE, detail)
+            members = self._records.without_image[index]
+            name = tar.names[next(iter(members.values()))]
+            faults["image"] = self._missing_image(name, tuple(members))
+        else:
+            name = tar.names[image]
+            try:
+                data = tar.read(image, max_bytes=MAX_FILE_BYTES) if with_image else None
+            except BadRecord as bad:
+                faults["image"] = bad
         metadata: Mapping[str, Any] = {}
         captions: dict[str, tuple[str, ...]] | None = None  # None: those of `_record_fields`
         try:
             if json_member != NO_MEMBER:
-                metadata = parse_json(tar.read(json_member), tar.names[json_member])
+                metadata = parse_json(_read_text(tar, json_member), tar.names[json_member])
             if self.captions is None:
                 captions = {"caption": _default_captions(tar, metadata, txt)}
         except BadRecord as bad:
             faults["captions"], captions = bad, {}
+        try:
+            if self.label is None and cls != NO_MEMBER:
+                metadata = {**metadata, "cls": as_int_if_digits(_read_text(tar, cls))}
+        except BadRecord as bad:
+            faults["label"] = bad
         return self._record_fields.build_record(
             f"{tar.path.name}:{name}",
-            image=tar.read(image) if with_image and image != NO_MEMBER else None,
+            image=data,
             metadata=metadata,
             faults=faults,
             captions=captions,
         )
 
+    def _missing_image(self, name: str, extensions: Sequence[str]) -> BadRecord:
+        return BadRecord(
+            FaultCause.MISSING_IMAGE,
+            f"the key of {name} has the extensions {', '.join(extensions)}, and none of the image "
+            f"extensions {', '.join(self._extensions)}. An extension begins after the first dot of "
+            "the file name; rename the members, or set `image`",
+        )
+
+
+def _read_text(tar: TarIndex, member: int) -> str:
+    return decode_text(tar.read(member, max_bytes=MAX_TEXT_BYTES), tar.names[member])
+
 
 def _default_captions(tar: TarIndex, metadata: Mapping[str, Any], txt: int) -> tuple[str, ...]:
     """Return the captions in the txt member or, without one, in the default JSON fields."""
     if txt != NO_MEMBER:
-        return parse_captions(decode_utf8(tar.read(txt), tar.names[txt]))
+        return parse_captions(_read_text(tar, txt))
     candidates = (parse_captions(metadata.get(name)) for name in DEFAULT_CAPTION_FIELDS)
     return next((captions for captions in candidates if captions), ())
 
@@ -179,15 +230,33 @@ def _canonical(value: Any) -> Any:
     return value
 
 
-def _group_by_key(names: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Return {key: {extension: member}}; the extension follows the first dot of the file name."""
-    keys: dict[str, dict[str, int]] = {}
-    for member, name in enumerate(names):
+def _group_by_key(tar: TarIndex) -> list[dict[str, int]]:
+    """Return {extension: member} of each sample of a tar, in the order of their first members.
+
+    A member whose key has its extension already begins another sample.
+    """
+    samples: list[dict[str, int]] = []
+    newest: dict[str, dict[str, int]] = {}  # by key
+    for member, name in enumerate(tar.names):
+        if name.startswith(".") or any(part in name for part in ("/.", "//", "__MACOSX")):
+            name = posixpath.normpath(name)  # ./1.jpg and 1.txt have the same key
+            if is_hidden(name):
+                continue
         folder, slash, file = name.rpartition("/")
         stem, dot, extension = file.partition(".")
-        if stem and dot:  # skips hidden files, such as macOS's ._name
-            keys.setdefault(folder + slash + stem, {})[extension.lower()] = member
-    return keys
+        if not (stem and dot):
+            continue
+        key, extension = folder + slash + stem, extension.lower()
+        if key not in newest or extension in newest[key]:
+            newest[key] = {}
+            samples.append(newest[key])
+        newest[key][extension] = member
+    if repeated := len(samples) - len(newest):
+        log.warning(
+            "%s has the same key several times; %d further records of such keys are used too",
+            tar.path, repeated,
+        )  # fmt: skip
+    return samples
 
 
 def _expand_paths(path: str | Sequence[str]) -> list[Path]:

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imgtune_jax.data import BadRecordCounter, Fault, FaultCause, Pipeline, TooManyBadRecordsError
+from imgtune_jax.data import (
+    BadRecord,
+    BadRecordCounter,
+    Fault,
+    FaultCause,
+    Pipeline,
+    TooManyBadRecordsError,
+)
 from tests.data.conftest import build_tar_source, encode, valid_files, write_tar
 
 
@@ -146,3 +153,21 @@ def test_counter_logs_five_keys_and_waits_for_enough_records(caplog):
     assert counter.summary() == {"seen": 100, "bad_utf8": 1, "not_an_image": 9}
     with pytest.raises(TooManyBadRecordsError, match="11 of 101"):
         counter.add(1, [Fault("k10", FaultCause.BAD_UTF8, "x")])
+
+
+def test_a_source_may_raise_bad_record_for_a_whole_record(make_bad_pipeline, source):
+    class Failing:
+        caption_sets, fingerprint = source.caption_sets, "failing"
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            if index == 2:
+                raise BadRecord(FaultCause.UNREADABLE_FILE, "no such row")
+            return source[index]
+
+    pipeline = make_bad_pipeline(source=Failing(), batch_size=4)
+    (batch,) = itertools.islice(pipeline.batches(0), 1)
+    assert batch["example_mask"].tolist() == [True, True, False, True]
+    assert pipeline.bad_records() == {"seen": 4, "unreadable_file": 1}

@@ -1,4 +1,5 @@
 import io
+import os
 
 import numpy as np
 import pytest
@@ -227,3 +228,33 @@ def test_reduced_jpeg_approximates_the_mean_of_its_pixels(reduction):
     # 1/2 and 1/4, it is computed from lower frequencies, which only approximate the mean.
     np.testing.assert_allclose(reduced[:h, :w], means, atol=2 if reduction == 8 else 8)
     assert np.abs(reduced[:h, :w] - means).mean() < 1.5
+
+
+@pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000), (4_000_000, 20)])
+@pytest.mark.parametrize("as_array", [False, True])
+def test_an_extremely_thin_image_is_a_bad_record(size, as_array):
+    """To resize its shorter side to 224 pixels would allocate 9 GB, for a file of 138 bytes."""
+    image = Image.new("1", size)
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    with pytest.raises(BadRecord) as caught:
+        decode_image(np.asarray(image) if as_array else out.getvalue())
+    assert caught.value.cause is FaultCause.UNSUPPORTED_IMAGE
+    assert "expected sides whose ratio is at most 200" in caught.value.detail
+
+
+def test_a_thin_image_within_the_limit_is_decoded():
+    assert decode_image(Image.new("RGB", (200, 1))).shape == (1, 200, 3)
+
+
+@pytest.mark.parametrize("value", [5, 2.0, ["a.png"], object(), iter([])])
+def test_a_value_that_is_no_image_is_a_bad_record(value):
+    with pytest.raises(BadRecord, match=r"image of type .*; expected encoded bytes, a path"):
+        decode_image(value)
+
+
+def test_a_path_that_is_no_regular_file_is_a_bad_record(tmp_path):
+    os.mkfifo(tmp_path / "fifo.png")
+    for path in (tmp_path / "fifo.png", tmp_path, "/dev/zero"):
+        with pytest.raises(BadRecord, match="expected a regular file"):
+            decode_image(path)

@@ -3,6 +3,7 @@ from collections import Counter
 import pytest
 
 from imgtune_jax.data import Mixture, Subset, build_source
+from imgtune_jax.errors import UserError
 from tests.data.conftest import write_tar
 
 
@@ -83,3 +84,14 @@ def test_class_names_are_those_of_the_sources_if_these_agree(configs):
     assert names(None, None, None) == ()
     with pytest.raises(ValueError, match="equal labels mean different classes"):
         names(("a", "b"), None, ("b", "a"))
+
+
+def test_sources_may_be_a_generator(configs):
+    sources = [build_source(config) for config in configs]
+    assert Mixture(source for source in sources) == Mixture(sources=tuple(sources))
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), 0, -1])
+def test_weights_that_are_no_proportion_are_rejected(configs, weight):
+    with pytest.raises(UserError, match="expected 3 weights above 0 and finite"):
+        build_source({"name": "mixture", "sources": configs, "weights": (1, 1, weight)})

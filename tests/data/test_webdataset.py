@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imgtune_jax.data import FaultCause, build_source, decode_image, tar_index
+from imgtune_jax.data import FaultCause, build_source, decode_image, tar_index, webdataset
 from imgtune_jax.data.record import group_id
+from imgtune_jax.errors import UserError
 from tests.data.conftest import write_tar
 
 CORPUS = Path(__file__).parents[2] / "corpora" / "emoji"
@@ -156,11 +157,9 @@ def test_complete_members_of_a_truncated_tar_are_read(tmp_path, caplog):
     path.write_bytes(data[: last.offset_data + 20])
     records = tar_source(str(path))
     assert decode_image(records[1].image)[0, 0, 0] == 1
-    assert "is truncated after" in caplog.text
-    if len(records) == 3:
-        assert (
-            len(records[2].image) == 20
-        )  # fewer bytes than its size; decoding finds the truncation
+    assert "is truncated: " in caplog.text
+    assert len(records) == 3 and records[2].image is None
+    assert records[2].faults["image"].cause is FaultCause.UNREADABLE_FILE
 
 
 def test_faults_are_recorded_by_field(tmp_path):
@@ -231,7 +230,8 @@ def test_index_is_in_the_users_cache_if_the_folder_is_not_writable(tar, monkeypa
 
 def test_cached_index_executes_no_code(tar, monkeypatch):
     monkeypatch.setattr(tar_index, "CACHE_MIN_BYTES", 0)
-    stamp = np.array([Path(tar).stat().st_size, Path(tar).stat().st_mtime_ns])
+    stat = Path(tar).stat()
+    stamp = np.array([tar_index.INDEX_VERSION, stat.st_size, stat.st_mtime_ns])
 
     class Malicious:
         def __reduce__(self):
@@ -249,3 +249,120 @@ def test_errors_name_unknown_sources_and_fields(tar):
         build_source({"name": "webdataset", "tars": tar})
     with pytest.raises(ValueError, match="path"):
         build_source({"name": "webdataset"})
+
+
+def keys_and_captions(records):
+    return [
+        (records[i].key.split(":")[1], records[i].captions.get("caption"))
+        for i in range(len(records))
+    ]
+
+
+def write_members(path, members):
+    """Write a tar of (name, bytes) pairs, in which a name may occur several times."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def test_a_repeated_key_begins_another_record(tmp_path, caplog):
+    members = [("1.png", png(1)), ("1.txt", b"one"), ("2.png", png(2)), ("2.txt", b"two"),
+               ("1.png", png(3)), ("1.txt", b"three")]  # fmt: skip
+    records = tar_source(write_members(tmp_path / "a.tar", members))
+    assert keys_and_captions(records) == [
+        ("1.png", ("one",)), ("2.png", ("two",)), ("1.png", ("three",))
+    ]  # fmt: skip
+    assert [decode_image(records[i].image)[0, 0, 0] for i in range(3)] == [1, 2, 3]
+    assert "the same key several times; 1 further records" in caplog.text
+
+
+def test_members_of_one_key_are_found_under_any_spelling_and_order(tmp_path):
+    members = [("./1.png", png(1)), ("d//2.png", png(2)), ("d/3.PNG", png(3)),
+               ("1.txt", b"one"), ("d/2.txt", b"two"), ("./d/3.TXT", b"three")]  # fmt: skip
+    records = tar_source(write_members(tmp_path / "a.tar", members))
+    assert [captions for _, captions in keys_and_captions(records)] == [
+        ("one",), ("two",), ("three",)
+    ]  # fmt: skip
+
+
+def test_the_fault_of_a_key_without_an_image_names_its_extensions(tmp_path):
+    files = {"a.png": png(0), "img.v1.jpg": png(1), "img.v1.txt": b"x"}
+    records = tar_source(write_tar(tmp_path / "a.tar", files))
+    bad = records[1].faults["image"]
+    assert bad.cause is FaultCause.MISSING_IMAGE
+    assert "has the extensions v1.jpg, v1.txt, and none of the image extensions jpg" in bad.detail
+    assert len(tar_source(str(tmp_path / "a.tar"), image=(".V1.JPG", "png"))) == 2
+
+
+def test_a_tar_without_any_image_is_an_error_that_names_its_extensions(tmp_path):
+    path = write_tar(tmp_path / "a.tar", {"1.v1.jpg": png(1), "2.v1.jpg": png(1)})
+    with pytest.raises(UserError, match=r"no images in .*: the key of 1\.v1\.jpg has the ext"):
+        tar_source(path)
+    assert len(tar_source(path, image="v1.jpg")) == 2
+
+
+def test_labels_are_those_of_cls_members(tmp_path):
+    """This is the format of CLIP_benchmark's tars."""
+    files = {f"{i}.{e}": d for i, text in enumerate([b"3", b"0\n", b"cat", b"\xff", b"-1"])
+             for e, d in (("webp", png(i)), ("cls", text))}  # fmt: skip
+    path = write_tar(tmp_path / "a.tar", files | {"5.webp": png(5)})
+    records = tar_source(path)
+    labels = [records[i].label for i in range(6)]
+    assert labels == [3, 0, None, None, None, None]
+    assert [records[i].faults["label"].cause for i in range(2, 6)] == [
+        FaultCause.MISSING_LABEL, FaultCause.BAD_UTF8,
+        FaultCause.MISSING_LABEL, FaultCause.MISSING_LABEL,
+    ]  # fmt: skip
+    assert not records[0].faults
+    assert tar_source(write_tar(tmp_path / "b.tar", {"1.png": png(1)}))[0].label is None
+
+
+def test_files_with_a_byte_order_mark_are_read(tmp_path):
+    text = '{"caption": "Füchsin"}'
+    files = {}
+    for i, encoding in enumerate(("utf-8-sig", "utf-16", "utf-32")):
+        files |= {f"{i}.png": png(i), f"{i}.json": text.encode(encoding)}
+        files |= {f"t{i}.png": png(i), f"t{i}.txt": "Füchsin".encode(encoding)}
+    records = tar_source(write_tar(tmp_path / "a.tar", files))
+    assert [c for _, c in keys_and_captions(records)] == [("Füchsin",)] * 6
+
+
+def test_json_of_any_content_is_at_most_its_records_fault(tmp_path):
+    contents = [b"[]", b"3", b"", b"[" * 100_000, b'{"caption": ' + b"[" * 500 + b"]" * 500 + b"}",
+                b'{"caption": 1e999}', b'{"caption": NaN}', b'{"caption": {"caption": "x"}}',
+                b'{"caption": "\\udc00"}', b'{"caption": ' + b"9" * 5000 + b"}",
+                b'{"caption": "x", "n": ' + b"9" * 5000 + b"}"]  # fmt: skip
+    files = {}
+    for i, data in enumerate(contents):
+        files |= {f"{i:02d}.png": png(i), f"{i:02d}.json": data}
+    records = tar_source(write_tar(tmp_path / "a.tar", files))
+    causes = [records[i].faults.get("captions") for i in range(len(contents))]
+    assert [c and str(c.cause) for c in causes] == (
+        ["bad_metadata"] * 8 + ["bad_utf8", "bad_metadata", None]
+    )
+    assert records[10].captions == {"caption": ("x",)}
+
+
+def test_keys_of_names_that_are_not_utf8_can_be_printed(tmp_path):
+    files = {"caf\udce9.png": png(1), "caf\udce9.txt": b"one"}
+    records = tar_source(write_tar(tmp_path / "a.tar", files, format=tarfile.GNU_FORMAT))
+    assert records[0].captions["caption"] == ("one",)
+    assert records[0].key.encode("utf-8") == b"a.tar:caf\\udce9.png"
+
+
+def test_hidden_folders_are_not_records(tmp_path):
+    files = {n: png(1) for n in ("1.png", "__MACOSX/._1.png", "__MACOSX/2.png",
+                                 "d/.ipynb_checkpoints/3.png", ".git/4.png")}  # fmt: skip
+    records = tar_source(write_tar(tmp_path / "a.tar", files))
+    assert [key for key, _ in keys_and_captions(records)] == ["1.png"]
+
+
+def test_a_text_that_is_too_large_is_its_records_fault(tmp_path, monkeypatch):
+    monkeypatch.setattr(webdataset, "MAX_TEXT_BYTES", 3)
+    files = {"1.png": png(1), "1.txt": b"four", "2.png": png(1), "2.txt": b"two"}
+    records = tar_source(write_tar(tmp_path / "a.tar", files))
+    assert records[0].faults["captions"].cause is FaultCause.UNREADABLE_FILE
+    assert not records[1].faults
