@@ -14,6 +14,7 @@ from imgtune_jax.data.record import (
     Record,
     Source,
     TooManyBadRecordsError,
+    listing_fingerprint,
     read_metadata,
 )
 from imgtune_jax.data.sources import SOURCES, build_source
@@ -60,6 +61,7 @@ __all__ = [
     "build_transform",
     "decode_image",
     "evenly_spaced",
+    "listing_fingerprint",
     "load_tokenizer",
     "read_metadata",
     "train_tokenizer",

@@ -11,9 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from imgtune_jax.data import fingerprint as fingerprint_lib
+from imgtune_jax.data.fingerprint import Fingerprint
 from imgtune_jax.data.image import IMAGE_SUFFIXES
 from imgtune_jax.data.record import BadRecord, FaultCause, Record
-from imgtune_jax.data.record_fields import Fingerprint, RecordFields, as_field_path, parse_json
+from imgtune_jax.data.record_fields import RecordFields, as_field_path, parse_json
 from imgtune_jax.errors import UserError
 
 
@@ -37,6 +39,8 @@ class Folder:
     Without a table, each sub-folder is a class. The label of an image is the index of its class in
     `classes`, by default the sorted names of the sub-folders. The name of the class is the only
     caption; its caption set is "class".
+
+    `fingerprint_mode` is "stat" or "content"; see `fingerprint.py`.
     """
 
     path: str
@@ -46,8 +50,10 @@ class Folder:
     label: str | None = None
     classes: Sequence[str] | None = None
     group: str | None = None
+    fingerprint_mode: str = fingerprint_lib.STAT
 
     def __post_init__(self) -> None:
+        fingerprint_lib.check_mode(self.fingerprint_mode)
         if not Path(self.path).is_dir():
             raise UserError(
                 f"path = {self.path!r} is not a folder; set it to the folder of the images"
@@ -88,19 +94,31 @@ class Folder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of options, table, file names and sizes, and of the bytes of about 16 images."""
+        """Digest of the records, and of the size and modification time of each image."""
+        if self.fingerprint_mode == fingerprint_lib.CONTENT:
+            return self.listing_fingerprint
+        return fingerprint_lib.with_file_stats(self.listing_fingerprint, self._image_files)
+
+    @cached_property
+    def listing_fingerprint(self) -> str:
+        """Digest of options, table, file names, and the bytes of about 16 images.
+
+        With the mode "content", of the bytes of all images.
+        """
         digest = Fingerprint(self.image_column, self._caption_columns, self.label, self.classes)
         digest.add(self.group, self.class_names if self.table is None else ())
-        existing = []
         for row in self._image_rows:
-            file = None if row.file is None else Path(self.path, row.file)
-            size = file.stat().st_size if file is not None and file.is_file() else None
-            digest.add(row.file, size, sorted(row.metadata.items(), key=str))
-            if size is not None:
-                existing.append((file, size))
-        for file, size in existing[:: max(1, len(existing) // 16)]:
-            digest.add_samples(file, [(0, size)])
+            digest.add(row.file, sorted(row.metadata.items(), key=str))
+        files = self._image_files
+        if self.fingerprint_mode == fingerprint_lib.STAT:
+            files = fingerprint_lib.evenly_sampled(files)
+        for file in files:
+            digest.add_content(file)
         return digest.hex()
+
+    @property
+    def _image_files(self) -> Sequence[Path]:
+        return [Path(self.path, row.file) for row in self._image_rows if row.file is not None]
 
     @property
     def _caption_columns(self) -> Mapping[str, str]:

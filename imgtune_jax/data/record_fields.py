@@ -1,18 +1,15 @@
-"""Captions, labels and groups, read from a record's JSON-like metadata; digests of sources."""
+"""Captions, labels and groups, read from a record's JSON-like metadata."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from imgtune_jax.data.record import BadRecord, FaultCause, Record, group_id
 
 FieldPath = tuple[str, ...]  # ("name", "en"): the keys from the outermost object inwards
-MAX_SAMPLE_BYTES = 1 << 16  # a fingerprint reads at most this much of a sampled span
 
 
 def as_field_path(value: str | Sequence[str]) -> FieldPath:
@@ -154,26 +151,3 @@ class RecordFields:
 
     def _read_group(self, metadata: Mapping[str, Any]) -> int | None:
         return None if self.group is None else parse_group(get_field(metadata, self.group))
-
-
-class Fingerprint:
-    """Digest of the options and of the content of a source."""
-
-    def __init__(self, *options: Any) -> None:
-        self._hash = hashlib.sha256(repr(options).encode())
-
-    def add(self, *values: Any) -> None:
-        """Add values whose `repr` is the same in every process, such as names and sizes."""
-        self._hash.update(repr(values).encode())
-
-    def add_samples(self, path: Path, spans: Sequence[tuple[int, int]], samples: int = 16) -> None:
-        """Add the bytes of about `samples` evenly spaced (offset, size) spans of a file."""
-        sampled = spans[:: max(1, len(spans) // samples)]
-        with path.open("rb") as file:
-            for offset, size in sampled:
-                file.seek(offset)
-                self._hash.update(file.read(min(size, MAX_SAMPLE_BYTES)))
-
-    def hex(self) -> str:
-        """Return the digest, 32 hexadecimal digits."""
-        return self._hash.hexdigest()[:32]
