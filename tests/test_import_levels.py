@@ -14,7 +14,7 @@ PACKAGE = ROOT / "imgtune_jax"
 # Levels, lowest first. A package or module imports from lower levels and from itself only.
 LEVELS = (
     {"types", "errors", "config_history"},
-    {"config", "param_tree", "package_files", "xla_cpu"},
+    {"config", "disk_space", "param_tree", "package_files", "xla_cpu"},
     {"partition", "locking"},
     {"models", "objectives", "data", "decoding"},
     {"evals", "interop"},
@@ -151,6 +151,8 @@ HELPERS: dict[str, set[str]] = {
         "sources.py",
         "subset.py",
         "feature_store.py",
+        "fingerprint.py",
+        "segments.py",
         "tar_index.py",
         "tokenizer.py",
         "train_tokenizer.py",
