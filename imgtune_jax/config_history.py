@@ -9,8 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-# Keys added later, with the value that older runs implicitly used: (group, key, value).
-ADDED_KEYS = (("data", "prefixes", {}), ("data", "length_buckets", ()))
+# Keys added later, with the value that older runs implicitly used: (group, key, value). The group
+# "" is the whole config.
+ADDED_KEYS = (
+    ("data", "prefixes", {}),
+    ("data", "length_buckets", ()),
+    ("", "wandb_project", None),
+)
 
 # In the paths below, `*` stands for any key: here, the user's name for an evaluator.
 _EVALUATORS = ("evals.*", "baselines.*")
@@ -79,7 +84,8 @@ def rename_errors(tree: Mapping[str, Any]) -> Iterable[str]:
 def upgrade(tree: dict[str, Any]) -> None:
     """Translate a saved config to the current keys and values, in place."""
     for group, key, value in ADDED_KEYS:
-        tree.get(group, {}).setdefault(key, value)
+        parent = tree.get(group, {}) if group else tree
+        parent.setdefault(key, value)
     for path, new_key in RENAMED_KEYS:
         for match in _matches(tree, path):
             match.group[new_key] = match.group.pop(match.key)
