@@ -120,4 +120,5 @@ def get_config() -> Any:
     c.evals = ConfigDict()
     c.baselines = ConfigDict()
     c.log_every = 50
+    c.wandb_project = placeholder(str)
     return c

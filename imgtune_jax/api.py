@@ -212,8 +212,15 @@ def load(folder: str | Path, *, step: int | None = None, use_memo: bool = False)
     return TunedModel(experiment.predictor(params, use_memo=use_memo), experiment, saved_step)
 
 
-def train(config: config_lib.Config | ConfigDict, workdir: str | Path) -> TunedModel:
+def train(
+    config: config_lib.Config | ConfigDict,
+    workdir: str | Path,
+    *,
+    allow_changed_data: bool = False,
+) -> TunedModel:
     """Train the model that `config` describes, or resume its run in `workdir`; return the model.
+
+    With `allow_changed_data`, a run may be resumed on other training data than it was trained on.
 
     Raises UserError if the config is invalid or `workdir` has another run, NonFiniteLossError if
     the loss is not finite, and TooManyBadRecordsError if too many records are unreadable.
@@ -221,7 +228,7 @@ def train(config: config_lib.Config | ConfigDict, workdir: str | Path) -> TunedM
     if not isinstance(config, config_lib.Config):
         config = config_lib.parse_config(config)
     workdir = Path(workdir).absolute()
-    trained = loop.train(config, workdir)
+    trained = loop.train(config, workdir, allow_changed_data=allow_changed_data)
     experiment = build_experiment(config, tokenizer_dir=workdir / "tokenizer")
     # A new predictor, because `trained` memoizes the features of every image that it encodes.
     predictor = experiment.predictor(trained.params, use_memo=False)

@@ -172,6 +172,8 @@ class Config:
     `preprocess` transforms every image in evaluation and inference, and in training if
     `data.transforms` is empty. `evals` run every `eval_every` and at the end; `baselines` run once,
     on the model before its first step.
+
+    `wandb_project` is the project in Weights & Biases to log to, too; None means not to.
     """
 
     name: str
@@ -194,6 +196,7 @@ class Config:
     evals: dict[str, ComponentConfig]
     baselines: dict[str, ComponentConfig]
     log_every: int
+    wandb_project: str | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested dicts, ready for JSON, that `parse_config` parses to an equal Config."""

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-# Keys added later, with the value that older runs implicitly used: (group, key, value).
+# Keys added later, with the value that older runs implicitly used: (group, key, value). The group
+# "" is the whole config.
 ADDED_KEYS = (
     ("data", "prefixes", {}),
     ("data", "length_buckets", ()),
     ("optim", "warmup_from_zero", False),
     ("optim", "timescale", {"steps": None, "epochs": None, "examples": None}),
     ("optim", "weight_decay_scaled_by", "learning_rate"),
+    ("", "wandb_project", None),
 )
 
 # Arguments of optimizers by name, with the values that runs implicitly used if their config lacks
@@ -95,7 +97,8 @@ def upgrade(tree: dict[str, Any]) -> None:
     if optim and "weight_decay_scaled_by" not in optim:
         _keep_old_optimizer(optim)
     for group, key, value in ADDED_KEYS:
-        tree.get(group, {}).setdefault(key, value)
+        parent = tree.get(group, {}) if group else tree
+        parent.setdefault(key, value)
     for path, new_key in RENAMED_KEYS:
         for match in _matches(tree, path):
             match.group[new_key] = match.group.pop(match.key)

@@ -21,3 +21,7 @@ class ExistingFileError(UserError, FileExistsError):
 
 class NonFiniteLossError(UserError, RuntimeError):
     """The training loss became NaN or infinite."""
+
+
+class DiskFullError(UserError):
+    """A file that cannot be written, because the disk or the user's quota is full."""

@@ -88,8 +88,8 @@ def config_with_every_renamed_key():
     new = json.loads(json.dumps(base().to_dict()))
     old = copy.deepcopy(new)
     for group, key, value in config_history.ADDED_KEYS:
-        new[group][key] = value
-        del old[group][key]
+        (new[group] if group else new)[key] = value
+        del (old[group] if group else old)[key]
     new["data"] |= dict(caption_weights=dict(en=2.0), max_bad_fraction_after=7)
     for key in ("caption_weights", "max_bad_fraction_after"):
         del old["data"][key]

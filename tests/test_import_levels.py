@@ -14,7 +14,7 @@ PACKAGE = ROOT / "imgtune_jax"
 # Levels, lowest first. A package or module imports from lower levels and from itself only.
 LEVELS = (
     {"types", "errors", "config_history"},
-    {"config", "json_lines", "param_tree", "package_files", "xla_cpu"},
+    {"config", "disk_space", "json_lines", "param_tree", "package_files", "xla_cpu"},
     {"partition", "locking"},
     {"models", "objectives", "data", "decoding"},
     {"evals", "interop"},
@@ -155,6 +155,8 @@ HELPERS: dict[str, set[str]] = {
         "feature_store.py",
         "hidden.py",
         "table.py",
+        "fingerprint.py",
+        "segments.py",
         "tar_index.py",
         "tokenizer.py",
         "tokenizer_files.py",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from imgtune_jax.cli.startup import configure_process, report_user_errors, with_checkout_hint
+from imgtune_jax.disk_space import explain_full_disk
 
 TRAIN_HELP = """\
 usage: imgtune train --config=FILE.py[:ARG] --workdir=DIR [--config.KEY=VALUE ...]
@@ -18,6 +19,7 @@ Train a model. If DIR already contains this run, resume it from its newest check
 
   --config=FILE.py[:ARG] the experiment, such as configs/lit_emoji.py; its get_config receives ARG
   --workdir=DIR          the folder for checkpoints, metrics and report.html
+  --allow_changed_data   resume on other training data than the run was trained on
   --config.KEY=VALUE     change a setting: --config.batch_size=64 --config.lock.image=False
                          (configs/base.py lists all keys with their defaults)
 """
@@ -43,11 +45,12 @@ LOAD_ERRORS = (AttributeError, ImportError, LookupError, SyntaxError, TypeError,
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its --help text, the function that runs it, and its required flags."""
+    """A command: its --help text, the function that runs it, its required flags and switches."""
 
     usage: str
     run: Callable[[Any], None]
     required: tuple[str, ...] = ()
+    switches: tuple[str, ...] = ()  # boolean flags, False by default
 
 
 def train(argv: Sequence[str] | None = None) -> None:
@@ -62,7 +65,7 @@ def run_with_config(arguments: list[str], command: Command) -> None:
     if {"-h", "--help"} & set(arguments):
         print(command.usage)
         return
-    parse = partial(parse_flags, flags.FLAGS, required=command.required)
+    parse = partial(parse_flags, flags.FLAGS, required=command.required, switches=command.switches)
 
     def main(remaining: Sequence[str]) -> None:
         if len(remaining) > 1:
@@ -76,8 +79,14 @@ def run_with_config(arguments: list[str], command: Command) -> None:
     app.run(main, argv=arguments, flags_parser=parse)
 
 
-def parse_flags(values: Any, arguments: list[str], *, required: Sequence[str] = ()) -> list[str]:
-    """Set `values.config` and `values.workdir` from flags; return the remaining arguments.
+def parse_flags(
+    values: Any,
+    arguments: list[str],
+    *,
+    required: Sequence[str] = (),
+    switches: Sequence[str] = (),
+) -> list[str]:
+    """Set `values.config`, `values.workdir` and the switches; return the remaining arguments.
 
     `values` is an absl FlagValues. Raises SystemExit with one message for an unknown config file
     or key, or an invalid value.
@@ -90,6 +99,8 @@ def parse_flags(values: Any, arguments: list[str], *, required: Sequence[str] = 
         "config", None, config_help, flag_values=values, sys_argv=arguments
     )
     flags.DEFINE_string("workdir", None, "the run's folder; a run in it is resumed", values)
+    for name in switches:
+        flags.DEFINE_bool(name, False, "see the command's --help", values)
     flags.mark_flags_as_required(["config", *required], values)
     for argument in arguments:
         if argument.startswith("--config="):
@@ -125,8 +136,10 @@ def _train(flags: Any) -> None:
     from imgtune_jax.training import loop
 
     workdir = Path(flags.workdir)
-    predictor = loop.train(config.parse_config(flags.config), workdir)
-    page = report.write_run_report(workdir, predictor)
+    parsed = config.parse_config(flags.config)
+    predictor = loop.train(parsed, workdir, allow_changed_data=flags.allow_changed_data)
+    with explain_full_disk(workdir, "report.html"):
+        page = report.write_run_report(workdir, predictor)
     if jax.process_index() == 0:
         print(f"\n{report.summary(workdir)}\n\nReport: {page}")
 
@@ -149,7 +162,7 @@ def _bench(flags: Any) -> None:
 
 
 COMMANDS = {
-    "train": Command(TRAIN_HELP, _train, required=("workdir",)),
+    "train": Command(TRAIN_HELP, _train, required=("workdir",), switches=("allow_changed_data",)),
     "cache": Command(CACHE_HELP, _cache),
     "bench data": Command(BENCH_HELP, _bench),
 }

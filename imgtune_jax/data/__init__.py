@@ -15,6 +15,7 @@ from imgtune_jax.data.record import (
     Source,
     TooManyBadRecordsError,
     class_names,
+    listing_fingerprint,
     read_metadata,
 )
 from imgtune_jax.data.sources import SOURCES, build_source
@@ -63,6 +64,7 @@ __all__ = [
     "class_names",
     "decode_image",
     "evenly_spaced",
+    "listing_fingerprint",
     "load_tokenizer",
     "read_metadata",
     "train_tokenizer",

@@ -4,17 +4,16 @@ A row is the output of a tower's frozen prefix for one view of one record: a vec
 of vectors. A view is one random augmentation of an image, or one sampled caption of a record.
 
 Rows may be written in any order and by any number of processes. A process writes its rows in
-segments. A segment is an ArrayRecord file of rows and a file of their ids; it becomes visible when
-both are complete. So a process that is killed loses only the rows after its last segment.
+segments (`segments.py`). So a process that is killed loses only the rows after its last segment. A
+damaged segment is named in a warning, and its rows count as missing.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import logging
 import math
-import os
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +21,17 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader
 from jaxtyping import Bool, Float, Int
 
+from imgtune_jax.data import segments
 from imgtune_jax.errors import UserError
+
+log = logging.getLogger("imgtune_jax.data")
 
 SEGMENT_BYTES = 1 << 28  # size of features in memory above which they are written
 MISSING, PENDING, BAD_RECORD, PRESENT = range(4)  # states of a row; the last two are on disk
-RECORDS_SUFFIX, IDS_SUFFIX = ".array_record", ".ids.npz"
+MANIFEST = "manifest.json"
 FLOAT_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 STORE_DTYPES = (*FLOAT_DTYPES, "int8")
 
@@ -79,6 +81,7 @@ class FeatureStore:
         self._state = np.zeros(rows, np.uint8)
         self._segment, self._offset = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
         self._segments: dict[Path, Path] = {}  # ids file -> rows file, by segment number
+        self._damaged: set[Path] = set()  # ids files of segments that cannot be read
         self._pending: list[tuple[int, bytes]] = []  # (id, bytes) of rows not on disk yet
         self._pending_bytes, self._pending_seconds = 0, 0.0
         self.num_rows, self.compute_seconds = 0, 0.0
@@ -96,30 +99,41 @@ class FeatureStore:
     ) -> FeatureStore:
         """Open or create a store. `key` maps names to whatever else the features depend on.
 
-        Raises UserError if the folder contains features with another key or other arguments.
+        Damaged segments and files that a dead process left incomplete are removed. Raises UserError
+        if the folder contains features with another key or other arguments.
         """
         if dtype not in STORE_DTYPES:
             raise UserError(f"dtype = {dtype!r}; expected one of {', '.join(STORE_DTYPES)}")
         manifest = {"views": views, "n": num_records, "shape": list(shape), "dtype": dtype, **key}
-        path = folder / "manifest.json"
-        if path.exists():
-            existing, expected = json.loads(path.read_text()), json.loads(json.dumps(manifest))
+        unknown = list(folder.glob(f"*{segments.IDS_SUFFIX}"))
+        existing, expected = read_manifest(folder), json.loads(json.dumps(manifest))
+        if existing is not None:
             if changed := differing_keys(existing, expected):
                 raise UserError(
                     f"{folder} contains features with another key; these entries differ: "
                     f"{', '.join(changed)}. Remove the folder, or set another config.cache.path"
                 )
         else:
+            # Writers save the manifest first, so without one the key of these segments is unknown.
+            segments.remove_segments(unknown)
             folder.mkdir(parents=True, exist_ok=True)
-            temporary = folder / f"manifest.{uuid.uuid4().hex}.tmp"
+            temporary = folder / f"{segments.new_stem()}{segments.TEMPORARY_SUFFIX}"
             temporary.write_text(json.dumps(manifest, indent=1) + "\n")
-            temporary.replace(path)
-        return cls.load(folder)
+            temporary.replace(folder / MANIFEST)
+        segments.remove_leftovers(folder)
+        store = cls.load(folder)
+        segments.remove_segments(store._damaged)
+        return store
 
     @classmethod
     def load(cls, folder: Path) -> FeatureStore:
-        """Load an existing store, with the settings of its manifest."""
-        manifest = json.loads((folder / "manifest.json").read_text())
+        """Load an existing store, with the settings of its manifest, without changing its files.
+
+        Raises UserError if there is no readable manifest.
+        """
+        manifest = read_manifest(folder)
+        if manifest is None:
+            raise UserError(f"{folder} has no readable {MANIFEST}, so it is no feature store")
         store = cls(
             folder,
             views=manifest["views"],
@@ -131,16 +145,22 @@ class FeatureStore:
         return store
 
     def refresh(self) -> None:
-        """Find segments that were completed since the last call."""
-        for path in sorted(set(self.folder.glob(f"*{IDS_SUFFIX}")) - self._segments.keys()):
-            with np.load(path) as stored:
-                ids, is_bad, seconds = stored["ids"], stored["broken"], float(stored["seconds"])
-            self._state[ids] = np.where(is_bad, BAD_RECORD, PRESENT)
+        """Find segments that were completed since the last call. Warn of damaged ones."""
+        known = self._segments.keys() | self._damaged
+        for path in sorted(set(self.folder.glob(f"*{segments.IDS_SUFFIX}")) - known):
+            try:
+                segment = segments.read_segment(path, num_rows=len(self._state))
+            except segments.DamagedSegmentError as error:
+                log.warning("%s: damaged, its rows are computed again: %s", self.folder, error)
+                self._damaged.add(path)
+                continue
+            ids = segment.ids
+            self._state[ids] = np.where(segment.is_bad, BAD_RECORD, PRESENT)
             self._segment[ids] = len(self._segments)
             self._offset[ids] = np.arange(len(ids))
-            self._segments[path] = path.with_name(path.name.replace(IDS_SUFFIX, RECORDS_SUFFIX))
+            self._segments[path] = segment.rows
             self.num_rows += len(ids)
-            self.compute_seconds += seconds
+            self.compute_seconds += segment.seconds
 
     def complete_views(self) -> Bool[np.ndarray, " views"]:
         """Return, for each view, whether its rows of all records are on disk."""
@@ -166,17 +186,17 @@ class FeatureStore:
     ) -> tuple[Float[np.ndarray, "k ..."], Bool[np.ndarray, " k"]]:
         """Return (rows in float32, mask that is False for bad records).
 
-        Raises KeyError if a row is not on disk.
+        Raises KeyError if a row is not on disk, and UserError if its segment is damaged.
         """
         ids = views * self.num_records + indices
         state = self._state[ids]
         if (state <= PENDING).any():
             raise KeyError(f"{int((state <= PENDING).sum())} rows are not in {self.folder}")
         out = np.zeros((len(ids), *self.shape), np.float32)
-        valid, segments = state == PRESENT, list(self._segments.values())
+        valid, files = state == PRESENT, list(self._segments.values())
         for segment in np.unique(self._segment[ids[valid]]):
             in_segment = np.flatnonzero(valid & (self._segment[ids] == segment))
-            rows = _open_reader(segments[segment]).read(self._offset[ids[in_segment]].tolist())
+            rows = _read_rows(files[segment], self._offset[ids[in_segment]].tolist())
             out[in_segment] = decode_rows(rows, self.shape, self.dtype)
         return out, valid
 
@@ -193,9 +213,14 @@ class FeatureStore:
 
         `valid` is False for bad records; `seconds` is how long computing the rows took. The rows
         are on disk after `flush`. Rows that the store already has are not written again.
+
+        Raises UserError if a row that is not of a bad record is not finite.
         """
         values = np.where(valid.reshape(-1, *(1,) * len(self.shape)), values, np.float32(0))
+        self._check_finite(values, indices)
         rows = encode_rows(values, self.dtype)
+        decoded = decode_rows(rows, self.shape, self.dtype)
+        self._check_finite(decoded, indices)  # bfloat16 rounds the largest numbers to infinity
         ids, positions = np.unique(views * self.num_records + indices, return_index=True)
         new = self._state[ids] == MISSING
         for row_id, i in zip(ids[new].tolist(), positions[new].tolist(), strict=True):
@@ -205,32 +230,52 @@ class FeatureStore:
         self._pending_seconds += seconds * new.sum() / len(rows)
         if self._pending_bytes > SEGMENT_BYTES:
             self.flush()
-        return decode_rows(rows, self.shape, self.dtype)
+        return decoded
+
+    def _check_finite(
+        self, values: Float[np.ndarray, "k ..."], indices: Int[np.ndarray, " k"]
+    ) -> None:
+        finite = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
+        if finite.all():
+            return
+        bad = indices[~finite]
+        raise UserError(
+            f"the features of {len(bad)} of {len(indices)} records are NaN or infinite (such as "
+            f"record {bad[0]}), so they are not cached in {self.folder}; check that the weights of "
+            f"the locked tower are finite, and that {self.dtype} (config.cache.dtype) and "
+            "config.model.dtype can represent its outputs"
+        )
 
     def flush(self) -> None:
         """Write the rows that were added since the last segment, as a new segment."""
         if not self._pending:
             return
-        segment = self.folder / f"{uuid.uuid4().hex}"
-        temporary = segment.with_suffix(".tmp")
-        writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
-        for _, row in self._pending:
-            writer.write(row)
-        writer.close()
-        temporary.replace(segment.with_suffix(RECORDS_SUFFIX))
-        with temporary.open("wb") as f:
-            np.savez(
-                f,
-                ids=np.array([i for i, _ in self._pending], np.int64),
-                broken=np.array([not row for _, row in self._pending]),
-                seconds=self._pending_seconds,
-            )
-            f.flush()
-            os.fsync(f.fileno())
-        # This file is renamed last: its presence marks both files as complete.
-        temporary.replace(segment.with_suffix(IDS_SUFFIX))
+        segments.write_segment(self.folder, self._pending, seconds=self._pending_seconds)
         self._pending, self._pending_bytes, self._pending_seconds = [], 0, 0.0
         self.refresh()
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest of a store: its arguments and its key. None if it cannot be read."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        log.warning("%s is damaged: %s", path, error)
+        return None
+    return manifest if isinstance(manifest, dict) else None
+
+
+def _read_rows(path: Path, offsets: Sequence[int]) -> list[bytes]:
+    try:
+        return _open_reader(path).read(offsets)
+    except Exception as error:  # a damaged file may cause any error in the library that reads it
+        raise UserError(
+            f"{path} is damaged: {error}. Remove it and run the same command again; its rows are "
+            "then computed again"
+        ) from error
 
 
 @functools.lru_cache(maxsize=256)

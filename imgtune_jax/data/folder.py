@@ -11,11 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from imgtune_jax.data import fingerprint as fingerprint_lib
+from imgtune_jax.data.fingerprint import Fingerprint
 from imgtune_jax.data.hidden import is_hidden
-from imgtune_jax.data.image import IMAGE_SUFFIXES, read_image_file
+from imgtune_jax.data.image import IMAGE_SUFFIXES, MAX_FILE_BYTES, read_image_file
 from imgtune_jax.data.record import BadRecord, FaultCause, Record
 from imgtune_jax.data.record_fields import (
-    Fingerprint,
     RecordFields,
     as_field_path,
     get_field,
@@ -58,6 +59,8 @@ class Folder:
     Without a table, each sub-folder is a class. The label of an image is the index of its class in
     `classes`, by default the sorted names of the sub-folders. The name of the class is the only
     caption; its caption set is "class". Hidden files and folders are skipped.
+
+    `fingerprint_mode` is "stat" or "content"; see `fingerprint.py`.
     """
 
     path: str
@@ -67,8 +70,10 @@ class Folder:
     label: str | None = None
     classes: Sequence[str] | None = None
     group: str | None = None
+    fingerprint_mode: str = fingerprint_lib.STAT
 
     def __post_init__(self) -> None:
+        fingerprint_lib.check_mode(self.fingerprint_mode)
         if not Path(self.path).is_dir():
             raise UserError(
                 f"path = {self.path!r} is not a folder; set it to the folder of the images"
@@ -113,19 +118,33 @@ class Folder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of options, table, file names and sizes, and of the bytes of about 16 images."""
+        """Digest of the records, and of the size and modification time of each image."""
+        if self.fingerprint_mode == fingerprint_lib.CONTENT:
+            return self.listing_fingerprint
+        return fingerprint_lib.with_file_stats(self.listing_fingerprint, self._image_files)
+
+    @cached_property
+    def listing_fingerprint(self) -> str:
+        """Digest of options, table, file names, and the bytes of about 16 images.
+
+        With the mode "content", of the bytes of all images.
+        """
         digest = Fingerprint(self.image_column, self._caption_columns, self.label, self.classes)
         digest.add(self.group, self.class_names if self.table is None else ())
-        existing = []
         for row in self._image_rows:
-            file = None if row.file is None else _locate(self.path, row.file)
-            size = None if file is None or "image" in row.faults else _size_of_file(file)
-            digest.add(row.file, size, sorted(row.metadata.items(), key=str))
-            if size is not None:
-                existing.append((file, size))
-        for file, size in existing[:: max(1, len(existing) // 16)]:
-            digest.add_samples(file, [(0, size)])
+            digest.add(row.file, sorted(row.metadata.items(), key=str))
+        files = self._image_files
+        if self.fingerprint_mode == fingerprint_lib.STAT:
+            files = fingerprint_lib.evenly_sampled(files)
+        for file in files:
+            digest.add_content(file, max_bytes=MAX_FILE_BYTES)
         return digest.hex()
+
+    @property
+    def _image_files(self) -> Sequence[Path]:
+        """Files of the images; not those outside of `path`, which are never read."""
+        rows = (row for row in self._image_rows if "image" not in row.faults)
+        return [_locate(self.path, str(row.file)) for row in rows]
 
     @property
     def _caption_columns(self) -> Mapping[str, str]:
@@ -272,11 +291,3 @@ def _is_outside(folder: str, file: str) -> bool:
         return False
     root = os.path.abspath(folder)
     return os.path.commonpath((root, os.path.abspath(_locate(folder, file)))) != root
-
-
-def _size_of_file(path: Path) -> int | None:
-    """Return the size of a regular file in bytes, or None if there is none that can be found."""
-    try:
-        return path.stat().st_size if path.is_file() else None
-    except (OSError, ValueError):  # a name that is too long, or contains a zero byte
-        return None

@@ -9,8 +9,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from imgtune_jax.data.record import Record, Source, class_names, read_metadata
-from imgtune_jax.data.record_fields import Fingerprint
+from imgtune_jax.data.fingerprint import Fingerprint
+from imgtune_jax.data.record import (
+    Record,
+    Source,
+    class_names,
+    listing_fingerprint,
+    read_metadata,
+)
 from imgtune_jax.errors import UserError
 
 
@@ -104,3 +110,8 @@ class Mixture:
     def fingerprint(self) -> str:
         """Digest of the fingerprints of the sources and of the proportions."""
         return Fingerprint([s.fingerprint for s in self.sources], self.counts).hex()
+
+    @cached_property
+    def listing_fingerprint(self) -> str:
+        """Digest of the lists of records of the sources and of the proportions."""
+        return Fingerprint([listing_fingerprint(s) for s in self.sources], self.counts).hex()

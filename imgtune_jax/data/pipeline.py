@@ -52,6 +52,9 @@ class Pipeline:
     Otherwise, each worker process has `num_threads` threads and holds at most
     num_threads + 2 ceil(prefetch / num_workers) + 2 batches.
 
+    `counted` has the counts of bad records, as `bad_records` returns them, of an earlier process of
+    the run. Counting continues from them.
+
     Raises UserError if the fields contradict each other or the source.
     """
 
@@ -75,6 +78,7 @@ class Pipeline:
     max_pixels: int = image_lib.MAX_PIXELS
     background: image_lib.Color = image_lib.WHITE
     stores: Mapping[str, FeatureStore] = field(default_factory=dict, repr=False)
+    counted: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         n = len(self.source)
@@ -143,7 +147,9 @@ class Pipeline:
 
     @cached_property
     def _counter(self) -> BadRecordCounter:
-        return BadRecordCounter(self.max_bad_fraction, self.max_bad_fraction_after)
+        return BadRecordCounter.from_summary(
+            self.counted, self.max_bad_fraction, self.max_bad_fraction_after
+        )
 
     def bad_records(self) -> dict[str, int]:
         """Return {"seen": number of records so far, cause: number of bad ones, …} on this host."""

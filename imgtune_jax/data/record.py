@@ -97,10 +97,11 @@ class Record:
 class Source(Protocol):
     """Random access to records in a fixed order. Instances can be pickled.
 
-    `fingerprint` is a digest of the records, and cheap to compute. A source may also have
-    `read_metadata(i)`, which returns record i without reading its image; `caption_sets`, the names
-    of the caption sets that its records may have; `has_group`, whether its records have groups; and
-    `class_names`, the names of the classes in the order of the labels.
+    `fingerprint` changes when a record does. A source may also have `listing_fingerprint`, which a
+    copy of the source shares (see `fingerprint.py`); `read_metadata(i)`, which returns record i
+    without reading its image; `caption_sets`, the names of the caption sets that its records may
+    have; `has_group`, whether its records have groups; and `class_names`, the names of the classes
+    in the order of the labels.
     """
 
     def __len__(self) -> int: ...
@@ -118,6 +119,12 @@ def read_metadata(source: Source, index: int) -> Record:
 def class_names(source: Source | None) -> tuple[str, ...]:
     """Return the names of a source's classes, in the order of the labels; () if it has no names."""
     return tuple(getattr(source, "class_names", ()))
+
+
+def listing_fingerprint(source: Source) -> str:
+    """Return the digest of a source's list of records; by default, its fingerprint."""
+    digest = getattr(source, "listing_fingerprint", None)
+    return source.fingerprint if digest is None else digest
 
 
 def group_id(value: Any) -> int:
@@ -142,6 +149,15 @@ class BadRecordCounter:
     seen: int = 0
     counts: dict[FaultCause, int] = field(default_factory=dict)
     examples: dict[FaultCause, list[str]] = field(default_factory=dict)
+
+    @classmethod
+    def from_summary(
+        cls, summary: Mapping[str, int], max_bad_fraction: float, max_bad_fraction_after: int
+    ) -> BadRecordCounter:
+        """Return a counter that continues from the counts that `summary` returned."""
+        counts = {FaultCause(cause): n for cause, n in summary.items() if cause != "seen"}
+        seen = summary.get("seen", 0)
+        return cls(max_bad_fraction, max_bad_fraction_after, seen=seen, counts=counts)
 
     def add(self, seen: int, faults: Iterable[Fault]) -> None:
         """Count `seen` more records, of which `faults` are bad.
@@ -168,11 +184,15 @@ class BadRecordCounter:
         """Return {"seen": number of records, cause: number of bad records, …}, ready for JSON."""
         return {"seen": self.seen, **{str(cause): n for cause, n in sorted(self.counts.items())}}
 
+    def _format_examples(self, cause: FaultCause) -> str:
+        examples = self.examples.get(cause)  # None if an earlier process counted all of them
+        return f" (such as {', '.join(examples)})" if examples else ""
+
     def _check_limit(self) -> None:
         if self.seen < self.max_bad_fraction_after or self.bad <= self.max_bad_fraction * self.seen:
             return
         causes = "; ".join(
-            f"{n} {cause} (such as {', '.join(self.examples[cause])})"
+            f"{n} {cause}{self._format_examples(cause)}"
             for cause, n in sorted(self.counts.items(), key=lambda item: -item[1])
         )
         raise TooManyBadRecordsError(

@@ -1,16 +1,14 @@
-"""Captions, labels and groups, read from a record's JSON-like metadata; digests of sources."""
+"""Captions, labels and groups, read from a record's JSON-like metadata."""
 
 from __future__ import annotations
 
 import codecs
-import hashlib
 import json
 import math
 import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,6 @@ import numpy as np
 from imgtune_jax.data.record import BadRecord, FaultCause, Record, group_id, printable
 
 FieldPath = tuple[str, ...]  # ("name", "en"): the keys from the outermost object inwards
-MAX_SAMPLE_BYTES = 1 << 16  # a fingerprint reads at most this much of a sampled span
 MAX_JSON_DEPTH = 64  # functions such as repr cannot process any depth
 MAX_LABEL = 2**31 - 1
 ENCODING_OF_MARK = {
@@ -238,26 +235,3 @@ class RecordFields:
 
     def _read_group(self, metadata: Mapping[str, Any]) -> int | None:
         return None if self.group is None else parse_group(get_field(metadata, self.group))
-
-
-class Fingerprint:
-    """Digest of the options and of the content of a source."""
-
-    def __init__(self, *options: Any) -> None:
-        self._hash = hashlib.sha256(repr(options).encode())
-
-    def add(self, *values: Any) -> None:
-        """Add values whose `repr` is the same in every process, such as names and sizes."""
-        self._hash.update(repr(values).encode())
-
-    def add_samples(self, path: Path, spans: Sequence[tuple[int, int]], samples: int = 16) -> None:
-        """Add the bytes of about `samples` evenly spaced (offset, size) spans of a file."""
-        sampled = spans[:: max(1, len(spans) // samples)]
-        with path.open("rb") as file:
-            for offset, size in sampled:
-                file.seek(offset)
-                self._hash.update(file.read(min(size, MAX_SAMPLE_BYTES)))
-
-    def hex(self) -> str:
-        """Return the digest, 32 hexadecimal digits."""
-        return self._hash.hexdigest()[:32]

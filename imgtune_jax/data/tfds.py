@@ -6,13 +6,15 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from imgtune_jax.data import fingerprint as fingerprint_lib
+from imgtune_jax.data.fingerprint import Fingerprint
 from imgtune_jax.data.record import BadRecord, FaultCause, Record
 from imgtune_jax.data.record_fields import (
-    Fingerprint,
     RecordFields,
     as_field_path,
     decode_text,
@@ -31,6 +33,7 @@ class TFDS:
     `image`, `label` and `group` are paths of features, such as ("captions", "text"); `captions`
     maps caption sets to such paths. A feature may be a list of captions. The data must be in
     `data_dir` in the format array_record, which `tfds build --file_format=array_record` writes.
+    `fingerprint_mode` is "stat" or "content"; see `fingerprint.py`.
     """
 
     dataset: str
@@ -40,8 +43,10 @@ class TFDS:
     captions: Mapping[str, Sequence[str]] | None = None
     label: Sequence[str] | None = None
     group: Sequence[str] | None = None
+    fingerprint_mode: str = fingerprint_lib.STAT
 
     def __post_init__(self) -> None:
+        fingerprint_lib.check_mode(self.fingerprint_mode)
         if not len(self):
             raise UserError(f"{self.dataset}, split {self.split!r}, has no records")
 
@@ -97,12 +102,29 @@ class TFDS:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of the name, version, split, number of records and options."""
+        """Digest of the records, and of the size and modification time of each file."""
+        if self.fingerprint_mode == fingerprint_lib.CONTENT:
+            return self.listing_fingerprint
+        return fingerprint_lib.with_file_stats(self.listing_fingerprint, self._files)
+
+    @cached_property
+    def listing_fingerprint(self) -> str:
+        """Digest of the name, version, split, number of records and options.
+
+        With the mode "content", of all bytes of each file, too.
+        """
         info = self._builder.info
         options = sorted((k, tuple(v)) for k, v in (self.captions or {}).items())
         digest = Fingerprint(info.full_name, self.split, len(self), tuple(self.image), options)
         digest.add(self.label, self.group, info.splits[self.split.partition("[")[0]].num_bytes)
+        if self.fingerprint_mode == fingerprint_lib.CONTENT:
+            for file in self._files:
+                digest.add_content(file)
         return digest.hex()
+
+    @property
+    def _files(self) -> Sequence[Path]:
+        return sorted(Path(self._builder.data_dir).iterdir())
 
     @cached_property
     def _builder(self) -> Any:

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
+from imgtune_jax.data import fingerprint as fingerprint_lib
+from imgtune_jax.data.fingerprint import Fingerprint
 from imgtune_jax.data.hidden import is_hidden
 from imgtune_jax.data.image import MAX_FILE_BYTES
 from imgtune_jax.data.record import BadRecord, FaultCause, Record
 from imgtune_jax.data.record_fields import (
-    Fingerprint,
     RecordFields,
     as_field_path,
     as_int_if_digits,
@@ -63,6 +64,7 @@ class WebDataset:
     is the integer in the `cls` member, as in CLIP_benchmark's tars.
     `group`: field path; records with equal values have equal groups.
     `where`: top-level JSON field -> allowed values. Keys with any other value are skipped.
+    `fingerprint_mode`: "stat" or "content"; see `fingerprint.py`.
     """
 
     path: str | Sequence[str]
@@ -72,8 +74,10 @@ class WebDataset:
     classes: Sequence[str] | None = None
     group: Sequence[str] | None = None
     where: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    fingerprint_mode: str = fingerprint_lib.STAT
 
     def __post_init__(self) -> None:
+        fingerprint_lib.check_mode(self.fingerprint_mode)
         if not len(self):
             raise UserError(
                 f"no records in {self.path} (image={self._extensions}, where={dict(self.where)})"
@@ -109,11 +113,25 @@ class WebDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of the options, names, sizes, and the bytes of about 16 members of each tar."""
+        """Digest of the records, and of the size and modification time of each tar."""
+        if self.fingerprint_mode == fingerprint_lib.CONTENT:
+            return self.listing_fingerprint
+        tars = [tar.path for tar in self._tars]
+        return fingerprint_lib.with_file_stats(self.listing_fingerprint, tars)
+
+    @cached_property
+    def listing_fingerprint(self) -> str:
+        """Digest of the options, names, sizes, and the bytes of about 16 members of each tar.
+
+        With the mode "content", of all bytes of each tar.
+        """
         options = (self.image, self.captions, self.label, self.classes, self.group, self.where)
         digest = Fingerprint(*map(_canonical, options))
         for tar in self._tars:
             digest.add(tar.names, tar.sizes.tolist())
+            if self.fingerprint_mode == fingerprint_lib.CONTENT:
+                digest.add_content(tar.path)
+                continue
             spans = zip(tar.offsets.tolist(), tar.sizes.tolist(), strict=True)
             digest.add_samples(tar.path, [(start, size) for start, size in spans if start >= 0])
         return digest.hex()

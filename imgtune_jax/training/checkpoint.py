@@ -8,8 +8,12 @@ saved once per run, outside the checkpoints, in a folder named after their diges
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import math
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +22,13 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from imgtune_jax import config as config_lib
+from imgtune_jax.disk_space import explain_full_disk, is_disk_full
 from imgtune_jax.errors import MissingFileError, UserError
 from imgtune_jax.param_tree import params_digest
 from imgtune_jax.training import workdir_files
 from imgtune_jax.types import Params, PyTree, TrainState
+
+TMP_DIR_SUFFIX = ".orbax-checkpoint-tmp"  # Orbax's name of a folder that is being written
 
 
 class Checkpointer:
@@ -38,16 +45,19 @@ class Checkpointer:
                     keep_checkpoints_without_metrics=False,
                 )
             )
+        self._folder = workdir / workdir_files.CHECKPOINTS
+        self._step, self._num_bytes = 0, 0  # of the newest save
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
         )
-        self._manager = ocp.CheckpointManager(workdir / workdir_files.CHECKPOINTS, options=options)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def save(self, step: int, state: TrainState, record: Mapping[str, Any]) -> None:
         """Start saving in the background; do nothing if this step is already saved.
 
-        The arrays are copied before this method returns, so the caller may donate them.
+        The arrays are copied before this method returns, so the caller may donate them. Raises
+        DiskFullError if this save, or the one before, does not fit on the disk.
         """
         if step in self._manager.all_steps():
             return
@@ -55,7 +65,15 @@ class Checkpointer:
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(dict(record))
         )
-        self._manager.save(step, args=args, metrics=metrics)
+        self.wait()
+        # The size on disk depends on the compression. It changes little from step to step.
+        newest = self._manager.latest_step()
+        wanted = _num_bytes(state) if newest is None else _size_on_disk(self._folder / str(newest))
+        self._step, self._num_bytes = step, wanted
+        with self._explain_full_disk():
+            if shutil.disk_usage(self._folder).free < wanted:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._manager.save(step, args=args, metrics=metrics)
 
     def restore(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Return (state with the shardings of `target`, JSON record) of a saved step."""
@@ -64,13 +82,54 @@ class Checkpointer:
         return restored["state"], restored["record"]
 
     def wait(self) -> None:
-        """Block until all saves that have started are on disk."""
-        self._manager.wait_until_finished()
+        """Block until all saves that have started are on disk.
+
+        Raises DiskFullError if one does not fit on the disk.
+        """
+        with self._explain_full_disk():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Wait until all saves are on disk, then close the checkpoint manager."""
         self.wait()
         self._manager.close()
+
+    def _explain_full_disk(self) -> contextlib.AbstractContextManager[None]:
+        name = f"the checkpoint of step {self._step}"
+        return _explain_full_disk(self._folder / str(self._step), name, self._num_bytes)
+
+
+@contextlib.contextmanager
+def _explain_full_disk(folder: Path, name: str, num_bytes: int) -> Iterator[None]:
+    """If saving to `folder` fails on a full disk, raise DiskFullError, and leave no files.
+
+    Orbax saves to a temporary folder, and renames it when it is complete.
+    """
+    with explain_full_disk(folder.parent, name, wanted=num_bytes):
+        try:
+            yield
+        except Exception as error:
+            if is_disk_full(error):
+                for path in folder.parent.glob(f"{folder.name}{TMP_DIR_SUFFIX}*"):
+                    shutil.rmtree(path, ignore_errors=True)
+            raise
+
+
+def _num_bytes(tree: PyTree) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+def _size_on_disk(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def read_record(workdir: Path, step: int) -> dict[str, Any]:
+    """Return the JSON record of a saved step."""
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    folder = workdir / workdir_files.CHECKPOINTS
+    with ocp.CheckpointManager(folder, options=options) as manager:
+        args = ocp.args.Composite(record=ocp.args.JsonRestore())
+        return manager.restore(step, args=args)["record"]
 
 
 def restore_params(workdir: Path, step: int | None, target: Params) -> tuple[Params, str, int]:
@@ -123,7 +182,10 @@ def save_frozen(workdir: Path, frozen: Params) -> str:
     digest = _short_digest(frozen)
     folder = workdir / workdir_files.FROZEN / digest
     if frozen and not folder.exists():
-        with ocp.StandardCheckpointer() as checkpointer:
+        with (
+            _explain_full_disk(folder, "the frozen parameters", _num_bytes(frozen)),
+            ocp.StandardCheckpointer() as checkpointer,
+        ):
             checkpointer.save(folder, frozen)
     return digest
 

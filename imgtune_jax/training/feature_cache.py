@@ -1,8 +1,9 @@
 """Feature cache: the output of each tower's frozen prefix, computed once and read from disk later.
 
 A store's folder is named by a digest of everything that its values depend on: frozen weights,
-architecture, preprocessing, augmentation, views, seed and data. So a run never reads values that
-were computed from other settings, and all runs with the same key share one store.
+architecture, version of the towers' code, precision of matrix products, preprocessing,
+augmentation, views, seed and data. So a run never reads values that were computed from other
+settings, and all runs with the same key share one store.
 
 A view is one random augmentation of an image, or one sampled caption of a record. Training fills a
 store: in the first epoch of each view the frozen prefix runs batch by batch, and later epochs read
@@ -25,8 +26,8 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from imgtune_jax import data, param_tree
-from imgtune_jax.data.feature_store import differing_keys
+from imgtune_jax import data, models, param_tree
+from imgtune_jax.data.feature_store import differing_keys, read_manifest
 from imgtune_jax.errors import UserError
 from imgtune_jax.training.batch_source import BatchSource
 from imgtune_jax.training.experiment import Experiment
@@ -35,16 +36,19 @@ from imgtune_jax.types import Batch, Params
 log = logging.getLogger("imgtune_jax.training.feature_cache")
 
 
-def build_batch_source(experiment: Experiment, frozen: Params) -> BatchSource:
+def build_batch_source(
+    experiment: Experiment, frozen: Params, *, bad_records: Mapping[str, int] | None = None
+) -> BatchSource:
     """Build the source of training batches, with a store for each cached tower.
 
-    `frozen` contains all frozen parameters.
+    `frozen` contains all frozen parameters. `bad_records` has the counts of bad records up to the
+    step that a run is resumed at.
     """
     stores = open_stores(experiment, frozen)
     prefix_fns = {tower: _compile_prefix(experiment, frozen, tower) for tower in stores}
     pipeline = experiment.pipeline
-    if stores:
-        pipeline = dataclasses.replace(pipeline, stores=stores)
+    if stores or bad_records:
+        pipeline = dataclasses.replace(pipeline, stores=stores, counted=bad_records or {})
     return BatchSource(experiment, pipeline, prefix_fns)
 
 
@@ -121,6 +125,8 @@ def cache_key(experiment: Experiment, frozen: Params, tower: str) -> dict[str, A
         "architecture": config.model[tower],
         "layers": prefix.num_layers,
         "compute_dtype": config.model.get("dtype"),
+        "matmul_precision": _matmul_precision(experiment),
+        "code": models.TOWERS_VERSION,
         "source": experiment.source.fingerprint,
     }
     if tower == "image":
@@ -138,11 +144,20 @@ def cache_key(experiment: Experiment, frozen: Params, tower: str) -> dict[str, A
     return json.loads(json.dumps(key))
 
 
+def _matmul_precision(experiment: Experiment) -> str:
+    """Return the precision of float32 matrix products, and the platform, which has a default one.
+
+    By default, a TPU rounds float32 operands to bfloat16, a GPU to TF32, and a CPU not at all.
+    """
+    precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    return f"{precision or 'default'} on {experiment.partitioner.mesh.devices.flat[0].platform}"
+
+
 def _log_key_changes(folder: Path, key: Mapping[str, Any]) -> None:
     """Log which entries of a new key differ from the most similar store of the same tower."""
     tower = folder.name.partition("-")[0]
-    manifests = [json.loads(p.read_text()) for p in folder.parent.glob(f"{tower}-*/manifest.json")]
-    changes = [differing_keys({k: m[k] for k in key if k in m}, key) for m in manifests]
+    manifests = [read_manifest(other) for other in folder.parent.glob(f"{tower}-*")]
+    changes = [differing_keys({k: m[k] for k in key if k in m}, key) for m in manifests if m]
     if changes:
         entries = ", ".join(min(changes, key=len))
         log.info("these features are not cached yet; the most similar store differs in %s", entries)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from jax.experimental import multihost_utils
 
 from imgtune_jax import evals, param_tree
 from imgtune_jax.config import Config
-from imgtune_jax.errors import NonFiniteLossError, UserError
-from imgtune_jax.training import checkpoint, workdir_files
+from imgtune_jax.disk_space import explain_full_disk
+from imgtune_jax.errors import DiskFullError, NonFiniteLossError, UserError
+from imgtune_jax.training import checkpoint, data_check, workdir_files
 from imgtune_jax.training.experiment import build_experiment
 from imgtune_jax.training.run import Run, build_run
 
@@ -25,21 +27,41 @@ log = logging.getLogger("imgtune_jax.training")
 EXIT_SIGTERM = 143  # the exit status that a shell reports for a process ended by SIGTERM
 
 
-def train(config: Config, workdir: Path) -> evals.ModelPredictor:
+def train(
+    config: Config, workdir: Path, *, allow_changed_data: bool = False
+) -> evals.ModelPredictor:
     """Train from step 0, or from the newest checkpoint in `workdir`; return the final model.
 
+    With `allow_changed_data`, a run may be resumed on other training data than it was trained on.
+
     Raises UserError if parts of the config do not fit each other, or if `workdir` holds a run with
-    another config. Raises NonFiniteLossError if the loss becomes NaN or infinite, and
-    data.TooManyBadRecordsError if too many records are unreadable.
+    another config or other training data. Raises NonFiniteLossError if the loss becomes NaN or
+    infinite, data.TooManyBadRecordsError if too many records are unreadable, and DiskFullError.
     """
-    run = build_run(build_experiment(config), workdir)
-    try:
-        if not run.is_resumed:
-            _evaluate_baselines(run)
-        _train_steps(run)
-    finally:
-        run.close()
+    experiment = build_experiment(config)
+    with _name_last_step(workdir):
+        run = build_run(experiment, workdir, allow_changed_data=allow_changed_data)
+        try:
+            if not run.is_resumed:
+                _evaluate_baselines(run)
+            _train_steps(run)
+        finally:
+            run.close()
     return run.predictor()
+
+
+@contextlib.contextmanager
+def _name_last_step(workdir: Path) -> Iterator[None]:
+    """If any file of a run cannot be written to a full disk, name the last saved step."""
+    try:
+        with explain_full_disk(workdir, "a file of the run"):
+            yield
+    except DiskFullError as error:
+        step = checkpoint.latest_step(workdir)
+        last = "no step is saved" if step is None else f"the last saved step is {step}"
+        raise DiskFullError(
+            f"{error}; {last}. Free some space, and resume the run with the same command"
+        ) from error
 
 
 def _train_steps(run: Run) -> None:
@@ -52,7 +74,7 @@ def _train_steps(run: Run) -> None:
     try:
         for n in range(run.start + 1, steps.total + 1):
             wait_start = time.perf_counter()
-            batch = next(run.batches)
+            batch, run.bad_records = next(run.batches)
             run.logger.add_wait_time(time.perf_counter() - wait_start)
             run.state, metrics = train_step(run.state, frozen, batch)
             if pending is not None:
@@ -151,7 +173,8 @@ def _save_checkpoint(run: Run, step: int) -> None:
         # A NaN has no place in the order of the best checkpoints, and JSON has none.
         "metrics": {k: v for k, v in run.last_metrics.items() if math.isfinite(v)},
         "has_ema": run.state.ema_params is not None,
-        "bad_records": run.batch_source.pipeline.bad_records(),
+        "bad_records": run.bad_records,
+        "data": data_check.data_record(run.experiment),
     }
     run.batch_source.flush()
     run.checkpointer.save(step, run.state, record)

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import collections
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
-from imgtune_jax import evals
-from imgtune_jax.training import calibrate, checkpoint, feature_cache, workdir_files
+from imgtune_jax import data, evals
+from imgtune_jax.training import (
+    calibrate,
+    checkpoint,
+    data_check,
+    feature_cache,
+    metric_logger,
+    workdir_files,
+)
 from imgtune_jax.training.batch_source import BatchSource
 from imgtune_jax.training.checkpoint import Checkpointer
 from imgtune_jax.training.experiment import Experiment
@@ -23,11 +31,19 @@ from imgtune_jax.types import Batch, Params, TrainState
 log = logging.getLogger("imgtune_jax.training")
 
 
+class CountedBatch(NamedTuple):
+    """A batch, and the counts of bad records up to it (`data.Pipeline.bad_records`)."""
+
+    batch: Batch
+    bad_records: dict[str, int]
+
+
 @dataclass
 class Run:
     """An experiment in a workdir, with parameters and a step.
 
-    The training loop changes `state`, `last_metrics` and `preempted`, and no other field.
+    The training loop changes `state`, `bad_records`, `last_metrics` and `preempted`, and no other
+    field.
     """
 
     experiment: Experiment
@@ -38,7 +54,8 @@ class Run:
     frozen: Params  # kernels cast to the dtype of matrix products
     frozen_digest: str
     batch_source: BatchSource
-    batches: Iterator[Batch]  # batch `start` and all later ones
+    batches: Iterator[CountedBatch]  # batch `start` and all later ones
+    bad_records: dict[str, int] = field(default_factory=dict)  # up to the current step
     last_metrics: dict[str, float] = field(default_factory=dict)  # evaluated since the last save
     preempted: bool = False
 
@@ -70,21 +87,29 @@ class Run:
 
     def close(self) -> None:
         """Close the logs, and wait until all saves that have started are on disk."""
-        self.logger.close()
-        self.checkpointer.close()
+        try:
+            self.logger.close()
+        finally:
+            self.checkpointer.close()
 
 
-def build_run(experiment: Experiment, workdir: Path) -> Run:
+def build_run(experiment: Experiment, workdir: Path, *, allow_changed_data: bool = False) -> Run:
     """Build a run at step 0 or, if `workdir` has a checkpoint, at the newest one.
 
     Raises UserError, before anything is written, if parts of the config do not fit each other or
-    `workdir` holds a run with another config.
+    `workdir` holds a run with another config. So does a run on other training data, unless
+    `allow_changed_data`.
     """
     config, workdir = experiment.config, workdir.absolute()  # Orbax needs an absolute path
     saved_step = checkpoint.latest_step(workdir)
     experiment.build_all(with_baselines=saved_step is None)
 
     workdir_files.check_same_config(config, workdir)
+    if saved_step is not None:
+        saved_data = checkpoint.read_record(workdir, saved_step).get("data")
+        data_check.check_same_data(experiment, saved_data, allow_changed=allow_changed_data)
+    if config.wandb_project is not None:
+        metric_logger.import_wandb()
     workdir_files.write_config(config, workdir)
     # If an earlier run stopped before its first checkpoint, baselines are evaluated again, so
     # their earlier records (step 0) are dropped.
@@ -103,12 +128,11 @@ def _new_run(experiment: Experiment, workdir: Path, checkpointer: Checkpointer) 
     params = experiment.init_params()
     _, frozen = experiment.split_params(params)
     batch_source = feature_cache.build_batch_source(experiment, frozen)
-    batches = batch_source.batches(0)
+    batches = with_counts(batch_source.batches(0), batch_source.pipeline)
     # Calibration reads the first batches; training then starts with the same ones.
-    recorded: collections.deque[Batch] = collections.deque()
-    params = calibrate.calibrate(
-        experiment.model, params, record_batches(batches, recorded), experiment.partitioner
-    )
+    recorded: collections.deque[CountedBatch] = collections.deque()
+    read = (counted.batch for counted in record_batches(batches, recorded))
+    params = calibrate.calibrate(experiment.model, params, read, experiment.partitioner)
     trainable, frozen = experiment.split_params(params)
     digest = checkpoint.save_frozen(workdir, frozen)
     experiment.tokenizer.save(workdir / workdir_files.TOKENIZER)
@@ -133,7 +157,8 @@ def _resumed_run(
     digest = record["frozen"]
     frozen = checkpoint.restore_frozen(workdir, digest, experiment.abstract_split_params[1])
     log.info("resuming %s at step %d", workdir, step)
-    batch_source = feature_cache.build_batch_source(experiment, frozen)
+    bad_records = record.get("bad_records", {})
+    batch_source = feature_cache.build_batch_source(experiment, frozen, bad_records=bad_records)
     return Run(
         experiment=experiment,
         workdir=workdir,
@@ -143,18 +168,29 @@ def _resumed_run(
         frozen=experiment.model.cast_frozen_kernels(frozen),
         frozen_digest=digest,
         batch_source=batch_source,
-        batches=batch_source.batches(step),
+        batches=with_counts(batch_source.batches(step), batch_source.pipeline),
+        bad_records=bad_records,
     )
 
 
-def record_batches(batches: Iterator[Batch], recorded: collections.deque[Batch]) -> Iterator[Batch]:
+def with_counts(batches: Iterable[Batch], pipeline: data.Pipeline) -> Iterator[CountedBatch]:
+    """Yield batches, each with the counts of bad records up to it."""
+    for batch in batches:
+        yield CountedBatch(batch, pipeline.bad_records())
+
+
+def record_batches(
+    batches: Iterator[CountedBatch], recorded: collections.deque[CountedBatch]
+) -> Iterator[CountedBatch]:
     """Yield batches, appending each to `recorded`."""
     for batch in batches:
         recorded.append(batch)
         yield batch
 
 
-def replay_batches(recorded: collections.deque[Batch], batches: Iterator[Batch]) -> Iterator[Batch]:
+def replay_batches(
+    recorded: collections.deque[CountedBatch], batches: Iterator[CountedBatch]
+) -> Iterator[CountedBatch]:
     """Yield the recorded batches, removing each from `recorded`, and then `batches`."""
     while recorded:
         yield recorded.popleft()

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -21,6 +22,7 @@ RESULTS = "results.jsonl"
 STORE_PATHS = "cache.json"  # {tower: folder of its feature store}
 TOKENIZER = "tokenizer"
 TENSORBOARD = "tensorboard"
+WANDB_RUN = "wandb_run.txt"  # the id of the run in W&B
 CHECKPOINTS = "checkpoints"
 FROZEN = "frozen"
 
@@ -28,7 +30,6 @@ FROZEN = "frozen"
 # depend on them.
 MUTABLE_KEYS = (
     "baselines",
-    "cache.path",
     "checkpoint.",
     "data.num_threads",
     "data.num_workers",
@@ -37,18 +38,19 @@ MUTABLE_KEYS = (
     "evals",
     "log_every",
     "mesh.",
+    "wandb_project",
 )
 
 
 def check_same_config(config: Config, workdir: Path) -> None:
-    """Raise UserError if `workdir` holds a run whose config differs in more than MUTABLE_KEYS."""
+    """Raise UserError if `workdir` holds a run whose config differs in keys that may not change."""
     path = workdir / CONFIG
     if not path.exists():
         return
     changed = {
         key: values
         for key, values in differences(load_config(path), config).items()
-        if not key.startswith(MUTABLE_KEYS)
+        if not _is_mutable(key, *values)
     }
     if changed:
         lines = [
@@ -58,6 +60,14 @@ def check_same_config(config: Config, workdir: Path) -> None:
             f"{workdir} holds a run with another config; resuming it needs equal settings. "
             f"Set these back, or choose a new --workdir:\n  " + "\n  ".join(lines)
         )
+
+
+def _is_mutable(key: str, old: Any, new: Any) -> bool:
+    """Return whether a resumed run may change a config value from `old` to `new`."""
+    if key == "cache.path":
+        # A run without a cache has a new augmentation in every epoch, and features are not rounded.
+        return old is not None and new is not None
+    return key.startswith(MUTABLE_KEYS)
 
 
 def write_config(config: Config, workdir: Path) -> None:

@@ -1,12 +1,14 @@
 """A small TFDS (TensorFlow Datasets) data set is written and read without TensorFlow."""
 
 import importlib.util
+import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
 
-from imgtune_jax.data import BadRecord, FaultCause, build_source, decode_image
+from imgtune_jax.data import BadRecord, FaultCause, build_source, decode_image, listing_fingerprint
 from tests.data.tiny_tfds import Tiny
 
 
@@ -62,3 +64,19 @@ def test_splits_can_be_sliced(config):
 def test_error_names_a_missing_data_set(config, tmp_path):
     with pytest.raises(ValueError, match="no TFDS data set 'absent_thing'"):
         build_source({**config, "dataset": "absent_thing", "data_dir": str(tmp_path)})
+
+
+@pytest.mark.parametrize("mode", ["stat", "content"])
+def test_fingerprint_sees_a_changed_file(config, tmp_path, mode):
+    shutil.copytree(config["data_dir"], tmp_path / "copy")
+    copied = {**config, "data_dir": str(tmp_path / "copy"), "fingerprint_mode": mode}
+    before = build_source(copied)
+    digest, listing = before.fingerprint, listing_fingerprint(before)
+    (file,) = (tmp_path / "copy").rglob("*train*array_record*")
+    data, stat = file.read_bytes(), file.stat()
+    file.write_bytes(data.replace(b"caption 3", b"caption 9"))
+    assert file.read_bytes() != data
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + (mode == "stat")))
+    after = build_source(copied)
+    assert after.fingerprint != digest
+    assert (listing_fingerprint(after) == listing) == (mode == "stat")

@@ -187,18 +187,18 @@ def test_source_can_be_pickled(tar):
     assert copy.fingerprint == records.fingerprint and copy[3] == records[3]
 
 
-def test_fingerprint_depends_on_content_and_options_and_not_on_path(tar, tmp_path):
-    first = tar_source(tar).fingerprint
+def test_digest_of_the_listing_depends_on_content_and_options_and_not_on_path(tar, tmp_path):
+    first = tar_source(tar).listing_fingerprint
     moved = tmp_path / "elsewhere"
     moved.mkdir()
     copy = moved / "b.tar"
     copy.write_bytes(Path(tar).read_bytes())
-    assert tar_source(str(copy)).fingerprint == first
-    assert tar_source(tar, captions={"name": ("name", "en")}).fingerprint != first
-    assert tar_source(tar, where={"n": (0,)}).fingerprint != first
+    assert tar_source(str(copy)).listing_fingerprint == first
+    assert tar_source(tar, captions={"name": ("name", "en")}).listing_fingerprint != first
+    assert tar_source(tar, where={"n": (0,)}).listing_fingerprint != first
     data = Path(tar).read_bytes()
     copy.write_bytes(data.replace(b"name 4", b"NAME 4"))  # same sizes, other bytes
-    assert tar_source(str(copy)).fingerprint != first
+    assert tar_source(str(copy)).listing_fingerprint != first
 
 
 def test_index_of_a_large_tar_is_cached(tar, monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,8 +11,9 @@ import sys
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
-from imgtune_jax import data, info, param_tree
+from imgtune_jax import data, info, models, param_tree
 from imgtune_jax.training import feature_cache, loop
 from imgtune_jax.training.experiment import build_experiment
 from tests.debug_run import ROOT, losses, settings, signal_after, start
@@ -266,6 +268,57 @@ def test_key_does_not_depend_on_settings_that_change_no_feature(base_names):
     seeded = dataclasses.replace(experiment, config=dataclasses.replace(experiment.config, seed=1))
     keys = [feature_cache.cache_key(e, frozen, "image") for e in (experiment, seeded)]
     assert keys[0] == keys[1], "deterministic preprocessing does not depend on the seed"
+
+
+def test_keys_depend_on_the_version_of_the_code(base_names, monkeypatch):
+    base_changes, base = base_names
+    monkeypatch.setattr(models, "TOWERS_VERSION", models.TOWERS_VERSION + 1)
+    changed = store_names(**base_changes)
+    assert all(changed[tower] != base[tower] for tower in ("image", "text"))
+
+
+def test_keys_depend_on_the_precision_of_matrix_products(base_names):
+    base_changes, base = base_names
+    with jax.default_matmul_precision("bfloat16"):
+        changed = store_names(**base_changes)
+    assert all(changed[tower] != base[tower] for tower in ("image", "text"))
+    experiment, frozen = build(**base_changes)
+    assert feature_cache.cache_key(experiment, frozen, "text")["matmul_precision"] == (
+        "default on cpu"
+    )
+
+
+def test_keys_depend_on_the_files_of_the_data(base_names, tmp_path):
+    base_changes, _ = base_names
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "t.csv").write_text("filepath,title\na.png,an image\n")
+    source = dict(name="folder", path=str(tmp_path), table=str(tmp_path / "t.csv"))
+    changes = base_changes | {
+        "data.source": source,
+        "data.caption_weights": dict(caption=1.0),
+    }
+    before = store_names(**changes)
+    os.utime(tmp_path / "a.png", (1, 1))
+    after = store_names(**changes)
+    assert all(after[tower] != before[tower] for tower in ("image", "text"))
+
+
+def test_damaged_segment_is_computed_again(tmp_path, caplog):
+    changes = {**DETERMINISTIC, "lock.image": True, **cached(tmp_path / "cache", text_views=0)}
+    loop.train(settings(**changes), tmp_path / "first")
+    before = stored_features(tmp_path / "cache")["image"]
+    damaged = sorted((tmp_path / "cache").glob("*/*.array_record"))[0]
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    loop.train(settings(**changes), tmp_path / "second")
+    assert damaged.name in caplog.text and not damaged.exists()
+    np.testing.assert_array_equal(losses(tmp_path / "second"), losses(tmp_path / "first"))
+    np.testing.assert_array_equal(stored_features(tmp_path / "cache")["image"], before)
+
+
+def test_store_whose_manifest_is_damaged_does_not_end_another_run(base_names, tmp_path):
+    (tmp_path / "image-0123").mkdir()
+    (tmp_path / "image-0123" / "manifest.json").write_text("")
+    assert store_names(**(base_names[0] | {"cache.path": str(tmp_path)})) == base_names[1]
 
 
 def test_store_of_another_key_is_an_error(base_names):

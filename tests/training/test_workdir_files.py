@@ -28,7 +28,7 @@ def test_written_config_is_the_same_config(tmp_path):
     "changes",
     [
         {"log_every": 7},
-        {"cache.path": "elsewhere"},
+        {"wandb_project": "mine"},
         {"checkpoint.keep_last": 5},
         {"mesh.fsdp": 2},
         {"data.num_workers": 1},
@@ -39,6 +39,18 @@ def test_written_config_is_the_same_config(tmp_path):
 def test_mutable_keys_may_change_on_resume(tmp_path, changes):
     workdir_files.write_config(settings(), tmp_path)
     workdir_files.check_same_config(settings(**changes), tmp_path)
+
+
+def test_features_may_be_cached_elsewhere_on_resume(tmp_path):
+    workdir_files.write_config(settings(**{"cache.path": "here"}), tmp_path)
+    workdir_files.check_same_config(settings(**{"cache.path": "elsewhere"}), tmp_path)
+
+
+@pytest.mark.parametrize(("old", "new"), [(None, "here"), ("here", None)])
+def test_caching_features_at_all_may_not_change_on_resume(tmp_path, old, new):
+    workdir_files.write_config(settings(**{"cache.path": old}), tmp_path)
+    with pytest.raises(ValueError, match=rf"cache\.path: {old!r} in the saved run, {new!r} now"):
+        workdir_files.check_same_config(settings(**{"cache.path": new}), tmp_path)
 
 
 @pytest.mark.parametrize(
