@@ -83,4 +83,6 @@ def _newest_results(path: Path) -> list[dict[str, Any]]:
 def _result_lines(results: list[dict[str, Any]]) -> Iterable[str]:
     for record in results:
         values = ", ".join(f"{k} {v:.4g}" for k, v in record["metrics"].items())
+        if "error" in record:
+            values = f"failed: {record['error']}"
         yield f"{record['dataset']} ({record['model']}): {values}"

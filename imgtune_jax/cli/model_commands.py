@@ -23,13 +23,13 @@ def evaluate(options: argparse.Namespace) -> None:
     # `limit` makes evaluation during training cheap. This command evaluates the full data set.
     unlimited = {n: {k: v for k, v in config.evals[n].items() if k != "limit"} for n in names}
     for name, evaluator in model.experiment.build_evaluators(unlimited).items():
-        metrics = evaluator(model.predictor)
-        record = evals.evaluator_result(
-            name, evaluator, metrics, model=config.name, step=model.step
+        record = evals.run_evaluator(
+            name, evaluator, model.predictor, model=config.name, step=model.step
         )
         evals.append_result(workdir / "results.jsonl", record)
     page = report.write_run_report(workdir, model.predictor)
     print(f"{report.summary(workdir)}\n\nReport: {page}")
+    report.check_evaluations(workdir)
 
 
 def embed(options: argparse.Namespace) -> None:

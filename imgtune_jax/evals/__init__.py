@@ -16,12 +16,14 @@ from imgtune_jax.errors import UserError
 from imgtune_jax.evals.captioning import Captioning
 from imgtune_jax.evals.fewshot import FewShot
 from imgtune_jax.evals.linear_probe import LinearProbe
+from imgtune_jax.evals.metric_direction import is_fraction, metric_sign
 from imgtune_jax.evals.predictor import ModelPredictor
 from imgtune_jax.evals.protocol import Evaluator, GeneratedCaption, Predictor
 from imgtune_jax.evals.results import append_result, evaluator_result, make_result, read_results
 from imgtune_jax.evals.retrieval import Retrieval, curve_names
 from imgtune_jax.evals.ridge import ridge_baseline
 from imgtune_jax.evals.ridge_retrieval import RidgeRetrieval
+from imgtune_jax.evals.run_evaluator import failed_results, run_evaluator
 from imgtune_jax.evals.scoring_classifier import ScoringClassifier
 from imgtune_jax.evals.validation_loss import ValidationLoss
 from imgtune_jax.evals.zeroshot import ZeroShot
@@ -36,9 +38,13 @@ __all__ = [
     "build_evaluators",
     "curve_names",
     "evaluator_result",
+    "failed_results",
+    "is_fraction",
     "make_result",
+    "metric_sign",
     "read_results",
     "ridge_baseline",
+    "run_evaluator",
 ]
 
 EVALUATORS: dict[str, type] = {

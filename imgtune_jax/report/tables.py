@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from imgtune_jax import evals
 from imgtune_jax.report.run_data import RunData
-
-# Metrics whose names contain one of these strings are shown in percent, as in captioning papers.
-FRACTIONS = ("recall", "R@", "acc", "f1", "precision", "Bleu", "ROUGE", "METEOR", "CIDEr", "exact")
 
 
 class MetricColumn:
@@ -22,21 +20,13 @@ class MetricColumn:
     @property
     def sign(self) -> int:
         """1 if higher is better, -1 if lower is better, 0 for counts and settings."""
-        if self.metric.startswith("num_") or self.metric in ("l2", "best_lambda", "converged"):
-            return 0
-        lower_is_better = "rank" in self.metric or not (
-            self._is_fraction() or self.metric == "chrF"
-        )
-        return -1 if lower_is_better else 1
+        return evals.metric_sign(self.metric)
 
     def format(self, value: float) -> str:
         """Format fractions in percent, chrF (0 to 100) like a percentage, and integers as such."""
-        if self._is_fraction() or self.metric == "chrF":
+        if evals.is_fraction(self.metric) or self.metric == "chrF":
             return f"{value if self.metric == 'chrF' else 100 * value:.1f}"
         return f"{value:,.0f}" if value == int(value) and abs(value) >= 1 else f"{value:.4g}"
-
-    def _is_fraction(self) -> bool:
-        return any(part in self.metric for part in FRACTIONS)
 
 
 def metric_label(metric: str) -> str:
