@@ -10,7 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 # Keys added later, with the value that older runs implicitly used: (group, key, value).
-ADDED_KEYS = (("data", "prefixes", {}), ("data", "length_buckets", ()))
+ADDED_KEYS = (
+    ("data", "prefixes", {}),
+    ("data", "length_buckets", ()),
+    ("checkpoint", "best_mode", None),
+)
 
 # In the paths below, `*` stands for any key: here, the user's name for an evaluator.
 _EVALUATORS = ("evals.*", "baselines.*")

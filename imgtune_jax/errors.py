@@ -21,3 +21,7 @@ class ExistingFileError(UserError, FileExistsError):
 
 class NonFiniteLossError(UserError, RuntimeError):
     """The training loss became NaN or infinite."""
+
+
+class NonFiniteParamsError(UserError, RuntimeError):
+    """Parameters, their moving average or the optimizer state became NaN or infinite."""

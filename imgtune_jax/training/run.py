@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import jax
 
 from imgtune_jax import evals
-from imgtune_jax.training import calibrate, checkpoint, feature_cache, workdir_files
+from imgtune_jax.training import calibrate, checkpoint, feature_cache, workdir_files, workdir_lock
 from imgtune_jax.training.batch_source import BatchSource
-from imgtune_jax.training.checkpoint import Checkpointer
+from imgtune_jax.training.checkpoint import Checkpointer, SavedState
 from imgtune_jax.training.experiment import Experiment
 from imgtune_jax.training.metric_logger import MetricLogger
 from imgtune_jax.training.state import eval_params
@@ -27,7 +28,7 @@ log = logging.getLogger("imgtune_jax.training")
 class Run:
     """An experiment in a workdir, with parameters and a step.
 
-    The training loop changes `state`, `last_metrics` and `preempted`, and no other field.
+    The training loop changes `state`, and no other field.
     """
 
     experiment: Experiment
@@ -39,8 +40,7 @@ class Run:
     frozen_digest: str
     batch_source: BatchSource
     batches: Iterator[Batch]  # batch `start` and all later ones
-    last_metrics: dict[str, float] = field(default_factory=dict)  # evaluated since the last save
-    preempted: bool = False
+    evaluation_is_missing: bool = False  # that of step `start`, which the run did not finish
 
     def __post_init__(self) -> None:
         """Open the logs."""
@@ -74,31 +74,48 @@ class Run:
         self.checkpointer.close()
 
 
-def build_run(experiment: Experiment, workdir: Path) -> Run:
-    """Build a run at step 0 or, if `workdir` has a checkpoint, at the newest one.
+@contextlib.contextmanager
+def open_run(experiment: Experiment, workdir: Path) -> Iterator[Run]:
+    """Open a run: new, or resumed at the newest checkpoint in `workdir` that is not damaged.
 
-    Raises UserError, before anything is written, if parts of the config do not fit each other or
-    `workdir` holds a run with another config.
+    The run has the lock of `workdir` until the `with` statement ends. A run that stopped before its
+    first checkpoint is replaced. Raises UserError, before anything is written, if parts of the
+    config do not fit each other, if `workdir` holds a saved model or a run with another config, or
+    if all of its checkpoints are damaged.
     """
     config, workdir = experiment.config, workdir.absolute()  # Orbax needs an absolute path
-    saved_step = checkpoint.latest_step(workdir)
-    experiment.build_all(with_baselines=saved_step is None)
-
-    workdir_files.check_same_config(config, workdir)
-    workdir_files.write_config(config, workdir)
-    # If an earlier run stopped before its first checkpoint, baselines are evaluated again, so
-    # their earlier records (step 0) are dropped.
-    workdir_files.truncate_logs(workdir, -1 if saved_step is None else saved_step)
-    checkpointer = Checkpointer(workdir, config.checkpoint)
-    if saved_step is None:
-        run = _new_run(experiment, workdir, checkpointer)
+    is_new = not checkpoint.saved_steps(workdir)
+    experiment.build_all(with_baselines=is_new)
+    if is_new:
+        workdir_files.check_no_saved_model(workdir)
     else:
-        run = _resumed_run(experiment, workdir, checkpointer, saved_step)
+        workdir_files.check_same_config(config, workdir)
+    with workdir_lock.hold_lock(workdir):
+        workdir_files.delete_temporary_files(workdir)
+        try:
+            with contextlib.closing(_build_run(experiment, workdir)) as run:
+                yield run
+        finally:
+            if jax.process_count() == 1:  # other hosts may still be writing
+                workdir_files.delete_temporary_files(workdir)
+
+
+def _build_run(experiment: Experiment, workdir: Path) -> Run:
+    """Build a run at step 0, or at a checkpoint."""
+    saved = checkpoint.restore_newest(workdir, experiment.abstract_state)
+    if saved is None:
+        workdir_files.delete_unsaved_run(workdir)
+        workdir_files.write_config(experiment.config, workdir)
+        run = _new_run(experiment, workdir)
+    else:
+        checkpoint.set_damaged_aside(workdir, saved.step)
+        workdir_files.write_config(experiment.config, workdir)
+        run = _resumed_run(experiment, workdir, saved)
     workdir_files.write_store_paths(run.batch_source.store_paths, workdir)
     return run
 
 
-def _new_run(experiment: Experiment, workdir: Path, checkpointer: Checkpointer) -> Run:
+def _new_run(experiment: Experiment, workdir: Path) -> Run:
     """Initialize parameters and state; save the frozen parameters and the tokenizer."""
     params = experiment.init_params()
     _, frozen = experiment.split_params(params)
@@ -115,7 +132,7 @@ def _new_run(experiment: Experiment, workdir: Path, checkpointer: Checkpointer) 
     return Run(
         experiment=experiment,
         workdir=workdir,
-        checkpointer=checkpointer,
+        checkpointer=Checkpointer(workdir, experiment.config.checkpoint),
         start=0,
         state=experiment.create_state(trainable),
         frozen=experiment.model.cast_frozen_kernels(frozen),
@@ -125,25 +142,29 @@ def _new_run(experiment: Experiment, workdir: Path, checkpointer: Checkpointer) 
     )
 
 
-def _resumed_run(
-    experiment: Experiment, workdir: Path, checkpointer: Checkpointer, step: int
-) -> Run:
-    """Restore parameters and state of a saved step, laid out on the mesh of this process."""
-    state, record = checkpointer.restore(step, experiment.abstract_state)
-    digest = record["frozen"]
+def _resumed_run(experiment: Experiment, workdir: Path, saved: SavedState) -> Run:
+    """Resume at a checkpoint: truncate the logs to its step, and restore the frozen parameters."""
+    step, digest = saved.step, saved.record["frozen"]
     frozen = checkpoint.restore_frozen(workdir, digest, experiment.abstract_split_params[1])
     log.info("resuming %s at step %d", workdir, step)
+    workdir_files.truncate_logs(workdir, step)
+    evaluation_is_missing = experiment.evaluates_after(step) and not workdir_files.has_evaluation(
+        workdir, step, experiment.evaluators
+    )
+    if evaluation_is_missing:
+        workdir_files.truncate_logs(workdir, step, keep_evaluation=False)
     batch_source = feature_cache.build_batch_source(experiment, frozen)
     return Run(
         experiment=experiment,
         workdir=workdir,
-        checkpointer=checkpointer,
+        checkpointer=Checkpointer(workdir, experiment.config.checkpoint),
         start=step,
-        state=state,
+        state=saved.state,
         frozen=experiment.model.cast_frozen_kernels(frozen),
         frozen_digest=digest,
         batch_source=batch_source,
         batches=batch_source.batches(step),
+        evaluation_is_missing=evaluation_is_missing,
     )
 
 
