@@ -19,8 +19,14 @@ SOURCE = dict(
     captions=dict(name=("name", "en")), group=("concept",),
 )  # fmt: skip
 TOY = dict(name="retrieval", source=SOURCE, caption_set="name")
-CHANGES = {
+TINY = {
     "batch_size": 16,
+    "model.image": dict(name="vit", variant="mu/16", depth=1, pool="mean"),
+    "model.text": dict(
+        name="text_transformer", variant="mu", depth=1, vocab_size=30522, max_length=12, pool="mean"
+    ),
+}
+CHANGES = TINY | {
     "total.steps": 4,
     "checkpoint.every.steps": 2,
     "eval_every.steps": 3,
@@ -193,7 +199,7 @@ def test_only_damaged_checkpoints_stop_the_run_before_anything_is_written(tmp_pa
 
 def test_state_that_is_not_finite_is_not_saved(tmp_path):
     """The loss of step 1 is finite, but its update is not."""
-    changes = {"optim.lr": 1e39, "total.steps": 1, "batch_size": 16}
+    changes = TINY | {"optim.lr": 1e39, "total.steps": 1}
     with pytest.raises(NonFiniteParamsError, match=r"not finite after step 1.*a new --workdir"):
         loop.train(settings(**changes), tmp_path)
     assert checkpoint.saved_steps(tmp_path) == []
@@ -209,6 +215,6 @@ def test_second_run_in_a_folder_is_refused(tmp_path, monkeypatch):
         errors.append(error)
 
     call_before(monkeypatch, loop, "_fetch_metrics", train_again, call=0)
-    loop.train(settings(**{"total.steps": 1, "batch_size": 16}), tmp_path)
+    loop.train(settings(**TINY, **{"total.steps": 1}), tmp_path)
     assert errors and len(metrics(tmp_path)) == 1
     assert not (tmp_path / workdir_files.RESULTS).exists()
