@@ -116,6 +116,7 @@ def get_config() -> Any:
     c.checkpoint.keep_last = 2
     c.checkpoint.keep_best = 1
     c.checkpoint.best_metric = placeholder(str)
+    c.checkpoint.best_mode = placeholder(str)  # "max" or "min"; None: by the name of the metric
     c.eval_every = duration()
     c.evals = ConfigDict()
     c.baselines = ConfigDict()

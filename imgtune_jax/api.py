@@ -20,11 +20,10 @@ from imgtune_jax import data, interop, param_tree
 from imgtune_jax.errors import ExistingFileError, MissingFileError, UserError
 from imgtune_jax.evals import GeneratedCaption, zeroshot
 from imgtune_jax.evals.predictor import ModelPredictor
-from imgtune_jax.training import checkpoint, loop
+from imgtune_jax.training import checkpoint, loop, workdir_files
 from imgtune_jax.training.experiment import Experiment, build_experiment
 
 Image = Any  # a path, a PIL image, or an array u8[h w] / u8[h w 3] / u8[h w 4]
-PARAMS_FILE = "params.safetensors"  # only in a folder written by TunedModel.save
 
 
 class Hit(NamedTuple):
@@ -170,7 +169,7 @@ class TunedModel:
         folder.mkdir(parents=True, exist_ok=True)
         config_lib.save_config(self.experiment.config, folder / "config.json")
         self.experiment.tokenizer.save(folder / "tokenizer")
-        interop.save_params(self.predictor.params, folder / PARAMS_FILE)
+        interop.save_params(self.predictor.params, folder / workdir_files.SAVED_PARAMS)
         return folder
 
     def _caption_prefix(self, language: str | None) -> str:
@@ -202,8 +201,8 @@ def load(folder: str | Path, *, step: int | None = None, use_memo: bool = False)
     folder = Path(folder).absolute()
     config = config_lib.load_config(folder / "config.json")
     experiment = build_experiment(config, tokenizer_dir=folder / "tokenizer")
-    if (folder / PARAMS_FILE).is_file():
-        params, saved_step = interop.load_params(folder / PARAMS_FILE), -1
+    if (folder / workdir_files.SAVED_PARAMS).is_file():
+        params, saved_step = interop.load_params(folder / workdir_files.SAVED_PARAMS), -1
     else:
         target, frozen_target = experiment.abstract_split_params
         trainable, digest, saved_step = checkpoint.restore_params(folder, step, target)

@@ -155,14 +155,15 @@ class OptimConfig:
 class CheckpointConfig:
     """How often to save, and how many checkpoints to retain.
 
-    `best_metric` is the name of a logged metric, such as "val/coco/image_to_text_R@1"; higher is
-    better.
+    With `best_metric`, such as "val/coco/image_to_text_R@1", every evaluated step is saved.
+    `best_mode` is "max", "min" or None, which is "max" for recalls, accuracies and other scores.
     """
 
     every: Duration
     keep_last: int
     keep_best: int
     best_metric: str | None
+    best_mode: str | None
 
 
 @dataclass(frozen=True)
@@ -310,6 +311,8 @@ def _value_errors(config: Config) -> Iterable[str]:
             f"config.batch_size = {config.batch_size} does not divide into config.accumulation = "
             f"{config.accumulation} microbatches; set it to a multiple"
         )
+    if (mode := config.checkpoint.best_mode) not in (None, "max", "min"):
+        yield f"config.checkpoint.best_mode = {mode!r}; expected 'max', 'min' or None"
     if not config.objectives:
         yield "config.objectives is empty; name at least one, e.g. dict(softmax=dict(weight=1.0))"
     for key in ("image_views", "text_views"):

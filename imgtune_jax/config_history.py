@@ -17,6 +17,7 @@ ADDED_KEYS = (
     ("optim", "warmup_from_zero", False),
     ("optim", "timescale", {"steps": None, "epochs": None, "examples": None}),
     ("optim", "weight_decay_scaled_by", "learning_rate"),
+    ("checkpoint", "best_mode", None),
     ("", "wandb_project", None),
 )
 

@@ -23,5 +23,9 @@ class NonFiniteLossError(UserError, RuntimeError):
     """The training loss became NaN or infinite."""
 
 
+class NonFiniteParamsError(UserError, RuntimeError):
+    """Parameters, their moving average or the optimizer state became NaN or infinite."""
+
+
 class DiskFullError(UserError):
     """A file that cannot be written, because the disk or the user's quota is full."""

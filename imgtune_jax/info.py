@@ -76,4 +76,6 @@ def _result_lines(results: Sequence[Mapping[str, Any]]) -> Iterable[str]:
         values = ", ".join(
             f"{k} {'not finite' if v is None else f'{v:.4g}'}" for k, v in metrics.items()
         )
+        if "error" in record:
+            values = f"failed: {record['error']}"
         yield f"{record['dataset']} ({record['model']}): {values}"

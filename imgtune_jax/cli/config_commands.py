@@ -142,6 +142,7 @@ def _train(flags: Any) -> None:
         page = report.write_run_report(workdir, predictor)
     if jax.process_index() == 0:
         print(f"\n{report.summary(workdir)}\n\nReport: {page}")
+    report.check_evaluations(workdir)
 
 
 def _cache(flags: Any) -> None:

@@ -24,9 +24,8 @@ def evaluate(options: argparse.Namespace) -> None:
     # `limit` makes evaluation during training cheap. This command evaluates the full data set.
     unlimited = {n: {k: v for k, v in config.evals[n].items() if k != "limit"} for n in names}
     for name, evaluator in model.experiment.build_evaluators(unlimited).items():
-        metrics = evaluator(model.predictor)
-        record = evals.evaluator_result(
-            name, evaluator, metrics, model=config.name, step=model.step
+        record = evals.run_evaluator(
+            name, evaluator, model.predictor, model=config.name, step=model.step
         )
         evals.append_result(workdir / "results.jsonl", record)
     print(report.summary(workdir, step=options.step))
@@ -34,6 +33,7 @@ def evaluate(options: argparse.Namespace) -> None:
         print(f"\nReport: not rewritten, since step {model.step} is not the newest")
     else:
         print(f"\nReport: {report.write_run_report(workdir, model.predictor)}")
+    report.check_evaluations(workdir)
 
 
 def embed(options: argparse.Namespace) -> None:

@@ -39,9 +39,12 @@ def report_user_errors() -> Iterator[None]:
 
     With IMGTUNE_TRACEBACK=1 in the environment, all errors keep their traceback. If the reader of
     the output closes the pipe, as in `imgtune info DIR | head -1`, the process ends with status 0.
+    Ctrl-C ends it with status 130.
     """
     try:
         yield
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # the status of a shell for a process ended by Ctrl-C
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None

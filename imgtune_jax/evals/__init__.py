@@ -16,6 +16,7 @@ from imgtune_jax.errors import UserError
 from imgtune_jax.evals.captioning import Captioning
 from imgtune_jax.evals.fewshot import FewShot
 from imgtune_jax.evals.linear_probe import LinearProbe
+from imgtune_jax.evals.metric_direction import is_fraction, metric_sign
 from imgtune_jax.evals.per_class import split_per_class
 from imgtune_jax.evals.predictor import ModelPredictor
 from imgtune_jax.evals.protocol import Evaluator, GeneratedCaption, Predictor
@@ -29,6 +30,7 @@ from imgtune_jax.evals.results import (
 from imgtune_jax.evals.retrieval import Retrieval, curve_names
 from imgtune_jax.evals.ridge import ridge_baseline
 from imgtune_jax.evals.ridge_retrieval import RidgeRetrieval
+from imgtune_jax.evals.run_evaluator import failed_results, run_evaluator
 from imgtune_jax.evals.scoring_classifier import ScoringClassifier
 from imgtune_jax.evals.validation_loss import ValidationLoss
 from imgtune_jax.evals.zeroshot import ZeroShot
@@ -43,10 +45,14 @@ __all__ = [
     "build_evaluators",
     "curve_names",
     "evaluator_result",
+    "failed_results",
+    "is_fraction",
     "make_result",
+    "metric_sign",
     "newest_results",
     "read_results",
     "ridge_baseline",
+    "run_evaluator",
     "split_per_class",
 ]
 

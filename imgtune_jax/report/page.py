@@ -74,13 +74,15 @@ def write_report(
 def write_run_report(workdir: str | Path, predictor: evals.Predictor) -> Path:
     """Write the report with examples from the run's retrieval and captioning evaluators.
 
-    Call it on every host, since encoding is sharded over all hosts. Only the first host writes.
+    Evaluators that failed have no examples. Call it on every host, since encoding is sharded over
+    all hosts. Only the first host writes.
     """
     workdir = Path(workdir)
     config = config_lib.load_config(workdir / "config.json")
     kinds = ("retrieval", "captioning")
+    failed = {result["dataset"] for result in read_run_data(workdir).failures}
     evaluators = evals.build_evaluators(
-        {k: v for k, v in config.evals.items() if v.get("name") in kinds}
+        {k: v for k, v in config.evals.items() if v.get("name") in kinds and k not in failed}
     )
     retrieval = [
         retrieval_data(name, evaluator, predictor)

@@ -11,7 +11,7 @@ from typing import Any
 
 from imgtune_jax.config import flatten_config
 from imgtune_jax.errors import MissingFileError
-from imgtune_jax.evals.results import read_results
+from imgtune_jax.evals import failed_results, read_results
 from imgtune_jax.json_lines import read_json_lines
 
 Series = list[tuple[int, float]]  # (step, value)
@@ -25,6 +25,7 @@ class RunData:
     config: dict[str, Any]  # by dotted key
     series: dict[str, Series]  # by metric name
     results: list[dict[str, Any]]
+    failures: list[dict[str, Any]]  # results of evaluations that failed, with the key `error`
 
     @property
     def last_step(self) -> int | None:
@@ -44,11 +45,13 @@ def read_run_data(workdir: Path) -> RunData:
     path = workdir / "config.json"
     config = json.loads(path.read_text("utf-8")) if path.exists() else {}
     lines = read_json_lines(workdir / "metrics.jsonl") + read_json_lines(workdir / "timing.jsonl")
+    results = read_results(workdir / "results.jsonl")
     return RunData(
         name=str(config.get("name", workdir.resolve().name)),
         config=flatten_config(config) if config else {},
         series=_series_by_metric(lines),
-        results=read_results(workdir / "results.jsonl"),
+        results=[result for result in results if "error" not in result],
+        failures=failed_results(results),
     )
 
 

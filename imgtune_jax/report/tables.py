@@ -7,13 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from imgtune_jax import evals
 from imgtune_jax.evals.captioning import is_repetitive
-from imgtune_jax.evals.per_class import split_per_class
-from imgtune_jax.evals.results import newest_results
 from imgtune_jax.report.run_data import RunData
 
-# Metrics whose names contain one of these strings are shown in percent, as in captioning papers.
-FRACTIONS = ("recall", "R@", "acc", "f1", "precision", "Bleu", "ROUGE", "METEOR", "CIDEr", "exact")
 NOT_FINITE = "not finite"
 # The note below a table states these.
 HIDDEN_METRICS = ("same_caption", "same_reference")
@@ -29,23 +26,15 @@ class MetricColumn:
     @property
     def sign(self) -> int:
         """1 if higher is better, -1 if lower is better, 0 for counts and settings."""
-        if self.metric.startswith("num_") or self.metric in ("l2", "best_lambda", "converged"):
-            return 0
-        lower_is_better = "rank" in self.metric or not (
-            self._is_fraction() or self.metric == "chrF"
-        )
-        return -1 if lower_is_better else 1
+        return evals.metric_sign(self.metric)
 
     def format(self, value: float | None) -> str:
         """Format fractions in percent, chrF (0 to 100) like a percentage, and integers as such."""
         if not _is_finite(value):
             return NOT_FINITE
-        if self._is_fraction() or self.metric == "chrF":
+        if evals.is_fraction(self.metric) or self.metric == "chrF":
             return f"{value if self.metric == 'chrF' else 100 * value:.1f}"
         return f"{value:,.0f}" if value == int(value) and abs(value) >= 1 else f"{value:.4g}"
-
-    def _is_fraction(self) -> bool:
-        return any(part in self.metric for part in FRACTIONS)
 
 
 def _is_finite(value: float | None) -> TypeGuard[float]:
@@ -127,7 +116,7 @@ def result_tables(
     omitted; `results.jsonl` has them.
     """
     chosen = [r for r in results if step is None or r["model"] != model or r.get("step") == step]
-    newest = newest_results(chosen)
+    newest = evals.newest_results(chosen)
     tasks = dict.fromkeys(r["task"] for r in newest)
     return [
         _task_table(task, [r for r in newest if r["task"] == task], model=model) for task in tasks
@@ -135,7 +124,7 @@ def result_tables(
 
 
 def _task_table(task: str, results: Sequence[Mapping[str, Any]], *, model: str) -> Table:
-    names = dict.fromkeys(name for r in results for name in split_per_class(r["metrics"])[0])
+    names = dict.fromkeys(name for r in results for name in evals.split_per_class(r["metrics"])[0])
     shown = [name for name in names if _is_shown(name)]
     columns = [MetricColumn(name) for name in sorted(shown, key=_column_order)]
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from imgtune_jax.errors import UserError
 from imgtune_jax.report.run_data import read_run_data
 from imgtune_jax.report.tables import Table, result_tables
 
@@ -44,3 +45,16 @@ def _format_row(row: list[str], widths: list[int]) -> str:
     left = [f"{cell:<{w}}" for cell, w in zip(row[:2], widths[:2], strict=True)]
     right = [f"{cell:>{w}}" for cell, w in zip(row[2:], widths[2:], strict=True)]
     return "  ".join(left + right)
+
+
+def check_evaluations(workdir: str | Path) -> None:
+    """Raise UserError that lists the evaluations of a run that failed, if there are any."""
+    failures = read_run_data(Path(workdir)).failures
+    if failures:
+        lines = [
+            f"{r['dataset']} ({r['model']}, {r['pretrained']}): {r['error']}" for r in failures
+        ]
+        raise UserError(
+            f"the model is saved, but these evaluations failed and have no metrics; mend the cause "
+            f"and run imgtune eval --workdir={workdir}:\n  " + "\n  ".join(lines)
+        )

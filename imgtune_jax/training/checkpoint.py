@@ -1,67 +1,75 @@
 """Checkpoints with Orbax: atomic and asynchronous; the newest n and the best n are retained.
 
 A checkpoint holds the TrainState (step, trainable parameters, optimizer state, moving average) and
-a small JSON record (metrics, digest of the frozen parameters, counts of bad records). The step is
-also the position in the data, since a batch is a function of seed and step. Frozen parameters are
-saved once per run, outside the checkpoints, in a folder named after their digest.
+a small JSON record (digest of the frozen parameters, counts of bad records). The step is also the
+position in the data, since a batch is a function of seed and step. Frozen parameters are saved once
+per run, outside the checkpoints, in a folder named after their digest.
+
+A checkpoint that cannot be read, or that has a number that is not finite, is damaged: reading the
+newest checkpoint passes over it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import math
+import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy
+from jax.experimental import multihost_utils
 
 from imgtune_jax import config as config_lib
 from imgtune_jax.disk_space import explain_full_disk, is_disk_full
 from imgtune_jax.errors import MissingFileError, UserError
 from imgtune_jax.param_tree import params_digest
 from imgtune_jax.training import workdir_files
+from imgtune_jax.training.retention import RetentionPolicy, retained_steps
+from imgtune_jax.training.state import non_finite_paths
 from imgtune_jax.types import Params, PyTree, TrainState
 
+log = logging.getLogger("imgtune_jax.training")
+T = TypeVar("T")
+
+REQUIRED_FILES = ("state/_METADATA", "record/metadata")  # in the folder of a checkpoint
 TMP_DIR_SUFFIX = ".orbax-checkpoint-tmp"  # Orbax's name of a folder that is being written
+DAMAGED_SUFFIX = ".damaged"  # of a folder in `checkpoints` that is set aside
+
+
+class SavedState(NamedTuple):
+    """A restored checkpoint."""
+
+    step: int
+    state: TrainState
+    record: dict[str, Any]
 
 
 class Checkpointer:
-    """Saves and restores the checkpoints of a run."""
+    """Saves the checkpoints of a run, and deletes those that are not to be retained."""
 
     def __init__(self, workdir: Path, cfg: config_lib.CheckpointConfig) -> None:
-        policies: list[Any] = [preservation_policy.LatestN(max(cfg.keep_last, 1))]
-        if cfg.best_metric is not None and cfg.keep_best:
-            best_metric = cfg.best_metric
-            policies.append(
-                preservation_policy.BestN(
-                    get_metric_fn=lambda metrics: metrics.get(best_metric, -math.inf),
-                    n=cfg.keep_best,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
-        self._folder = workdir / workdir_files.CHECKPOINTS
+        self._folder, self._cfg = workdir / workdir_files.CHECKPOINTS, cfg
         self._step, self._num_bytes = 0, 0  # of the newest save
+        self._best_values: dict[int, float] = {}  # of `cfg.best_metric`, by step
+        if cfg.best_metric is not None:
+            self._best_values = workdir_files.read_metric(workdir, cfg.best_metric)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+            preservation_policy=RetentionPolicy(cfg, self._best_values),
             cleanup_tmp_directories=True,
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def save(self, step: int, state: TrainState, record: Mapping[str, Any]) -> None:
-        """Start saving in the background; do nothing if this step is already saved.
+        """Start saving in the background. A damaged checkpoint of this step is replaced.
 
         The arrays are copied before this method returns, so the caller may donate them. Raises
         DiskFullError if this save, or the one before, does not fit on the disk.
         """
-        if step in self._manager.all_steps():
-            return
-        metrics = record.get("metrics") or None
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(dict(record))
         )
@@ -73,13 +81,32 @@ class Checkpointer:
         with self._explain_full_disk():
             if shutil.disk_usage(self._folder).free < wanted:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._manager.save(step, args=args, metrics=metrics)
+            self._manager.save(step, args=args)
+        if jax.process_index() == 0:
+            shutil.rmtree(self._folder / f"{step}{DAMAGED_SUFFIX}", ignore_errors=True)
 
-    def restore(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Return (state with the shardings of `target`, JSON record) of a saved step."""
-        args = ocp.args.Composite(state=_restore_args(target), record=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=args)
-        return restored["state"], restored["record"]
+    def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Note the metrics that were evaluated after the save of a step, for retention."""
+        best_metric = self._cfg.best_metric
+        if best_metric is None:
+            return
+        if best_metric in metrics:
+            self._best_values[step] = metrics[best_metric]
+        else:
+            log.warning(
+                "config.checkpoint.best_metric = %r was not reported at step %d, so its checkpoint "
+                "is not retained as one of the best; reported: %s",
+                best_metric,
+                step,
+                ", ".join(sorted(metrics)) or "nothing",
+            )
+
+    def delete_old(self) -> None:
+        """Delete the checkpoints that are not to be retained after the last evaluation."""
+        self.wait()
+        steps = self._manager.all_steps()
+        for step in set(steps) - retained_steps(steps, self._cfg, self._best_values):
+            self._manager.delete(step)
 
     def wait(self) -> None:
         """Block until all saves that have started are on disk.
@@ -132,12 +159,32 @@ def read_record(workdir: Path, step: int) -> dict[str, Any]:
         return manager.restore(step, args=args)["record"]
 
 
+def restore_newest(workdir: Path, target: TrainState) -> SavedState | None:
+    """Restore the newest checkpoint that is not damaged, with the shardings of `target`.
+
+    The damaged ones after it are named in the log. Returns None without checkpoints. Raises
+    UserError if all are damaged.
+    """
+
+    def restore(step: int) -> SavedState:
+        with _open_manager(workdir) as manager:
+            args = ocp.args.Composite(state=_restore_args(target), record=ocp.args.JsonRestore())
+            restored = manager.restore(step, args=args)
+        if paths := non_finite_paths(restored["state"]):
+            raise UserError(f"{paths[0]} is not finite")
+        return SavedState(step, restored["state"], restored["record"])
+
+    steps = saved_steps(workdir)
+    return _first_undamaged(workdir, steps, restore) if steps else None
+
+
 def restore_params(workdir: Path, step: int | None, target: Params) -> tuple[Params, str, int]:
     """Restore for inference: return (trainable parameters, digest of the frozen ones, step).
 
     If the run has an exponential moving average (EMA) of the parameters, the average is returned
-    instead. The optimizer state is not read. `step=None` means the newest checkpoint. If there is
-    no such checkpoint, raises MissingFileError, which lists the saved steps.
+    instead. The optimizer state is not read. `step=None` means the newest checkpoint that can be
+    read. If there is no such checkpoint, raises MissingFileError, which lists the saved steps.
+    Raises UserError if the checkpoint of `step`, or every checkpoint, is damaged.
     """
     folder = workdir / workdir_files.CHECKPOINTS
     steps = saved_steps(workdir)
@@ -147,14 +194,68 @@ def restore_params(workdir: Path, step: int | None, target: Params) -> tuple[Par
         raise MissingFileError(
             f"{folder} has no {expected}; saved steps: {steps or 'none'}; {advice}"
         )
-    chosen = steps[-1] if step is None else step
+
+    def restore(step: int) -> tuple[Params, str, int]:
+        with _open_manager(workdir) as manager:
+            args = ocp.args.Composite(record=ocp.args.JsonRestore())
+            record = manager.restore(step, args=args)["record"]
+            name = "ema_params" if record["has_ema"] else "params"
+            args = ocp.args.Composite(state=_restore_args({name: target}, partial_restore=True))
+            return manager.restore(step, args=args)["state"][name], record["frozen"], step
+
+    return _first_undamaged(workdir, steps if step is None else [step], restore)
+
+
+def _first_undamaged(workdir: Path, steps: list[int], restore: Callable[[int], T]) -> T:
+    """Return `restore` of the newest of `steps` with which it succeeds.
+
+    Raises UserError, naming the damage of each, if it succeeds with none.
+    """
+    errors: dict[str, Exception] = {}
+    for step in reversed(steps):
+        folder = workdir / workdir_files.CHECKPOINTS / str(step)
+        try:
+            for name in REQUIRED_FILES:
+                if not (folder / name).exists():
+                    raise MissingFileError(f"{name} is missing")
+            restored = restore(step)
+        except Exception as error:  # Orbax raises many kinds, depending on the damaged file
+            errors[f"{folder}: {_first_line(error)}"] = error
+            continue
+        for damage in errors:
+            log.warning("passed over a damaged checkpoint; the one before is used: %s", damage)
+        return restored
+    others = sorted(set(saved_steps(workdir)) - set(steps))
+    advice = f"choose another step, one of {others}" if others else "restore one from a backup"
+    raise UserError(f"no checkpoint can be read; {advice}:\n  " + "\n  ".join(errors)) from list(
+        errors.values()
+    )[-1]
+
+
+def set_damaged_aside(workdir: Path, step: int) -> None:
+    """Rename the checkpoints after `step`, which are damaged, so that training can save theirs."""
+    damaged = [s for s in saved_steps(workdir) if s > step]
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("damaged checkpoints are known")
+    if jax.process_index() == 0:
+        for path in (workdir / workdir_files.CHECKPOINTS / str(s) for s in damaged):
+            aside = path.with_name(f"{path.name}{DAMAGED_SUFFIX}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+
+
+def _first_line(error: BaseException) -> str:
+    """Return the first line of the error that caused `error`, shortened."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+
+
+def _open_manager(workdir: Path) -> Any:
     options = ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager(folder, options=options) as manager:
-        args = ocp.args.Composite(record=ocp.args.JsonRestore())
-        record = manager.restore(chosen, args=args)["record"]
-        name = "ema_params" if record["has_ema"] else "params"
-        args = ocp.args.Composite(state=_restore_args({name: target}, partial_restore=True))
-        return manager.restore(chosen, args=args)["state"][name], record["frozen"], chosen
+    return ocp.CheckpointManager(workdir / workdir_files.CHECKPOINTS, options=options)
 
 
 def _restore_args(target: PyTree, **options: Any) -> Any:
@@ -178,7 +279,10 @@ def latest_step(workdir: Path) -> int | None:
 
 
 def save_frozen(workdir: Path, frozen: Params) -> str:
-    """Save the frozen parameters in `frozen/<digest>` if they are not there; return the digest."""
+    """Save the frozen parameters in `frozen/<digest>` if they are not there; return the digest.
+
+    Those with another digest, of a run that stopped before its first checkpoint, are deleted.
+    """
     digest = _short_digest(frozen)
     folder = workdir / workdir_files.FROZEN / digest
     if frozen and not folder.exists():
@@ -187,19 +291,28 @@ def save_frozen(workdir: Path, frozen: Params) -> str:
             ocp.StandardCheckpointer() as checkpointer,
         ):
             checkpointer.save(folder, frozen)
+    if jax.process_index() == 0:
+        others = [path for path in folder.parent.glob("*") if path.name != digest]
+        for path in others if frozen else [folder.parent]:
+            shutil.rmtree(path, ignore_errors=True)
     return digest
 
 
 def restore_frozen(workdir: Path, digest: str, target: PyTree) -> Params:
     """Restore the frozen parameters of a run, with the shardings of `target`.
 
-    Raises UserError if they do not have this digest.
+    Raises UserError if they cannot be read, or do not have this digest.
     """
     if not jax.tree.leaves(target):
         return {}
     folder = workdir / workdir_files.FROZEN / digest
-    with ocp.StandardCheckpointer() as checkpointer:
-        frozen = checkpointer.restore(folder, target)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            frozen = checkpointer.restore(folder, target)
+    except Exception as error:  # as in `_first_undamaged`
+        raise UserError(
+            f"{folder} is damaged: {_first_line(error)}; restore the folder from a backup"
+        ) from error
     if (actual := _short_digest(frozen)) != digest:
         raise UserError(
             f"{folder} has the digest {actual}; expected {digest}, since frozen parameters do not "

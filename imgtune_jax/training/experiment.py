@@ -199,6 +199,11 @@ class Experiment:
         if with_baselines:
             _ = self.baselines
 
+    def evaluates_after(self, step: int) -> bool:
+        """Whether the evaluators run after this step."""
+        steps = self.step_counts
+        return bool(self.evaluators) and (step == steps.total or is_due(step, steps.eval_every))
+
     def image_side_is_frozen(self) -> bool:
         """Whether image tower and pooler are frozen, so that an image's features never change."""
         prefixes = ("image/", "image_pooler/")
@@ -257,6 +262,11 @@ class Experiment:
             image_side_is_frozen=self.image_side_is_frozen(),
             use_memo=use_memo,
         )
+
+
+def is_due(step: int, every: int | None) -> bool:
+    """Whether `step` is a multiple of `every`; None means never."""
+    return every is not None and step % every == 0
 
 
 def build_experiment(config: Config, *, tokenizer_dir: Path | None = None) -> Experiment:

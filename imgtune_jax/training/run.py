@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,9 +21,10 @@ from imgtune_jax.training import (
     feature_cache,
     metric_logger,
     workdir_files,
+    workdir_lock,
 )
 from imgtune_jax.training.batch_source import BatchSource
-from imgtune_jax.training.checkpoint import Checkpointer
+from imgtune_jax.training.checkpoint import Checkpointer, SavedState
 from imgtune_jax.training.experiment import Experiment
 from imgtune_jax.training.metric_logger import MetricLogger
 from imgtune_jax.training.state import eval_params
@@ -42,8 +44,7 @@ class CountedBatch(NamedTuple):
 class Run:
     """An experiment in a workdir, with parameters and a step.
 
-    The training loop changes `state`, `bad_records`, `last_metrics` and `preempted`, and no other
-    field.
+    The training loop changes `state` and `bad_records`, and no other field.
     """
 
     experiment: Experiment
@@ -56,8 +57,7 @@ class Run:
     batch_source: BatchSource
     batches: Iterator[CountedBatch]  # batch `start` and all later ones
     bad_records: dict[str, int] = field(default_factory=dict)  # up to the current step
-    last_metrics: dict[str, float] = field(default_factory=dict)  # evaluated since the last save
-    preempted: bool = False
+    evaluation_is_missing: bool = False  # that of step `start`, which the run did not finish
 
     def __post_init__(self) -> None:
         """Open the logs."""
@@ -93,37 +93,56 @@ class Run:
             self.checkpointer.close()
 
 
-def build_run(experiment: Experiment, workdir: Path, *, allow_changed_data: bool = False) -> Run:
-    """Build a run at step 0 or, if `workdir` has a checkpoint, at the newest one.
+@contextlib.contextmanager
+def open_run(
+    experiment: Experiment, workdir: Path, *, allow_changed_data: bool = False
+) -> Iterator[Run]:
+    """Open a run: new, or resumed at the newest checkpoint in `workdir` that is not damaged.
 
-    Raises UserError, before anything is written, if parts of the config do not fit each other or
-    `workdir` holds a run with another config. So does a run on other training data, unless
+    The run has the lock of `workdir` until the `with` statement ends. A run that stopped before its
+    first checkpoint is replaced. Raises UserError, before anything is written, if parts of the
+    config do not fit each other, if `workdir` holds a saved model or a run with another config, or
+    if all of its checkpoints are damaged. So does a run on other training data, unless
     `allow_changed_data`.
     """
     config, workdir = experiment.config, workdir.absolute()  # Orbax needs an absolute path
-    saved_step = checkpoint.latest_step(workdir)
-    experiment.build_all(with_baselines=saved_step is None)
-
-    workdir_files.check_same_config(config, workdir)
-    if saved_step is not None:
-        saved_data = checkpoint.read_record(workdir, saved_step).get("data")
-        data_check.check_same_data(experiment, saved_data, allow_changed=allow_changed_data)
+    is_new = not checkpoint.saved_steps(workdir)
+    experiment.build_all(with_baselines=is_new)
     if config.wandb_project is not None:
         metric_logger.import_wandb()
-    workdir_files.write_config(config, workdir)
-    # If an earlier run stopped before its first checkpoint, baselines are evaluated again, so
-    # their earlier records (step 0) are dropped.
-    workdir_files.truncate_logs(workdir, -1 if saved_step is None else saved_step)
-    checkpointer = Checkpointer(workdir, config.checkpoint)
-    if saved_step is None:
-        run = _new_run(experiment, workdir, checkpointer)
+    if is_new:
+        workdir_files.check_no_saved_model(workdir)
     else:
-        run = _resumed_run(experiment, workdir, checkpointer, saved_step)
+        workdir_files.check_same_config(config, workdir)
+    with workdir_lock.hold_lock(workdir):
+        workdir_files.delete_temporary_files(workdir)
+        try:
+            run = _build_run(experiment, workdir, allow_changed_data=allow_changed_data)
+            with contextlib.closing(run):
+                yield run
+        finally:
+            if jax.process_count() == 1:  # other hosts may still be writing
+                workdir_files.delete_temporary_files(workdir)
+
+
+def _build_run(experiment: Experiment, workdir: Path, *, allow_changed_data: bool) -> Run:
+    """Build a run at step 0, or at a checkpoint."""
+    saved = checkpoint.restore_newest(workdir, experiment.abstract_state)
+    if saved is None:
+        workdir_files.delete_unsaved_run(workdir)
+        workdir_files.write_config(experiment.config, workdir)
+        run = _new_run(experiment, workdir)
+    else:
+        saved_data = saved.record.get("data")
+        data_check.check_same_data(experiment, saved_data, allow_changed=allow_changed_data)
+        checkpoint.set_damaged_aside(workdir, saved.step)
+        workdir_files.write_config(experiment.config, workdir)
+        run = _resumed_run(experiment, workdir, saved)
     workdir_files.write_store_paths(run.batch_source.store_paths, workdir)
     return run
 
 
-def _new_run(experiment: Experiment, workdir: Path, checkpointer: Checkpointer) -> Run:
+def _new_run(experiment: Experiment, workdir: Path) -> Run:
     """Initialize parameters and state; save the frozen parameters and the tokenizer."""
     params = experiment.init_params()
     _, frozen = experiment.split_params(params)
@@ -139,7 +158,7 @@ def _new_run(experiment: Experiment, workdir: Path, checkpointer: Checkpointer) 
     return Run(
         experiment=experiment,
         workdir=workdir,
-        checkpointer=checkpointer,
+        checkpointer=Checkpointer(workdir, experiment.config.checkpoint),
         start=0,
         state=experiment.create_state(trainable),
         frozen=experiment.model.cast_frozen_kernels(frozen),
@@ -149,27 +168,31 @@ def _new_run(experiment: Experiment, workdir: Path, checkpointer: Checkpointer) 
     )
 
 
-def _resumed_run(
-    experiment: Experiment, workdir: Path, checkpointer: Checkpointer, step: int
-) -> Run:
-    """Restore parameters and state of a saved step, laid out on the mesh of this process."""
-    state, record = checkpointer.restore(step, experiment.abstract_state)
-    digest = record["frozen"]
+def _resumed_run(experiment: Experiment, workdir: Path, saved: SavedState) -> Run:
+    """Resume at a checkpoint: truncate the logs to its step, and restore the frozen parameters."""
+    step, digest = saved.step, saved.record["frozen"]
     frozen = checkpoint.restore_frozen(workdir, digest, experiment.abstract_split_params[1])
     log.info("resuming %s at step %d", workdir, step)
-    bad_records = record.get("bad_records", {})
+    workdir_files.truncate_logs(workdir, step)
+    evaluation_is_missing = experiment.evaluates_after(step) and not workdir_files.has_evaluation(
+        workdir, step, experiment.evaluators
+    )
+    if evaluation_is_missing:
+        workdir_files.truncate_logs(workdir, step, keep_evaluation=False)
+    bad_records = saved.record.get("bad_records", {})
     batch_source = feature_cache.build_batch_source(experiment, frozen, bad_records=bad_records)
     return Run(
         experiment=experiment,
         workdir=workdir,
-        checkpointer=checkpointer,
+        checkpointer=Checkpointer(workdir, experiment.config.checkpoint),
         start=step,
-        state=state,
+        state=saved.state,
         frozen=experiment.model.cast_frozen_kernels(frozen),
         frozen_digest=digest,
         batch_source=batch_source,
         batches=with_counts(batch_source.batches(step), batch_source.pipeline),
         bad_records=bad_records,
+        evaluation_is_missing=evaluation_is_missing,
     )
 
 

@@ -98,3 +98,23 @@ def eval_params(state: TrainState, frozen: Params) -> Params:
     If the state has an exponential moving average (EMA), it replaces the trainable parameters.
     """
     return param_tree.merge(state.params if state.ema_params is None else state.ema_params, frozen)
+
+
+def non_finite_paths(tree: PyTree) -> list[str]:
+    """Return the paths of arrays with a NaN or an infinity, such as "params/logit_scale"."""
+    is_finite = [bool(x) for x in jax.device_get(_finite_leaves(tree))]
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, ok in zip(paths, is_finite, strict=True)
+        if not ok
+    ]
+
+
+@jax.jit
+def _finite_leaves(tree: PyTree) -> list[jax.Array]:
+    """Return, for each array of a tree, whether all its numbers are finite."""
+    return [
+        jnp.isfinite(x).all() if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.array(True)
+        for x in jax.tree.leaves(tree)
+    ]
