@@ -20,6 +20,7 @@ from imgtune_jax.interop import open_clip_coca, open_clip_map
 from imgtune_jax.models.heads import IdentityHead, LinearHead
 from imgtune_jax.models.text_transformer import TextTransformer
 from imgtune_jax.models.vit import ViT
+from imgtune_jax.paths import user_path
 from imgtune_jax.types import Params
 
 CONFIG_FILE = "open_clip_config.json"
@@ -257,7 +258,7 @@ def save_open_clip_folder(
         interpolation=interpolation,
         resize_mode=resize_mode,
     )
-    folder = Path(path)
+    folder = user_path(path)
     folder.mkdir(parents=True, exist_ok=True)
     config = dict(model_cfg=config_to_open_clip(model), preprocess_cfg=preprocess)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2))
@@ -269,14 +270,14 @@ def load_open_clip_folder(path: str | Path) -> tuple[dict[str, Any], Params]:
 
     Raises UserError if a file is missing or the model is not supported.
     """
-    folder = Path(path)
+    folder = user_path(path)
     missing = [n for n in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / n).is_file()]
     if missing:
         raise UserError(
             f"{folder} is not an open_clip folder: {', '.join(missing)} missing; expected "
             f"{CONFIG_FILE} and {WEIGHTS_FILE}"
         )
-    config = json.loads((folder / CONFIG_FILE).read_text())
+    config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
     cfg = config_from_open_clip(config["model_cfg"], config.get("preprocess_cfg"))
     return cfg, open_clip_map.load_open_clip(
         load_file(folder / WEIGHTS_FILE), models.build_model(cfg)

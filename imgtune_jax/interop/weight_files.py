@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from imgtune_jax.errors import UserError
 from imgtune_jax.interop import torch_file
 from imgtune_jax.param_tree import flatten, unflatten
+from imgtune_jax.paths import user_path
 from imgtune_jax.types import Params
 
 
@@ -20,7 +21,7 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     Raises UserError if the file is missing, unreadable or of an unknown type, or if reading it
     would run code.
     """
-    path = Path(path)
+    path = user_path(path)
     if not path.is_file():
         raise UserError(f"no weights at {path}; expected the path of a file")
     if path.suffix not in _READERS:
@@ -53,7 +54,7 @@ _READERS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
 def save_params(params: Params, path: str | Path, *, metadata: Mapping[str, str] | None = None):
     """Write a parameter tree as safetensors, named by path: 'image/blocks_0/attn/q/kernel'."""
     flat = {name: np.asarray(x, order="C") for name, x in flatten(params).items()}
-    save_file(flat, Path(path), metadata=dict(metadata or {}))
+    save_file(flat, user_path(path), metadata=dict(metadata or {}))
 
 
 def load_params(path: str | Path, subtree: str | None = None) -> Params:
