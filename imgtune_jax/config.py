@@ -18,7 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from imgtune_jax import config_history, paths
+from imgtune_jax import config_history
 from imgtune_jax.errors import MissingFileError, UserError
 
 ComponentConfig = dict[str, Any]  # {"name": key in a table of components, **fields}
@@ -335,11 +335,11 @@ def save_config(config: Config, path: str | Path) -> None:
 
 
 def load_config(path: str | Path) -> Config:
-    """Load a config that this or an older version of `save_config` saved, with absolute paths.
+    """Load a config that this or an older version of `save_config` saved.
 
     Raises MissingFileError if there is no such file, and UserError if it is not a config.
     """
-    path = paths.user_path(path)
+    path = Path(path)
     if not path.is_file():
         raise MissingFileError(f"no config at {path}; expected the folder of a run of train.py")
     try:
@@ -347,4 +347,4 @@ def load_config(path: str | Path) -> Config:
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is not a saved config: {error}; restore a backup") from error
     config_history.upgrade(saved)
-    return parse_config(paths.absolute_config(parse_config(saved).to_dict()))
+    return parse_config(saved)

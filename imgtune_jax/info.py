@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from imgtune_jax import config as config_lib
-from imgtune_jax import data, models, param_tree
+from imgtune_jax import data, evals, models, param_tree
 from imgtune_jax.training import checkpoint
 from imgtune_jax.training.experiment import Experiment, build_experiment
 
@@ -71,11 +71,8 @@ def _parameter_lines(experiment: Experiment) -> Iterable[str]:
 
 def _newest_results(path: Path) -> list[dict[str, Any]]:
     """Return the last result of each pair of data set and model."""
-    if not path.exists():
-        return []
     newest: dict[tuple[str, str], dict[str, Any]] = {}
-    for line in path.read_text().splitlines():
-        record = json.loads(line)
+    for record in evals.read_results(path):
         newest[(record["dataset"], record["model"])] = record
     return list(newest.values())
 

@@ -136,6 +136,10 @@ def restore_frozen(workdir: Path, digest: str, target: PyTree) -> Params:
     if not jax.tree.leaves(target):
         return {}
     folder = workdir / workdir_files.FROZEN / digest
+    if not folder.is_dir():
+        raise MissingFileError(
+            f"no frozen parameters at {folder}; restore the folder from a backup"
+        )
     with ocp.StandardCheckpointer() as checkpointer:
         frozen = checkpointer.restore(folder, target)
     if (actual := _short_digest(frozen)) != digest:

@@ -13,22 +13,12 @@ from typing import Any
 
 import jax
 
-from imgtune_jax import (
-    data,
-    evals,
-    interop,
-    locking,
-    models,
-    objectives,
-    param_tree,
-    paths,
-    xla_cpu,
-)
-from imgtune_jax.config import ComponentConfig, Config, Duration, parse_config
+from imgtune_jax import data, evals, interop, locking, models, objectives, param_tree, xla_cpu
+from imgtune_jax.config import ComponentConfig, Config, Duration
 from imgtune_jax.errors import UserError
 from imgtune_jax.evals.predictor import ModelPredictor
 from imgtune_jax.partition import Partitioner, make_mesh
-from imgtune_jax.training import optim, state
+from imgtune_jax.training import optim, state, workdir_files
 from imgtune_jax.training.step import TrainStep, make_train_step
 from imgtune_jax.types import MODALITIES, Batch, Outputs, Params, TrainState
 
@@ -267,15 +257,15 @@ def build_experiment(config: Config, *, tokenizer_dir: Path | None = None) -> Ex
 
     Raises UserError if parts of the config do not fit each other.
     """
-    config = parse_config(paths.absolute_config(config.to_dict()))
+    config = workdir_files.recorded_config(config)
     partitioner = Partitioner(make_mesh(config.mesh))
     tokenizer_cfg = dict(config.tokenizer)
     if tokenizer_dir is not None:
         tokenizer_cfg = {k: v for k, v in tokenizer_cfg.items() if k != "package"}
         tokenizer_cfg["path"] = str(tokenizer_dir)
     model = models.build_model(config.model, partitioner)
-    param_paths = param_tree.param_paths(jax.eval_shape(model.init, jax.random.key(0)))
-    is_frozen = locking.frozen_paths(config.lock, param_paths)
+    paths = param_tree.param_paths(jax.eval_shape(model.init, jax.random.key(0)))
+    is_frozen = locking.frozen_paths(config.lock, paths)
     tokenizer = data.build_tokenizer(tokenizer_cfg)
     if model.decoder is not None and not tokenizer.bos_ids:
         raise UserError(

@@ -81,6 +81,7 @@ def build_run(experiment: Experiment, workdir: Path) -> Run:
     `workdir` holds a run with another config.
     """
     config, workdir = experiment.config, workdir.absolute()  # Orbax needs an absolute path
+    workdir_files.check_writable(workdir)
     saved_step = checkpoint.latest_step(workdir)
     experiment.build_all(with_baselines=saved_step is None)
 

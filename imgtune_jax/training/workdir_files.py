@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 
-from imgtune_jax.config import Config, differences, load_config, save_config
+from imgtune_jax import paths
+from imgtune_jax.config import Config, differences, load_config, parse_config, save_config
 from imgtune_jax.errors import UserError
 
 log = logging.getLogger("imgtune_jax.training")
@@ -40,14 +42,36 @@ MUTABLE_KEYS = (
 )
 
 
+def check_writable(workdir: Path) -> None:
+    """Raise UserError if `workdir` is neither a writable folder nor one that can be created."""
+    nearest = next(p for p in (workdir, *workdir.parents) if os.path.lexists(p))
+    if not nearest.is_dir():
+        raise UserError(
+            f"workdir = {workdir}, but {nearest} is not a folder; choose another folder"
+        )
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(
+            f"workdir = {workdir}, but {nearest} is not writable; choose another folder"
+        )
+
+
+def recorded_config(config: Config) -> Config:
+    """Return the config as a run records it: with absolute paths, valid in every folder."""
+    return parse_config(paths.absolute_config(config.to_dict()))
+
+
 def check_same_config(config: Config, workdir: Path) -> None:
-    """Raise UserError if `workdir` holds a run whose config differs in more than MUTABLE_KEYS."""
+    """Raise UserError if `workdir` holds a run whose config differs in more than MUTABLE_KEYS.
+
+    Relative paths, which older runs recorded, are relative to the current folder.
+    """
     path = workdir / CONFIG
     if not path.exists():
         return
+    saved = recorded_config(load_config(path))
     changed = {
         key: values
-        for key, values in differences(load_config(path), config).items()
+        for key, values in differences(saved, recorded_config(config)).items()
         if not key.startswith(MUTABLE_KEYS)
     }
     if changed:
