@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+import enum
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from imgtune_jax import config as config_lib
@@ -20,6 +21,7 @@ from imgtune_jax import data, interop, param_tree
 from imgtune_jax.errors import ExistingFileError, MissingFileError, UserError
 from imgtune_jax.evals import GeneratedCaption, zeroshot
 from imgtune_jax.evals.predictor import ModelPredictor
+from imgtune_jax.paths import user_path
 from imgtune_jax.training import checkpoint, loop, workdir_files
 from imgtune_jax.training.experiment import Experiment, build_experiment
 
@@ -34,10 +36,17 @@ class Hit(NamedTuple):
 
 
 class Label(NamedTuple):
-    """One prediction: a label, and its probability among the labels of the call."""
+    """One prediction: a label and its probability, of the model's `probability_kind`."""
 
     name: str
     probability: float
+
+
+class ProbabilityKind(enum.Enum):
+    """Meaning of the probabilities that `TunedModel.classify` returns."""
+
+    SOFTMAX = "softmax over the labels, which add up to 100%"
+    SIGMOID = "sigmoid of each image and label alone, which need not add up to 100%"
 
 
 @dataclass(frozen=True)
@@ -55,53 +64,71 @@ class TunedModel:
         at_step = f" of step {self.step}" if self.step >= 0 else ""
         param_tree.check_finite(self.predictor.params, f"the parameters{at_step}")
 
-    def encode_image(self, images: Image | Sequence[Image]) -> Float[np.ndarray, "n d"]:
+    def encode_image(
+        self, images: Image | Iterable[Image], *, skip_unreadable: bool = False
+    ) -> Float[np.ndarray, "n d"]:
         """Return the unit-norm embeddings of one or more paths, PIL images or uint8 arrays.
 
-        Raises UserError naming every unreadable image, with the cause.
+        Raises UserError naming every unreadable image, with the cause. With `skip_unreadable`, the
+        embedding of such an image is NaN, and a warning names it; the error is raised only if no
+        image is readable.
         """
-        source = _ImageSource.from_images(images)
+        source = data.ImageList.from_images(images)
         embeddings, valid = self.predictor.embed_images(source)
-        source.check_readable(valid)
-        return embeddings
+        source.check_readable(valid, skip_unreadable=skip_unreadable)
+        return np.where(valid[:, None], embeddings, np.nan)
 
-    def encode_text(self, texts: str | Sequence[str]) -> Float[np.ndarray, "n d"]:
+    def encode_text(self, texts: str | Iterable[str]) -> Float[np.ndarray, "n d"]:
         """Return the unit-norm embeddings of one or more texts."""
-        return self.predictor.embed_texts([texts] if isinstance(texts, str) else texts)
+        return self.predictor.embed_texts(_checked_texts("text", texts))
+
+    @property
+    def probability_kind(self) -> ProbabilityKind:
+        """SIGMOID for a model with a logit bias, such as SigLIP, else SOFTMAX."""
+        has_bias = self.predictor.logit_bias is not None
+        return ProbabilityKind.SIGMOID if has_bias else ProbabilityKind.SOFTMAX
 
     def classify(
         self,
-        images: Image | Sequence[Image],
-        labels: Sequence[str],
-        templates: Sequence[str] = ("{}",),
+        images: Image | Iterable[Image],
+        labels: Iterable[str],
+        templates: Iterable[str] = ("{}",),
         *,
         top: int = 5,
+        skip_unreadable: bool = False,
     ) -> list[list[Label]]:
         """Classify images zero-shot. Return each image's `top` labels, most probable first.
 
         The embedding of a label is averaged over `templates` such as "a photo of a {}.", as in
-        CLIP.
+        CLIP. `probability_kind` says what the probabilities are. Raises the UserErrors of
+        `encode_image`; with `skip_unreadable`, an unreadable image has an empty list.
         """
-        labels = list(labels)
-        weights = zeroshot.class_embeddings(self.predictor, labels, templates)
-        logits = self.predictor.logit_scale * self.encode_image(images) @ weights.T
-        probabilities = np.exp(logits - logits.max(1, keepdims=True))
-        probabilities /= probabilities.sum(1, keepdims=True)
-        top_labels = np.argsort(-probabilities, axis=1)[:, :top]
+        labels, templates = _checked_texts("label", labels), _checked_texts("template", templates)
+        needed = 2 if self.probability_kind is ProbabilityKind.SOFTMAX else 1
+        if len(set(labels)) < max(needed, len(labels)) or top < 1:
+            raise UserError(
+                f"labels = {labels}, top = {top}; expected {needed} or more distinct labels, "
+                "and top of 1 or more"
+            )
+        class_embeddings = zeroshot.class_embeddings(self.predictor, labels, templates)
+        embeddings = self.encode_image(images, skip_unreadable=skip_unreadable)
+        probabilities = self._probabilities(embeddings @ class_embeddings.T)
+        top_labels = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
         return [
-            [Label(str(labels[j]), float(row[j])) for j in indices]
+            [Label(labels[j], float(row[j])) for j in indices if not np.isnan(row[j])]
             for row, indices in zip(probabilities, top_labels, strict=True)
         ]
 
     def caption(
         self,
-        images: Image | Sequence[Image],
+        images: Image | Iterable[Image],
         *,
         language: str | None = None,
         n: int = 1,
         beam: int = 1,
         decoding: Mapping[str, Any] | None = None,
         seed: int = 0,
+        skip_unreadable: bool = False,
     ) -> list[list[GeneratedCaption]]:
         """Generate captions. Return the `n` best of each image as (text, score), best first.
 
@@ -112,7 +139,8 @@ class TunedModel:
         of sampling.
 
         Raises UserError for a model without a decoder, for an unknown language, and for unreadable
-        images, naming each image and the cause.
+        images, naming each image and the cause. With `skip_unreadable`, such an image has an empty
+        list, and a warning names it; the error is raised only if no image is readable.
         """
         if min(n, beam) < 1:
             raise UserError(f"n = {n}, beam = {beam}; expected 1 or more of each")
@@ -124,11 +152,11 @@ class TunedModel:
             )
         if max(n, beam) > 1:
             settings["method"] = {"name": "beam", "width": max(n, beam), "n": n}
-        source = _ImageSource.from_images(images)
+        source = data.ImageList.from_images(images)
         captions, valid = self.predictor.generate_captions(
             source, prefix=self._caption_prefix(language), decoding=settings, seed=seed
         )
-        source.check_readable(valid)
+        source.check_readable(valid, skip_unreadable=skip_unreadable)
         return captions
 
     @property
@@ -143,7 +171,7 @@ class TunedModel:
     def search(
         self,
         query: str | Image,
-        gallery: Sequence[Image] | Sequence[str] | Float[np.ndarray, "n d"],
+        gallery: Iterable[Image] | Iterable[str] | Float[np.ndarray, "n d"],
         *,
         k: int = 5,
     ) -> list[Hit]:
@@ -151,21 +179,32 @@ class TunedModel:
 
         A string is an image if it is the path of an image file, and a text otherwise. `gallery`
         contains images, texts, or embeddings from `encode_image` or `encode_text`. Embeddings can
-        be reused for many queries.
+        be reused for many queries; those that are NaN, as of a skipped image, are never returned.
+        Raises UserError for a query that looks like the path of an image that does not exist.
         """
-        embeddings = gallery if _is_embeddings(gallery) else self._encode_any(list(gallery))
-        scores = np.asarray(embeddings) @ self._encode_any([query])[0]
+        if k < 1:
+            raise UserError(f"k = {k}; expected 1 or more")
+        if isinstance(query, str) and _has_image_suffix(query) and not _is_image_path(query):
+            raise MissingFileError(f"no image at {query}; expected an image, or a text")
+        embeddings: Any = gallery if _is_embeddings(gallery) else self._encode_any(list(gallery))
+        query_embedding = self._encode_any([query])[0]
+        if embeddings.shape[1:] != query_embedding.shape:
+            raise UserError(
+                f"the embeddings of the gallery have the shape {embeddings.shape}, but this model "
+                f"returns vectors of {len(query_embedding)}; encode the gallery with this model"
+            )
+        scores = embeddings @ query_embedding
         nearest = np.argsort(-scores, kind="stable")[:k]
-        return [Hit(int(i), float(scores[i])) for i in nearest]
+        return [Hit(int(i), float(scores[i])) for i in nearest if not np.isnan(scores[i])]
 
     def save(self, folder: str | Path) -> Path:
         """Write the config, the tokenizer and the parameters to a folder that `load` reads.
 
         Raises ExistingFileError if the folder exists and is not empty.
         """
-        folder = Path(folder)
-        if folder.exists() and any(folder.iterdir()):
-            raise ExistingFileError(f"{folder} is not empty; expected a new or empty folder")
+        folder = user_path(folder)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ExistingFileError(f"{folder} is not an empty folder; expected a new or empty one")
         folder.mkdir(parents=True, exist_ok=True)
         config_lib.save_config(self.experiment.config, folder / "config.json")
         self.experiment.tokenizer.save(folder / "tokenizer")
@@ -185,6 +224,15 @@ class TunedModel:
             raise UserError(f"language = {language!r}; expected one of {', '.join(languages)}")
         return prefixes[language]
 
+    def _probabilities(self, similarities: Float[np.ndarray, "n c"]) -> Float[np.ndarray, "n c"]:
+        """Return the probabilities of cosine similarities, of the model's `probability_kind`."""
+        scale, bias = self.predictor.logit_scale, self.predictor.logit_bias
+        if bias is not None:
+            return np.exp(-np.logaddexp(0, -(scale * similarities + bias)))
+        logits = scale * similarities
+        probabilities = np.exp(logits - logits.max(1, keepdims=True))
+        return probabilities / probabilities.sum(1, keepdims=True)
+
     def _encode_any(self, items: Sequence[Any]) -> Float[np.ndarray, "n d"]:
         if all(isinstance(item, str) and not _is_image_path(item) for item in items):
             return self.encode_text(list(items))
@@ -198,7 +246,7 @@ def load(folder: str | Path, *, step: int | None = None, use_memo: bool = False)
     features of a data set stay in memory, so that several evaluators can share them. Raises
     MissingFileError if the folder or the checkpoint does not exist.
     """
-    folder = Path(folder).absolute()
+    folder = user_path(folder).absolute()
     config = config_lib.load_config(folder / "config.json")
     experiment = build_experiment(config, tokenizer_dir=folder / "tokenizer")
     if (folder / workdir_files.SAVED_PARAMS).is_file():
@@ -226,7 +274,7 @@ def train(
     """
     if not isinstance(config, config_lib.Config):
         config = config_lib.parse_config(config)
-    workdir = Path(workdir).absolute()
+    workdir = user_path(workdir).absolute()
     trained = loop.train(config, workdir, allow_changed_data=allow_changed_data)
     experiment = build_experiment(config, tokenizer_dir=workdir / "tokenizer")
     # A new predictor, because `trained` memoizes the features of every image that it encodes.
@@ -234,74 +282,25 @@ def train(
     return TunedModel(predictor, experiment, checkpoint.saved_steps(workdir)[-1])
 
 
-@dataclass(frozen=True)
-class _ImageSource:
-    """A `data.Source` of the images in a call."""
-
-    records: tuple[data.Record, ...]
-
-    @classmethod
-    def from_images(cls, images: Any) -> _ImageSource:
-        """Return a source of one or more paths, PIL images or arrays."""
-        records = tuple(_record(i, image) for i, image in enumerate(_as_list(images)))
-        if not records:
-            raise UserError("no images given; expected one or more paths, PIL images or arrays")
-        return cls(records)
-
-    def check_readable(self, valid: Bool[np.ndarray, " n"]) -> None:
-        """Raise UserError naming every unreadable image, with the cause."""
-        if not valid.all():
-            unreadable = [self.records[i] for i in np.flatnonzero(~valid)]
-            lines = [f"{record.key}: {_read_error(record)}" for record in unreadable]
-            raise UserError("these images cannot be read:\n  " + "\n  ".join(lines))
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> data.Record:
-        return self.records[index]
-
-    @property
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for record in self.records:
-            image = record.image
-            digest.update(image if isinstance(image, bytes) else _image_bytes(image))
-        return digest.hexdigest()
+def _checked_texts(what: str, texts: str | Iterable[str]) -> list[str]:
+    """Return one or more texts as a list. Raises UserError for one that is not valid Unicode."""
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    for text in texts:
+        if not isinstance(text, str):
+            raise UserError(f"{what} {text!r} is a {type(text).__name__}; expected a string")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{what} {text!r} is not Unicode; expected UTF-8 input") from error
+    return texts
 
 
-def _image_bytes(image: Any) -> bytes:
-    array = np.asarray(image)
-    return f"{array.shape}{array.dtype}".encode() + array.tobytes()
-
-
-def _as_list(images: Any) -> list[Any]:
-    if isinstance(images, list | tuple):
-        return list(images)
-    if isinstance(images, np.ndarray) and images.ndim == 4:
-        return list(images)
-    return [images]
-
-
-def _record(index: int, image: Any) -> data.Record:
-    if isinstance(image, str | Path):
-        path = Path(image)
-        if not path.is_file():
-            raise MissingFileError(f"no image at {path}")
-        return data.Record(key=str(path), image=path.read_bytes(), captions={})
-    return data.Record(key=f"image {index}", image=image, captions={})
-
-
-def _read_error(record: data.Record) -> str:
-    try:
-        data.decode_image(record.image)
-    except data.BadRecord as error:
-        return str(error)
-    return "the image can be decoded, but not preprocessed"
+def _has_image_suffix(text: str) -> bool:
+    return text.lower().endswith(data.IMAGE_SUFFIXES)
 
 
 def _is_image_path(text: str) -> bool:
-    return text.lower().endswith(data.IMAGE_SUFFIXES) and Path(text).is_file()
+    return _has_image_suffix(text) and os.path.isfile(user_path(text))
 
 
 def _is_embeddings(gallery: Any) -> bool:

@@ -253,7 +253,7 @@ def _parse(kind: Any, value: Any, path: str, errors: list[str]) -> Any:
 
 def _parse_fields(kind: Any, value: Any, path: str, errors: list[str]) -> Any:
     """Return a mapping as the dataclass `kind`; append to `errors` if a key does not fit."""
-    if not isinstance(value, Mapping):
+    if not isinstance(value, Mapping) or not value:
         errors.append(f"{path} = {value!r}; expected a group with the keys {_names(kind)}")
         return None
     hints = typing.get_type_hints(kind)
@@ -349,11 +349,14 @@ def save_config(config: Config, path: str | Path) -> None:
 def load_config(path: str | Path) -> Config:
     """Load a config that this or an older version of `save_config` saved.
 
-    Raises MissingFileError if there is no such file.
+    Raises MissingFileError if there is no such file, and UserError if it is not a config.
     """
     path = Path(path)
     if not path.is_file():
         raise MissingFileError(f"no config at {path}; expected the folder of a run of train.py")
-    saved = json.loads(path.read_text())
+    try:
+        saved = dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is not a saved config: {error}; restore a backup") from error
     config_history.upgrade(saved)
     return parse_config(saved)

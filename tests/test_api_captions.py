@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 import imgtune_jax
-from imgtune_jax import api, cli, config, data, report
+from imgtune_jax import cli, config, data, report
 from imgtune_jax.evals import predictor
 from tests import debug_run
 
@@ -128,7 +128,7 @@ def test_memo_uneven_batches_and_unreadable_images_change_no_value(
 ):
     monkeypatch.setattr(predictor, "BATCH_SIZE", 8)
     (tmp_path / "bad.png").write_bytes(b"not an image")
-    source = api._ImageSource.from_images([*paths(cards), tmp_path / "bad.png", *paths(cards)])
+    source = data.ImageList.from_images([*paths(cards), tmp_path / "bad.png", *paths(cards)])
     names = [names[0] for names in NAMES.values()]
     memoizing = dataclasses.replace(model.predictor, feature_memo={})
     for i, captioner in enumerate((model.predictor, memoizing, memoizing)):
@@ -193,6 +193,27 @@ def test_caption_command_prints_captions(run, cards, capsys):
     path, *captions = capsys.readouterr().out.splitlines()
     assert path == str(cards / "white.png")
     assert len(captions) == 2 and "an empty card" in captions[0]
+
+
+def test_caption_command_skips_an_unreadable_image(run, cards, tmp_path, capsys, caplog):
+    (tmp_path / "bad.png").write_bytes(b"not an image")
+    for n in ("1", "2"):
+        files = [str(tmp_path / "bad.png"), str(cards / "white.png")]
+        cli.main(["caption", "--model", str(run), "--n", n, *files])
+        out = capsys.readouterr().out
+        assert out.startswith(str(cards / "white.png")) and "bad.png" not in out
+        assert "bad.png: not_an_image" in caplog.text
+
+
+def test_captioner_has_no_embeddings(model, cards):
+    for call in (
+        lambda: model.encode_image(cards / "red.png"),
+        lambda: model.encode_text("a"),
+        lambda: model.classify(cards / "red.png", ["a", "b"]),
+        lambda: model.search("a", [cards / "red.png"]),
+    ):
+        with pytest.raises(ValueError, match="this model has no text tower"):
+            call()
 
 
 def test_error_names_the_bad_input(model, run, cards, tmp_path):

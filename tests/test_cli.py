@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
     ("arguments", "message"),
     [
         (["info", "nowhere"], "no config at nowhere"),
-        (["search", "--model", "nowhere", "--query", "x", "nowhere.png"], "no config at"),
+        (["search", "--model", "nowhere", "--query", "x", "nowhere.png"], "no image or folder at"),
         (["eval", "--workdir", "nowhere"], "no config at"),
     ],
 )

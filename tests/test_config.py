@@ -9,6 +9,7 @@ import pytest
 from absl import flags
 
 from imgtune_jax import cli, config, config_history
+from imgtune_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 # emoji.py holds settings that several configs share
@@ -65,6 +66,13 @@ def test_saved_config_loads_as_an_equal_config(tmp_path):
 
 def test_missing_config_file_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config at .*; expected the folder of a run"):
+        config.load_config(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "5", '{"name": "x"}'])
+def test_file_that_is_no_saved_config_is_a_user_error(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError):
         config.load_config(tmp_path / "config.json")
 
 

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "imgtune_jax"
 
 # Levels, lowest first. A package or module imports from lower levels and from itself only.
 LEVELS = (
-    {"types", "errors", "config_history"},
+    {"types", "errors", "paths", "config_history"},
     {"config", "disk_space", "json_lines", "param_tree", "package_files", "xla_cpu"},
     {"partition", "locking"},
     {"models", "objectives", "data", "decoding"},
@@ -22,6 +22,7 @@ LEVELS = (
     {"bench", "report", "info"},
     {"api"},
     {"cli"},
+    {"__main__"},
 )
 LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 
@@ -130,6 +131,7 @@ HELPERS: dict[str, set[str]] = {
     "evals": {
         "__init__.py",
         "checks.py",
+        "metric_direction.py",
         "normalize.py",
         "per_class.py",
         "predictor.py",
@@ -137,6 +139,7 @@ HELPERS: dict[str, set[str]] = {
         "ranks.py",
         "results.py",
         "ridge.py",
+        "run_evaluator.py",
         "templates.py",
         "captioner.py",
     },
@@ -146,6 +149,7 @@ HELPERS: dict[str, set[str]] = {
         "clip_bpe.py",
         "record_fields.py",
         "image.py",
+        "image_list.py",
         "pipeline.py",
         "record.py",
         "resample.py",

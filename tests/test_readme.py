@@ -99,5 +99,5 @@ def test_named_files_exist(page):
 
 def test_levels_of_the_architecture_page_are_those_of_the_import_test():
     page = (ROOT / "docs" / "architecture.md").read_text()
-    listed = re.findall(r"^(\d)   (\w+)(?:/|\.py)", page, re.M)
+    listed = re.findall(r"^(\d+) +(\w+)(?:/|\.py)", page, re.M)
     assert {name: int(level) - 1 for level, name in listed} == LEVEL_OF

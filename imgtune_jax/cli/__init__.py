@@ -5,21 +5,27 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from imgtune_jax.cli import model_commands
-from imgtune_jax.cli.config_commands import COMMANDS, parse_flags, run_with_config, train
-from imgtune_jax.cli.startup import configure_process, report_user_errors
+from imgtune_jax.cli.config_commands import COMMANDS, run_with_config, train
+from imgtune_jax.cli.config_flags import parse_flags
+from imgtune_jax.cli.startup import (
+    configure_process,
+    escape_unencodable_output,
+    report_user_errors,
+)
+from imgtune_jax.paths import user_path
 
 __all__ = ["main", "parse_flags", "train"]
 
-IMAGE_HELP = "image files, or folders of images (searched recursively)"
+IMAGE_HELP = "image files, or folders of images (searched recursively, without hidden files)"
 MODEL_HELP = "the folder of a run (its --workdir), or a folder that TunedModel.save wrote"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command in `argv` (default: sys.argv[1:]). Entry point of the console script."""
+    escape_unencodable_output()
     arguments = list(sys.argv[1:] if argv is None else argv)
     for name, command in COMMANDS.items():  # absl, not argparse, parses --config.key=value
         words = name.split()
@@ -53,7 +59,7 @@ def _build_parser() -> argparse.ArgumentParser:
         model_commands.info,
         "summarize a run: parameters, locking, checkpoints, feature cache, results",
     )
-    info.add_argument("workdir", help="the run's folder")
+    info.add_argument("workdir", type=user_path, help="the run's folder")
     return parser
 
 
@@ -64,7 +70,7 @@ def _add_eval(commands: Any) -> None:
         model_commands.evaluate,
         "run a trained model's evaluators and rewrite its report",
     )
-    parser.add_argument("--workdir", required=True, help="the run's folder")
+    parser.add_argument("--workdir", type=user_path, required=True, help="the run's folder")
     parser.add_argument(
         "--step",
         type=int,
@@ -79,10 +85,10 @@ def _add_embed(commands: Any) -> None:
     parser = _add_command(
         commands, "embed", model_commands.embed, "write the embeddings of images and texts as .npz"
     )
-    parser.add_argument("--model", required=True, help=MODEL_HELP)
-    parser.add_argument("--texts", type=Path, help="a file with one text per line")
-    parser.add_argument("--output", type=Path, required=True, help="the .npz file to write")
-    parser.add_argument("images", nargs="*", help=IMAGE_HELP)
+    parser.add_argument("--model", type=user_path, required=True, help=MODEL_HELP)
+    parser.add_argument("--texts", type=user_path, help="a file with one text per line")
+    parser.add_argument("--output", type=user_path, required=True, help="the new .npz file")
+    parser.add_argument("images", type=user_path, nargs="*", help=IMAGE_HELP)
 
 
 def _add_search(commands: Any) -> None:
@@ -92,10 +98,12 @@ def _add_search(commands: Any) -> None:
         model_commands.search,
         "find the images that are most similar to a text or an image",
     )
-    parser.add_argument("--model", required=True, help=MODEL_HELP)
+    parser.add_argument("--model", type=user_path, required=True, help=MODEL_HELP)
     parser.add_argument("--query", required=True, help="a text, or the path of an image")
-    parser.add_argument("-k", type=int, default=5, help="number of results (default: 5)")
-    parser.add_argument("images", nargs="+", help=f"{IMAGE_HELP}, or one .npz written by `embed`")
+    parser.add_argument("-k", type=_count, default=5, help="number of results (default: 5)")
+    parser.add_argument(
+        "images", type=user_path, nargs="+", help=f"{IMAGE_HELP}, or one .npz written by `embed`"
+    )
 
 
 def _add_classify(commands: Any) -> None:
@@ -105,7 +113,7 @@ def _add_classify(commands: Any) -> None:
         model_commands.classify,
         "classify images zero-shot among the given labels",
     )
-    parser.add_argument("--model", required=True, help=MODEL_HELP)
+    parser.add_argument("--model", type=user_path, required=True, help=MODEL_HELP)
     parser.add_argument("--labels", required=True, nargs="+", help="the labels to choose from")
     parser.add_argument(
         "--templates",
@@ -113,24 +121,24 @@ def _add_classify(commands: Any) -> None:
         default=["{}"],
         help='prompts around a label, such as "a photo of a {}."',
     )
-    parser.add_argument("--images", required=True, nargs="+", help=IMAGE_HELP)
+    parser.add_argument("--images", type=user_path, required=True, nargs="+", help=IMAGE_HELP)
 
 
 def _add_caption(commands: Any) -> None:
     parser = _add_command(
         commands, "caption", model_commands.caption, "generate captions of images"
     )
-    parser.add_argument("--model", required=True, help=MODEL_HELP)
+    parser.add_argument("--model", type=user_path, required=True, help=MODEL_HELP)
     parser.add_argument(
         "--language", help="a language of the training captions (default: the most frequent)"
     )
     parser.add_argument(
-        "--n", type=int, default=1, help="captions per image, best first (default: 1)"
+        "--n", type=_count, default=1, help="captions per image, best first (default: 1)"
     )
     parser.add_argument(
-        "--beam", type=int, default=1, help="width of the beam search (default: 1, greedy)"
+        "--beam", type=_count, default=1, help="width of the beam search (default: 1, greedy)"
     )
-    parser.add_argument("images", nargs="+", help=IMAGE_HELP)
+    parser.add_argument("images", type=user_path, nargs="+", help=IMAGE_HELP)
 
 
 def _add_command(
@@ -139,4 +147,24 @@ def _add_command(
     description = f"{summary[0].upper()}{summary[1:]}."
     parser = commands.add_parser(name, help=summary, description=description)
     parser.set_defaults(run=run)
+    parser.register("action", None, _StoreOnce)
     return parser
+
+
+class _StoreOnce(argparse.Action):
+    """Store the value of an option. A second value is an error, since it would hide the first."""
+
+    is_given = False
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        if self.is_given:
+            parser.error(f"{option} is given twice; expected it once")
+        self.is_given = option is not None
+        setattr(namespace, self.dest, values)
+
+
+def _count(text: str) -> int:
+    """Return a number of at least 1. Raises the error that argparse reports."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected an integer of 1 or more")
+    return int(text)

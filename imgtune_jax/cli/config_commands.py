@@ -6,11 +6,17 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from imgtune_jax.cli.startup import configure_process, report_user_errors, with_checkout_hint
+from imgtune_jax.cli.config_flags import parse_flags
+from imgtune_jax.cli.startup import (
+    configure_process,
+    escape_unencodable_output,
+    report_user_errors,
+)
 from imgtune_jax.disk_space import explain_full_disk
+from imgtune_jax.errors import UserError
+from imgtune_jax.paths import user_path
 
 TRAIN_HELP = """\
 usage: imgtune train --config=FILE.py[:ARG] --workdir=DIR [--config.KEY=VALUE ...]
@@ -22,6 +28,10 @@ Train a model. If DIR already contains this run, resume it from its newest check
   --allow_changed_data   resume on other training data than the run was trained on
   --config.KEY=VALUE     change a setting: --config.batch_size=64 --config.lock.image=False
                          (configs/base.py lists all keys with their defaults)
+
+VALUE None unsets a setting or empties a group: --config.cache.path=None --config.evals=None.
+A length has one unit, so a new one replaces the others: --config.total.steps=10 or
+--config.total.epochs=2. Relative paths are relative to the current folder.
 """
 
 CACHE_HELP = """\
@@ -38,9 +48,6 @@ usage: imgtune bench data --config=FILE.py[:ARG] [--config.KEY=VALUE ...]
 Measure the speed of each stage of the input pipeline and of the training step, and name the
 bottleneck. Writes no files.
 """
-
-# Errors that may occur when a config file is loaded or one of its keys is set.
-LOAD_ERRORS = (AttributeError, ImportError, LookupError, SyntaxError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -60,73 +67,31 @@ def train(argv: Sequence[str] | None = None) -> None:
 
 def run_with_config(arguments: list[str], command: Command) -> None:
     """Parse the flags with absl and run the command. `arguments[0]` is the program's name."""
-    from absl import app, flags
-
+    escape_unencodable_output()
     if {"-h", "--help"} & set(arguments):
         print(command.usage)
         return
-    parse = partial(parse_flags, flags.FLAGS, required=command.required, switches=command.switches)
+    from absl import app, flags
+
+    parse = partial(
+        _parse_or_exit, flags.FLAGS, required=command.required, switches=command.switches
+    )
 
     def main(remaining: Sequence[str]) -> None:
-        if len(remaining) > 1:
-            raise SystemExit(
-                f"imgtune: unknown arguments {remaining[1:]}; write a setting as --config.seed=1"
-            )
         configure_process()
         with report_user_errors():
+            if len(remaining) > 1:
+                raise UserError(
+                    f"unknown arguments {remaining[1:]}; write a setting as --config.seed=1"
+                )
             command.run(flags.FLAGS)
 
     app.run(main, argv=arguments, flags_parser=parse)
 
 
-def parse_flags(
-    values: Any,
-    arguments: list[str],
-    *,
-    required: Sequence[str] = (),
-    switches: Sequence[str] = (),
-) -> list[str]:
-    """Set `values.config`, `values.workdir` and the switches; return the remaining arguments.
-
-    `values` is an absl FlagValues. Raises SystemExit with one message for an unknown config file
-    or key, or an invalid value.
-    """
-    from absl import flags
-    from ml_collections import config_flags
-
-    config_help = "the experiment, such as configs/lit_emoji.py"
-    config_flags.DEFINE_config_file(
-        "config", None, config_help, flag_values=values, sys_argv=arguments
-    )
-    flags.DEFINE_string("workdir", None, "the run's folder; a run in it is resumed", values)
-    for name in switches:
-        flags.DEFINE_bool(name, False, "see the command's --help", values)
-    flags.mark_flags_as_required(["config", *required], values)
-    for argument in arguments:
-        if argument.startswith("--config="):
-            path = argument.removeprefix("--config=").partition(":")[0]
-            if not Path(path).is_file():
-                error = f"no config at {path!r}; expected a file such as configs/debug.py"
-                raise SystemExit(f"imgtune: {with_checkout_hint(error)}")
-            # With this path, a config can import its neighbors (`from configs import base`).
-            sys.path[:0] = [str(Path.cwd()), str(Path(path).resolve().parent.parent)]
-    try:
-        return values(arguments)
-    except (flags.Error, *LOAD_ERRORS) as error:
-        message = _one_line(error)
-        if isinstance(error, ImportError):
-            message = with_checkout_hint(message)
-        raise SystemExit(f"imgtune: {message}") from None
-
-
-def _one_line(error: Exception) -> str:
-    """Return the error's message on one line.
-
-    For an unknown key, ml_collections raises a KeyError, or another error that contains one.
-    """
-    cause = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
-    message = f"no setting {cause.args[0]}" if isinstance(cause, KeyError) else str(error)
-    return " ".join(message.split())
+def _parse_or_exit(values: Any, arguments: list[str], **options: Any) -> list[str]:
+    with report_user_errors():
+        return parse_flags(values, arguments, **options)
 
 
 def _train(flags: Any) -> None:
@@ -135,7 +100,7 @@ def _train(flags: Any) -> None:
     from imgtune_jax import config, report
     from imgtune_jax.training import loop
 
-    workdir = Path(flags.workdir)
+    workdir = user_path(flags.workdir)
     parsed = config.parse_config(flags.config)
     predictor = loop.train(parsed, workdir, allow_changed_data=flags.allow_changed_data)
     with explain_full_disk(workdir, "report.html"):

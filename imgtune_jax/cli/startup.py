@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import re
@@ -14,6 +15,16 @@ from imgtune_jax.errors import UserError
 
 # Folders that only the source checkout contains, not the wheel: {name: a path in a checkout}.
 CHECKOUT_FOLDERS = {"configs": Path("configs/base.py"), "corpora": Path("corpora")}
+
+
+def escape_unencodable_output() -> None:
+    """Make the output streams escape characters that their encoding lacks, such as `\\u7ea2`.
+
+    Otherwise, a caption in Chinese or a file name that is not UTF-8 could end a command.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def configure_process() -> None:
@@ -62,7 +73,7 @@ def with_checkout_hint(message: str) -> str:
     missing = [
         f"{name}/"
         for name, path in CHECKOUT_FOLDERS.items()
-        if re.search(rf"\b{name}\b", message) and not path.exists()
+        if _names_folder(message, name) and not path.exists()
     ]
     if not missing:
         return message
@@ -71,3 +82,9 @@ def with_checkout_hint(message: str) -> str:
         "checkout of imgtune_jax, not of the installed package. Run the command in the checkout, "
         "or copy the folder here"
     )
+
+
+def _names_folder(message: str, name: str) -> bool:
+    """Whether a message contains a path in a folder of the current folder, or its module."""
+    in_current = str(Path.cwd() / name) in message
+    return in_current or re.search(rf"(?<![\w/.~-]){name}\b", message) is not None

@@ -4,6 +4,7 @@ from imgtune_jax.data.caption_sampler import CaptionSampler
 from imgtune_jax.data.feature_store import FeatureStore
 from imgtune_jax.data.folder import Folder
 from imgtune_jax.data.image import IMAGE_SUFFIXES, decode_image
+from imgtune_jax.data.image_list import ImageList
 from imgtune_jax.data.mixture import Mixture
 from imgtune_jax.data.pipeline import NO_END, NumpyBatch, Pipeline
 from imgtune_jax.data.record import (
@@ -48,6 +49,7 @@ __all__ = [
     "FaultCause",
     "FeatureStore",
     "Folder",
+    "ImageList",
     "Mixture",
     "NumpyBatch",
     "Pipeline",

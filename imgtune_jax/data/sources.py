@@ -12,6 +12,7 @@ from imgtune_jax.data.record import Source
 from imgtune_jax.data.tfds import TFDS
 from imgtune_jax.data.webdataset import WebDataset
 from imgtune_jax.errors import UserError
+from imgtune_jax.paths import absolute_source
 
 SOURCES: dict[str, type] = {
     "webdataset": WebDataset,
@@ -24,10 +25,11 @@ SOURCES: dict[str, type] = {
 def build_source(config: Mapping[str, Any]) -> Source:
     """Build a source from `{"name": "webdataset", "path": …}`.
 
-    The `sources` of a mixture are such mappings too. Raises UserError for an unknown name or
-    field, and for a path that does not exist.
+    Relative paths are relative to the current folder, and `~` is the home folder. The `sources` of
+    a mixture are such mappings too. Raises UserError for an unknown name or field, and for a path
+    that does not exist.
     """
-    values = dict(config)
+    values = absolute_source(config)
     name = values.pop("name", None)
     if name not in SOURCES:
         raise UserError(f"source {name!r} is unknown; known: {', '.join(SOURCES)}")

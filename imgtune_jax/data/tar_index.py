@@ -205,7 +205,7 @@ def _user_cache_folder() -> Path:
 
 
 def _cache_name(path: Path) -> str:
-    return hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32] + ".npz"
+    return hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32] + ".npz"
 
 
 def _read_cached(cache_path: Path, path: Path, stamp: tuple[int, ...]) -> TarIndex | None:
@@ -245,7 +245,7 @@ def _write_cached(cache_path: Path, index: TarIndex, stamp: tuple[int, ...]) -> 
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expand `a-{000..002}.tar` and `{a,b}.tar` as a shell does."""
+    """Expand `a-{000..002}.tar` and `{a,b}.tar` as a shell does; `{a}` has no choice and stays."""
     start = pattern.find("{")
     end = pattern.find("}", start)
     if start < 0 or end < 0:
@@ -253,9 +253,11 @@ def expand_braces(pattern: str) -> list[str]:
     body = pattern[start + 1 : end]
     first, dots, last = body.partition("..")
     if dots and first.isdigit() and last.isdigit():
-        choices = [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
+        step = 1 if int(first) <= int(last) else -1
+        digits = len(first) if first.startswith("0") else 1
+        choices = [f"{n:0{digits}d}" for n in range(int(first), int(last) + step, step)]
     else:
-        choices = body.split(",")
+        choices = body.split(",") if "," in body else [f"{{{body}}}"]
     suffixes = expand_braces(pattern[end + 1 :])
     pairs = itertools.product(choices, suffixes)
     return [pattern[:start] + choice + suffix for choice, suffix in pairs]

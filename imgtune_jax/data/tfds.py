@@ -22,6 +22,7 @@ from imgtune_jax.data.record_fields import (
     parse_captions,
 )
 from imgtune_jax.errors import UserError
+from imgtune_jax.paths import user_path
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class TFDS:
         fingerprint_lib.check_mode(self.fingerprint_mode)
         if not len(self):
             raise UserError(f"{self.dataset}, split {self.split!r}, has no records")
+        self._check_features()
+        self._check_shards()
 
     def __len__(self) -> int:
         return len(self._data_source)
@@ -130,12 +133,24 @@ class TFDS:
     def _builder(self) -> Any:
         import tensorflow_datasets  # here, since importing it takes a second
 
-        try:
-            return tensorflow_datasets.builder(self.dataset, data_dir=self.data_dir)
-        except tensorflow_datasets.core.DatasetNotFoundError as error:
+        if self.dataset and user_path(self.dataset).is_dir():
             raise UserError(
-                f"no TFDS data set {self.dataset!r} in data_dir = {self.data_dir!r}: {error}"
+                f"dataset = {self.dataset!r} is a folder; expected the name of a data set, such as "
+                "'coco_captions/2014', and data_dir = the folder that contains its folder"
+            )
+        try:
+            builder = tensorflow_datasets.builder(self.dataset, data_dir=self.data_dir)
+        except Exception as error:  # the library raises many classes
+            raise UserError(
+                f"no TFDS data set {self.dataset!r} in data_dir = {self.data_dir!r}; expected the "
+                f"name and folder of a prepared data set\n{_first_line(error)}"
             ) from error
+        if not builder.data_path.is_dir():
+            raise UserError(
+                f"{self.dataset!r} is not prepared: no folder {builder.data_path}; set data_dir or "
+                f"prepare it with\ntfds build {builder.name} --file_format=array_record"
+            )
+        return builder
 
     @cached_property
     def _data_source(self) -> Any:
@@ -145,7 +160,77 @@ class TFDS:
         skip: Any = tensorflow_datasets.decode.SkipDecoding()  # since open_image decodes
         for name in reversed(path):
             skip = {name: skip}
-        return self._builder.as_data_source(self.split, decoders=skip)
+        builder = self._builder
+        try:
+            return builder.as_data_source(self.split, decoders=skip)
+        except NotImplementedError as error:
+            formats = ", ".join(sorted(f.value for f in builder.info.available_file_formats()))
+            raise UserError(
+                f"{self.dataset} in {builder.data_dir} has the format {formats or None}; expected "
+                "array_record, which has random access: prepare it with\n"
+                f"tfds build {builder.name} --file_format=array_record"
+            ) from error
+        except (AssertionError, ValueError, OSError) as error:
+            raise UserError(
+                f"{self.dataset}, split {self.split!r}, cannot be read from {builder.data_dir}; "
+                f"expected a prepared split\n{_first_line(error)}"
+            ) from error
+
+    def _check_features(self) -> None:
+        """Raise UserError if a path is not that of a feature, or is that of a group of features."""
+        paths = {f"captions[{name!r}]": path for name, path in (self.captions or {}).items()}
+        paths |= {"image": self.image, "label": self.label, "group": self.group}
+        for option, path in paths.items():
+            features: Any = self._builder.info.features
+            for name in () if path is None else as_field_path(path):
+                known = _feature_names(features)
+                if name not in known:
+                    raise UserError(
+                        f"{self.dataset}: {option} = {path}, but there is no feature {name!r}; "
+                        f"expected one of {known} in its place"
+                    )
+                features = features[name]
+            if path is not None and (known := _feature_names(features)):
+                raise UserError(
+                    f"{self.dataset}: {option} = {path} is a group of features; append one of "
+                    f"{known} to the path"
+                )
+
+    def _check_shards(self) -> None:
+        """Raise UserError for a shard that is missing, damaged or cut short."""
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        info = self._builder.info
+        if info.file_format.value != "array_record":
+            return
+        for file in info.splits[self.split].file_instructions:
+            try:
+                reader = ArrayRecordReader(file.filename)
+                found = reader.num_records()
+                reader.close()
+            except Exception as error:  # the reader raises several classes for damaged bytes
+                raise _shard_error(file.filename, _first_line(error)) from error
+            if found != file.examples_in_shard:
+                detail = f"it has {found} records; expected {file.examples_in_shard}"
+                raise _shard_error(file.filename, detail)
+
+
+def _feature_names(features: Any) -> list[str]:
+    """Return the names in a group of features; a sequence of groups has the names of its groups."""
+    return list(features.keys()) if hasattr(features, "keys") else []
+
+
+def _shard_error(path: str, detail: str) -> UserError:
+    size = Path(path).stat().st_size if Path(path).is_file() else 0
+    return UserError(
+        f"the shard {path} ({size} bytes) cannot be read; copy it or prepare the data set again\n"
+        f"{detail}"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first line of an error, cut to 200 characters; some have hundreds of lines."""
+    return (str(error).strip().split("\n")[0] or type(error).__name__)[:200]
 
 
 def _decode_captions(value: Any) -> tuple[str, ...]:

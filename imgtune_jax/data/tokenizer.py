@@ -23,6 +23,7 @@ from jaxtyping import Bool, Int32
 
 from imgtune_jax.data import clip_bpe
 from imgtune_jax.errors import UserError
+from imgtune_jax.paths import user_path
 
 SETTINGS_FILE = "imgtune_tokenizer.json"
 
@@ -176,7 +177,7 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> Path:
         """Write `tokenizer.json` and the settings, which `tokenizer_files.load_tokenizer` reads."""
-        folder = Path(folder)
+        folder = user_path(folder)
         save_tokenizer_files(self._text_encoder, self.settings, folder)
         return folder
 

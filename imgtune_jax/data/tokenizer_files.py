@@ -13,6 +13,7 @@ from imgtune_jax.data import clip_bpe
 from imgtune_jax.data.tokenizer import CLEANINGS, SETTINGS_FILE, Tokenizer
 from imgtune_jax.errors import UserError
 from imgtune_jax.package_files import package_file
+from imgtune_jax.paths import user_path
 
 TOKENIZER_CONFIG = "tokenizer_config.json"  # of Hugging Face's tokenizers
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>")
@@ -27,14 +28,14 @@ def load_tokenizer(path: str | Path, **settings: Any) -> Tokenizer:
     length 77, pad_id 0 and cleaning "clip". Raises UserError if there is no tokenizer at the path,
     or if `settings` differ from the saved ones.
     """
-    path = Path(path)
+    path = user_path(path)
     settings = {k: v for k, v in settings.items() if v is not None}
     if path.name.endswith(".txt.gz") and path.is_file():
         defaults = {"length": clip_bpe.LENGTH, "pad_id": 0, "cleaning": "clip"}
         return Tokenizer(clip_bpe.build_clip_tokenizer(path), **(defaults | settings))
     backend, folder = _load_backend(path)
     settings_file = folder / SETTINGS_FILE
-    saved = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
+    saved = json.loads(settings_file.read_text("utf-8")) if settings_file.is_file() else {}
     changed = {k: (saved[k], v) for k, v in settings.items() if k in saved and saved[k] != v}
     if changed:
         raise UserError(
@@ -81,15 +82,25 @@ def build_tokenizer(config: Mapping[str, Any]) -> Tokenizer:
 def _load_backend(path: Path) -> tuple[tokenizers.Tokenizer, Path]:
     """Return the tokenizer at a path, and the folder that contains its settings."""
     if path.is_file():
-        return tokenizers.Tokenizer.from_file(str(path)), path.parent
+        return _read_tokenizer_json(path), path.parent
     if (path / "tokenizer.json").is_file():
-        return tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")), path
+        return _read_tokenizer_json(path / "tokenizer.json"), path
     if path.is_dir():
         return _load_with_transformers(path), path
     raise UserError(
         f"no tokenizer at {str(path)!r}; expected a local folder with tokenizer.json (or a "
         "spiece.model that transformers can read), or CLIP's bpe_simple_vocab_16e6.txt.gz"
     )
+
+
+def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no narrower class
+        raise UserError(
+            f"{path} is not a tokenizer ({error}); expected the tokenizer.json of the tokenizers "
+            "library"
+        ) from error
 
 
 def _load_with_transformers(folder: Path) -> tokenizers.Tokenizer:
@@ -117,7 +128,8 @@ def _load_with_transformers(folder: Path) -> tokenizers.Tokenizer:
 def _check_lower_case(tokenizer: Tokenizer, folder: Path) -> None:
     """Raise UserError if `do_lower_case` of the folder's config contradicts the tokenizer."""
     config = folder / TOKENIZER_CONFIG
-    expected = json.loads(config.read_text()).get("do_lower_case") if config.is_file() else None
+    fields = json.loads(config.read_text("utf-8")) if config.is_file() else {}
+    expected = fields.get("do_lower_case")
     if expected is None:
         return
     normalizer = tokenizer.backend.normalizer
@@ -140,7 +152,7 @@ def _find_pad_id(backend: tokenizers.Tokenizer, folder: Path) -> int:
     names: list[str] = [*PAD_NAMES]
     config = folder / TOKENIZER_CONFIG
     if config.is_file():
-        pad = json.loads(config.read_text()).get("pad_token")
+        pad = json.loads(config.read_text("utf-8")).get("pad_token")
         names.insert(0, pad["content"] if isinstance(pad, dict) else pad or "")
     for name in names:
         pad_id = backend.token_to_id(name)

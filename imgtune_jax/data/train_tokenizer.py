@@ -10,6 +10,7 @@ import tokenizers
 
 from imgtune_jax.data.tokenizer import CLEANINGS, Tokenizer, save_tokenizer_files
 from imgtune_jax.errors import UserError
+from imgtune_jax.paths import user_path
 
 # GPT-2's pattern, with combining marks (\p{M}): without these, vowel signs would split Hindi words.
 WORD_PATTERN = r" ?[\p{L}\p{M}]+| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]+|\s+"
@@ -41,7 +42,7 @@ def train_tokenizer(
     backend.post_processor = tokenizers.processors.TemplateProcessing(
         single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
     )
-    save_tokenizer_files(backend, {"pad_id": 0, "cleaning": cleaning}, Path(folder))
+    save_tokenizer_files(backend, {"pad_id": 0, "cleaning": cleaning}, user_path(folder))
     return Tokenizer(backend, length=length, pad_id=0, cleaning=cleaning)
 
 

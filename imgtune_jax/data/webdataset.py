@@ -278,15 +278,19 @@ def _group_by_key(tar: TarIndex) -> list[dict[str, int]]:
 
 
 def _expand_paths(path: str | Sequence[str]) -> list[Path]:
-    """Return the tars of a path, list or pattern. Raises UserError if one is missing."""
-    patterns = [path] if isinstance(path, str | Path) else list(path)
+    """Return the tars of a path, list or pattern; an existing path is not a pattern.
+
+    Raises UserError if a tar is missing.
+    """
+    paths = [str(p) for p in ([path] if isinstance(path, str | Path) else path)]
     tars: list[Path] = []
-    for pattern in (expanded for p in patterns for expanded in expand_braces(str(p))):
+    for pattern in (x for p in paths for x in ([p] if Path(p).exists() else expand_braces(p))):
         if "://" in pattern:
             raise UserError(
                 f"path = {pattern!r}; expected a local path: copy or mount the files first"
             )
-        matches = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+        is_pattern = glob.has_magic(pattern) and not Path(pattern).exists()
+        matches = sorted(glob.glob(pattern)) if is_pattern else [pattern]
         missing = [m for m in matches if not Path(m).is_file()]
         if not matches or missing:
             raise UserError(

@@ -116,6 +116,7 @@ class ModelPredictor:
 
     def embed_images(self, source: Source, /) -> tuple[EmbeddingRows, Bool[np.ndarray, " n"]]:
         """Return unit-norm image embeddings, and the mask of readable images."""
+        self._check_has_embeddings()
         features, valid = self.image_features(source)
         return self._run_batched("head", (features,)), valid
 
@@ -130,6 +131,7 @@ class ModelPredictor:
 
     def embed_texts(self, texts: Sequence[str], prefix: str = "", /) -> EmbeddingRows:
         """Return unit-norm embeddings of the texts, each after `prefix`, in order."""
+        self._check_has_embeddings()
         return self._run_on_texts("text", texts, prefix)
 
     def text_features(self, texts: Sequence[str], /) -> EmbeddingRows:
@@ -222,6 +224,13 @@ class ModelPredictor:
             masks.append(batch_mask)
         n = len(source)
         return np.concatenate(scores)[:n], np.concatenate(masks)[:n]
+
+    def _check_has_embeddings(self) -> None:
+        if self.model.text is None:
+            raise UserError(
+                "this model has no text tower, so it has no embeddings of images and texts; use "
+                "one that was trained with config.model.text"
+            )
 
     @property
     def _batch_size(self) -> int:

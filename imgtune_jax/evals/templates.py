@@ -1,4 +1,4 @@
-"""Prompt templates for zero-shot classification; `{}` is replaced by the class name.
+"""Prompt templates for zero-shot classification; `{}` or `{c}` is replaced by the class name.
 
 The two lists of ImageNet prompts and the class names are OpenAI's (github.com/openai/CLIP, MIT,
 Copyright (c) 2021 OpenAI). They are copied from open_clip 3.3.0 (MIT); see LICENSE.prompts.
@@ -6,8 +6,11 @@ Copyright (c) 2021 OpenAI). They are copied from open_clip 3.3.0 (MIT); see LICE
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable
 from importlib import resources
+
+from imgtune_jax.errors import UserError
 
 OPENAI_IMAGENET = (
     "a bad photo of a {}.",
@@ -109,6 +112,26 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "photo": ("a photo of a {}.",),
     "name": ("{}",),
 }
+
+
+def fill_template(template: str, name: str) -> str:
+    """Return a template with each `{}` or `{c}` replaced by the class name.
+
+    `{{` and `}}` stand for braces. Raises UserError for a template without a class name, and for
+    any other use of braces.
+    """
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise UserError(f"template {template!r}: {error}; {_TEMPLATE_RULE}") from error
+    fields = [part[1:] for part in parts if part[1] is not None]
+    if not fields or any(field not in _NAME_FIELDS for field in fields):
+        raise UserError(f"template = {template!r}; {_TEMPLATE_RULE}")
+    return "".join(text + ("" if field is None else name) for text, field, *_ in parts)
+
+
+_NAME_FIELDS = [(field, "", None) for field in ("", "0", "c")]  # (name, format, conversion)
+_TEMPLATE_RULE = "expected {} or {c} for the class name, and {{ or }} for a brace"
 
 
 def imagenet_classnames() -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from imgtune_jax.evals.checks import check_finite, check_label_order, checked_la
 from imgtune_jax.evals.normalize import normalize_rows
 from imgtune_jax.evals.per_class import per_class_metrics, per_class_scores
 from imgtune_jax.evals.protocol import Predictor
-from imgtune_jax.evals.templates import CLASSNAMES, TEMPLATES
+from imgtune_jax.evals.templates import CLASSNAMES, TEMPLATES, fill_template
 
 Templates = Sequence[str] | Mapping[str, Sequence[str]]
 
@@ -174,19 +174,17 @@ class ZeroShot:
 def class_prompts(name: str, templates: Templates) -> list[str]:
     """Return the prompts of a class.
 
-    In a sequence of templates, `{}` or `{c}` is replaced by the class name. A mapping has the
-    complete prompts of each class, by class name (as in CuPL, 2209.03320). Raises UserError for a
-    class without a prompt, and for templates that omit the name or are not distinct.
+    A sequence of templates is filled by `fill_template`. A mapping has the complete prompts of each
+    class, by class name (as in CuPL, 2209.03320). Raises UserError for a class without a prompt,
+    for one string instead of several, and for templates without the name or not distinct.
     """
-    if isinstance(templates, Mapping):
-        prompts = list(templates.get(name, ()))
-    else:
-        prompts = [template.format(name, c=name) for template in templates]
-        if len(set(prompts)) < len(prompts) or any(name not in p for p in prompts):
-            raise UserError(
-                f"templates = {list(templates)[:3]}…; expected distinct strings that contain {{}} "
-                "or {c} for the class name"
-            )
+    is_mapping = isinstance(templates, Mapping)
+    given = templates.get(name, ()) if is_mapping else templates
+    if isinstance(given, str):
+        raise UserError(f"templates = {given!r}, one string; expected a list of strings")
+    prompts = list(given) if is_mapping else [fill_template(template, name) for template in given]
     if not prompts:
         raise UserError(f"class {name!r} has no prompts; add at least one")
+    if not is_mapping and len(set(prompts)) < len(prompts):
+        raise UserError(f"templates = {list(given)[:3]}…; expected distinct strings")
     return prompts

@@ -13,6 +13,7 @@ from imgtune_jax.errors import UserError
 from imgtune_jax.interop import image_preprocessing, open_clip_config, open_clip_map
 from imgtune_jax.interop.stated_fields import StatedFields, tower_fields
 from imgtune_jax.interop.weight_files import read_json, read_state_dict
+from imgtune_jax.paths import user_path
 from imgtune_jax.types import Params
 
 CONFIG_FILE = "open_clip_config.json"
@@ -52,7 +53,7 @@ def save_open_clip_folder(
         interpolation=interpolation,
         resize_mode=resize_mode,
     )
-    folder = Path(path)
+    folder = user_path(path)
     folder.mkdir(parents=True, exist_ok=True)
     model_cfg = open_clip_config.config_to_open_clip(model)
     config = dict(model_cfg=model_cfg, preprocess_cfg=preprocess)
@@ -65,7 +66,7 @@ def load_open_clip_folder(path: str | Path) -> OpenClipFolder:
 
     Raises UserError if a file is missing or the model is not supported.
     """
-    folder = Path(path)
+    folder = user_path(path)
     weights = [folder / name for name in WEIGHTS_FILES if (folder / name).is_file()]
     if not weights or not (folder / CONFIG_FILE).is_file():
         raise UserError(

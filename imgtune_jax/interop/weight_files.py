@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from imgtune_jax.errors import MissingFileError, UserError
 from imgtune_jax.interop import file_kinds, torch_file
 from imgtune_jax.param_tree import flatten, unflatten
+from imgtune_jax.paths import user_path
 from imgtune_jax.types import Params
 
 INDEX_SUFFIX = ".index.json"
@@ -36,7 +37,7 @@ def find_weight_file(path: str | Path) -> Path:
     For a model in shards, the weight file is the index. Raises MissingFileError without a file, and
     UserError listing the files if there are several.
     """
-    path = Path(path)
+    path = user_path(path)
     if path.is_file():
         return path
     if not path.is_dir():
@@ -167,7 +168,7 @@ _READERS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
 def save_params(params: Params, path: str | Path, *, metadata: Mapping[str, str] | None = None):
     """Write a parameter tree as safetensors, named by path: 'image/blocks_0/attn/q/kernel'."""
     flat = {name: np.asarray(x, order="C") for name, x in flatten(params).items()}
-    save_file(flat, Path(path), metadata=dict(metadata or {}))
+    save_file(flat, user_path(path), metadata=dict(metadata or {}))
 
 
 def load_params(path: str | Path, subtree: str | None = None) -> Params:

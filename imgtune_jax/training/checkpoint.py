@@ -250,7 +250,7 @@ def _first_line(error: BaseException) -> str:
     """Return the first line of the error that caused `error`, shortened."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+    return (str(error).split("\n")[0] or type(error).__name__)[:200]
 
 
 def _open_manager(workdir: Path) -> Any:
@@ -306,6 +306,10 @@ def restore_frozen(workdir: Path, digest: str, target: PyTree) -> Params:
     if not jax.tree.leaves(target):
         return {}
     folder = workdir / workdir_files.FROZEN / digest
+    if not folder.is_dir():
+        raise MissingFileError(
+            f"no frozen parameters at {folder}; restore the folder from a backup"
+        )
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             frozen = checkpointer.restore(folder, target)

@@ -18,7 +18,7 @@ from imgtune_jax.config import ComponentConfig, Config, Duration
 from imgtune_jax.errors import UserError
 from imgtune_jax.evals.predictor import ModelPredictor
 from imgtune_jax.partition import Partitioner, make_mesh
-from imgtune_jax.training import optim, state
+from imgtune_jax.training import optim, state, workdir_files
 from imgtune_jax.training.step import TrainStep, make_train_step
 from imgtune_jax.types import MODALITIES, Batch, Outputs, Params, TrainState
 
@@ -270,13 +270,14 @@ def is_due(step: int, every: int | None) -> bool:
 
 
 def build_experiment(config: Config, *, tokenizer_dir: Path | None = None) -> Experiment:
-    """Build the experiment of a config.
+    """Build the experiment of a config, whose paths it makes absolute.
 
     With `tokenizer_dir`, a run's copy of its tokenizer, the tokenizer is loaded from that folder
     instead of from the config's path or package.
 
     Raises UserError if parts of the config do not fit each other.
     """
+    config = workdir_files.recorded_config(config)
     partitioner = Partitioner(make_mesh(config.mesh))
     tokenizer_cfg = dict(config.tokenizer)
     if tokenizer_dir is not None:

@@ -106,6 +106,7 @@ def open_run(
     `allow_changed_data`.
     """
     config, workdir = experiment.config, workdir.absolute()  # Orbax needs an absolute path
+    workdir_files.check_writable(workdir)
     is_new = not checkpoint.saved_steps(workdir)
     experiment.build_all(with_baselines=is_new)
     if config.wandb_project is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 
 import jax
 
-from imgtune_jax.config import Config, differences, load_config, save_config
+from imgtune_jax import paths
+from imgtune_jax.config import Config, differences, load_config, parse_config, save_config
 from imgtune_jax.errors import ExistingFileError, UserError
 
 log = logging.getLogger("imgtune_jax.training")
@@ -45,14 +47,36 @@ MUTABLE_KEYS = (
 )
 
 
+def check_writable(workdir: Path) -> None:
+    """Raise UserError if `workdir` is neither a writable folder nor one that can be created."""
+    nearest = next(p for p in (workdir, *workdir.parents) if os.path.lexists(p))
+    if not nearest.is_dir():
+        raise UserError(
+            f"workdir = {workdir}, but {nearest} is not a folder; choose another folder"
+        )
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(
+            f"workdir = {workdir}, but {nearest} is not writable; choose another folder"
+        )
+
+
+def recorded_config(config: Config) -> Config:
+    """Return the config as a run records it: with absolute paths, valid in every folder."""
+    return parse_config(paths.absolute_config(config.to_dict()))
+
+
 def check_same_config(config: Config, workdir: Path) -> None:
-    """Raise UserError if `workdir` holds a run whose config differs in keys that may not change."""
+    """Raise UserError if `workdir` holds a run whose config differs in keys that may not change.
+
+    Relative paths, which older runs recorded, are relative to the current folder.
+    """
     path = workdir / CONFIG
     if not path.exists():
         return
+    saved = recorded_config(load_config(path))
     changed = {
         key: values
-        for key, values in differences(load_config(path), config).items()
+        for key, values in differences(saved, recorded_config(config)).items()
         if not _is_mutable(key, *values)
     }
     if changed:

@@ -11,7 +11,7 @@ from PIL import Image
 from imgtune_jax.data import FaultCause, build_source, decode_image, tar_index, webdataset
 from imgtune_jax.data.record import group_id
 from imgtune_jax.errors import UserError
-from tests.data.conftest import write_tar
+from tests.data.conftest import build_tar_source, valid_files, write_tar
 
 CORPUS = Path(__file__).parents[2] / "corpora" / "emoji"
 
@@ -366,3 +366,30 @@ def test_a_text_that_is_too_large_is_its_records_fault(tmp_path, monkeypatch):
     records = tar_source(write_tar(tmp_path / "a.tar", files))
     assert records[0].faults["captions"].cause is FaultCause.UNREADABLE_FILE
     assert not records[1].faults
+
+
+@pytest.mark.parametrize("name", ["{0..9}.tar", "{a,b}.tar", "a[1].tar", "a*.tar"])
+def test_an_existing_file_is_not_a_pattern(tmp_path, name):
+    write_tar(tmp_path / name, valid_files(3))
+    for other in ("0.tar", "a.tar", "a1.tar", "ab.tar"):
+        write_tar(tmp_path / other, valid_files(1))
+    assert len(build_tar_source(str(tmp_path / name))) == 3
+
+
+def test_pattern_with_brackets_reads_files_whose_names_have_brackets(tmp_path):
+    for i in range(2):
+        write_tar(tmp_path / f"a[{i}].tar", valid_files(i + 1))
+    assert len(build_tar_source(str(tmp_path / "a[{0..1}].tar"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expanded"),
+    [
+        ("a{1..3}", ["a1", "a2", "a3"]),
+        ("a{10..8}", ["a10", "a9", "a8"]),
+        ("{09..10}", ["09", "10"]),
+        ("{a}-{b,c}", ["{a}-b", "{a}-c"]),
+    ],
+)
+def test_braces_are_expanded_as_a_shell_does(pattern, expanded):
+    assert tar_index.expand_braces(pattern) == expanded

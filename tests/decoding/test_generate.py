@@ -1,6 +1,7 @@
 """Properties of every decoding method: prompts, rows, lengths, stop tokens, buckets, devices."""
 
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from imgtune_jax.decoding import (
     pad_prompts,
 )
 from imgtune_jax.decoding.prefill import prefill
+from imgtune_jax.errors import UserError
 from imgtune_jax.partition import Partitioner, make_mesh
 
 STOP = (0, 3)
@@ -271,3 +273,32 @@ def test_build_generation_config_accepts_a_mapping():
         stop_ids=(2,), pad_id=1, max_new_tokens=9, method=BeamSearch(width=3)
     )
     assert decoding.build_generation_config(cfg, stop_ids=(2,), pad_id=1) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"repetition_penalty": math.nan}, "decoding: repetition_penalty = nan; expected a finite"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty = inf"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens = 2.5; expected a finite int"),
+        ({"max_new_tokens": True}, "max_new_tokens = True"),
+        ({"no_repeat_ngram_size": "2"}, "no_repeat_ngram_size = '2'; .* finite int or None"),
+        ({"method": "beam"}, "decoding method = 'beam'; expected {'name'"),
+        ({"method": {"name": "beam", "length_penalty": math.nan}}, "beam: length_penalty = nan"),
+        ({"method": {"name": "sample", "temperature": math.nan}}, "sample: temperature = nan"),
+        ({"method": {"name": "sample", "top_p": None}}, "sample: top_p = None; .* finite float"),
+    ],
+)
+def test_settings_of_a_wrong_type_or_not_finite_are_refused(settings, error):
+    with pytest.raises(UserError, match=error):
+        decoding.build_generation_config(settings, stop_ids=(1,), pad_id=0)
+
+
+def test_settings_may_be_integers_for_floats_and_numpy_scalars():
+    settings = {
+        "repetition_penalty": 2,
+        "max_new_tokens": np.int64(3),
+        "no_repeat_ngram_size": None,
+    }
+    built = decoding.build_generation_config(settings, stop_ids=(1,), pad_id=0)
+    assert (built.repetition_penalty, built.max_new_tokens) == (2, 3)

@@ -92,7 +92,7 @@ def test_prompts_that_cancel_out_give_a_class_embedding_of_zeros(fakes):
 
 @pytest.mark.parametrize("bad_templates", [["a photo"], ["{}", "{}"], []])
 def test_templates_without_the_class_name_raise(fakes, bad_templates):
-    with pytest.raises(ValueError, match=r"templates|no prompts"):
+    with pytest.raises(ValueError, match=r"templates? = |no prompts"):
         zeroshot.class_embeddings(fakes.Predictor(), ["cat", "dog"], bad_templates)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from imgtune_jax import config
+from imgtune_jax.errors import UserError
 from imgtune_jax.training import checkpoint, workdir_files
 from tests.debug_run import settings
 
@@ -139,3 +140,12 @@ def test_altered_frozen_parameters_are_an_error(tmp_path):
     (tmp_path / "frozen" / digest).rename(tmp_path / "frozen" / "0123")
     with pytest.raises(ValueError, match=f"has the digest {digest}; expected 0123"):
         checkpoint.restore_frozen(tmp_path, "0123", jax.eval_shape(lambda: frozen))
+
+
+def test_workdir_that_cannot_be_a_folder_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match=r"file is not a folder; choose another"):
+            workdir_files.check_writable(workdir)
+    workdir_files.check_writable(tmp_path / "new" / "run")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
