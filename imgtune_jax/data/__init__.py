@@ -27,6 +27,7 @@ from imgtune_jax.data.transforms import (
     Compose,
     Transform,
     build_transform,
+    output_shape,
 )
 from imgtune_jax.data.webdataset import WebDataset
 
@@ -61,6 +62,7 @@ __all__ = [
     "decode_image",
     "evenly_spaced",
     "load_tokenizer",
+    "output_shape",
     "read_metadata",
     "train_tokenizer",
 ]

@@ -11,12 +11,13 @@ import numpy as np
 
 from imgtune_jax.data.record import BadRecord, Record
 from imgtune_jax.data.record_fields import (
+    FieldPath,
     Fingerprint,
+    RecordFields,
     as_field_path,
     decode_utf8,
     get_field,
     parse_captions,
-    parse_group,
 )
 from imgtune_jax.errors import UserError
 
@@ -41,6 +42,11 @@ class TFDS:
     group: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
+        paths = {"image": self.image, "label": self.label, "group": self.group}
+        paths |= {f"captions.{name}": path for name, path in (self.captions or {}).items()}
+        for field, path in paths.items():
+            if path is not None:
+                _check_feature_path(field, as_field_path(path), self._builder.info.features)
         if not len(self):
             raise UserError(f"{self.dataset}, split {self.split!r}, has no records")
 
@@ -56,17 +62,21 @@ class TFDS:
                 captions[name] = _decode_captions(get_field(example, as_field_path(path)))
         except BadRecord as bad:
             faults["captions"] = bad
-        label, group = (
-            None if path is None else get_field(example, as_field_path(path))
-            for path in (self.label, self.group)
+        paths = {"label": self.label, "group": self.group}
+        metadata = {
+            name: _as_python_scalar(get_field(example, as_field_path(path)))
+            for name, path in paths.items()
+            if path is not None
+        }
+        fields = RecordFields(
+            captions={},
+            label=None if self.label is None else ("label",),
+            group=None if self.group is None else ("group",),
         )
-        return Record(
-            key=f"{self.dataset}[{self.split}] {index}",
-            image=get_field(example, as_field_path(self.image)),
-            captions=captions,
-            label=None if label is None else int(label),
-            group=None if group is None else parse_group(_as_python_scalar(group)),
-            faults=faults,
+        key = f"{self.dataset}[{self.split}] {index}"
+        image = get_field(example, as_field_path(self.image))
+        return fields.build_record(
+            key, image=image, metadata=metadata, faults=faults, captions=captions
         )
 
     @property
@@ -108,6 +118,22 @@ class TFDS:
         for name in reversed(path):
             skip = {name: skip}
         return self._builder.as_data_source(self.split, decoders=skip)
+
+
+def _check_feature_path(field: str, path: FieldPath, features: Any) -> None:
+    """Raise UserError, which lists the features, if a path leads to none or to a group of them."""
+    for name in (*path, None):
+        features = getattr(features, "feature", features)  # that of each item of a sequence
+        names = list(features) if hasattr(features, "keys") else []
+        if name is None and not names:
+            return
+        if name not in names:
+            problem = f"has no {name!r}" if name is not None else "ends in a group of features"
+            raise UserError(
+                f"{field} = {path} {problem}; expected a path to one of the features "
+                f"{', '.join(names) or 'of the data set'}"
+            )
+        features = features[name]
 
 
 def _as_python_scalar(value: Any) -> Any:

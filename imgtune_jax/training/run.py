@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 
 from imgtune_jax import evals
-from imgtune_jax.training import calibrate, checkpoint, feature_cache, workdir_files
+from imgtune_jax.training import calibrate, checkpoint, feature_cache, preflight, workdir_files
 from imgtune_jax.training.batch_source import BatchSource
 from imgtune_jax.training.checkpoint import Checkpointer
 from imgtune_jax.training.experiment import Experiment
@@ -82,7 +82,7 @@ def build_run(experiment: Experiment, workdir: Path) -> Run:
     """
     config, workdir = experiment.config, workdir.absolute()  # Orbax needs an absolute path
     saved_step = checkpoint.latest_step(workdir)
-    experiment.build_all(with_baselines=saved_step is None)
+    pretrained = preflight.check_experiment(experiment, is_new=saved_step is None)
 
     workdir_files.check_same_config(config, workdir)
     workdir_files.write_config(config, workdir)
@@ -91,16 +91,21 @@ def build_run(experiment: Experiment, workdir: Path) -> Run:
     workdir_files.truncate_logs(workdir, -1 if saved_step is None else saved_step)
     checkpointer = Checkpointer(workdir, config.checkpoint)
     if saved_step is None:
-        run = _new_run(experiment, workdir, checkpointer)
+        run = _new_run(experiment, workdir, checkpointer, pretrained)
     else:
         run = _resumed_run(experiment, workdir, checkpointer, saved_step)
     workdir_files.write_store_paths(run.batch_source.store_paths, workdir)
     return run
 
 
-def _new_run(experiment: Experiment, workdir: Path, checkpointer: Checkpointer) -> Run:
+def _new_run(
+    experiment: Experiment,
+    workdir: Path,
+    checkpointer: Checkpointer,
+    pretrained: Mapping[str, Params],
+) -> Run:
     """Initialize parameters and state; save the frozen parameters and the tokenizer."""
-    params = experiment.init_params()
+    params = experiment.init_params(pretrained)
     _, frozen = experiment.split_params(params)
     batch_source = feature_cache.build_batch_source(experiment, frozen)
     batches = batch_source.batches(0)

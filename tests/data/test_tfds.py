@@ -83,6 +83,25 @@ def test_a_truncated_image_is_a_bad_record(config):
     assert caught.value.cause is FaultCause.TRUNCATED_IMAGE
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"captions": {"caption": ("captions",)}}, "ends in a group of features; .* text"),
+        ({"captions": {"caption": ("captions", "txt")}}, "has no 'txt'; .* text"),
+        ({"captions": {"caption": ("title", "en")}}, "has no 'en'"),
+        ({"image": ("captions",)}, "ends in a group of features; .* text"),
+        ({"label": ("lable",)}, "has no 'lable'; .* captions, image, label, title"),
+        ({"group": ("captions",)}, "ends in a group of features; .* text"),
+    ],
+)
+def test_path_to_no_feature_or_to_a_group_is_an_error_that_lists_the_features(
+    config, changes, message
+):
+    """The names of the features of a group are no captions."""
+    with pytest.raises(ValueError, match=message):
+        build_source({**config, **changes})
+
+
 def test_source_can_be_pickled(config):
     source = build_source(config)
     copy = pickle.loads(pickle.dumps(source))
