@@ -175,3 +175,11 @@ def test_counter_logs_five_keys_and_waits_for_enough_records(caplog):
     assert counter.summary() == {"seen": 100, "bad_utf8": 1, "not_an_image": 9}
     with pytest.raises(TooManyBadRecordsError, match="11 of 101"):
         counter.add(1, [Fault("k10", FaultCause.BAD_UTF8, "x")])
+
+
+def test_caption_path_that_ends_in_a_group_is_a_fault_that_lists_its_fields(tmp_path):
+    files = {"0.png": encode(0), "0.json": b'{"name": {"en": "a fox", "de": "ein Fuchs"}}'}
+    source = build_tar_source(write_tar(tmp_path / "a.tar", files))
+    record = source[0]
+    assert "a group with the fields en, de" in str(record.faults["captions"])
+    assert not record.captions

@@ -90,7 +90,7 @@ def test_a_truncated_image_is_a_bad_record(config):
         ({"captions": {"caption": ("captions", "txt")}}, "has no 'txt'; .* text"),
         ({"captions": {"caption": ("title", "en")}}, "has no 'en'"),
         ({"image": ("captions",)}, "ends in a group of features; .* text"),
-        ({"label": ("lable",)}, "has no 'lable'; .* captions, image, label, title"),
+        ({"label": ("lable",)}, "has no 'lable'; .* features image, captions, title"),
         ({"group": ("captions",)}, "ends in a group of features; .* text"),
     ],
 )
