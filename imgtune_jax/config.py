@@ -1,7 +1,8 @@
 """Parse a ConfigDict into validated frozen dataclasses. No other file reads a ConfigDict.
 
 The dataclasses define the meaning and the type of each key; `configs/base.py` has every default.
-Settings of a component (a tower, a source, a loss) remain plain dicts, which the component checks.
+Settings of a component (a tower, a source, a loss) remain plain dicts. The component checks their
+names, and `config_values.py` the ranges of their numbers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from imgtune_jax import config_history
+from imgtune_jax import config_history, config_values
 from imgtune_jax.errors import MissingFileError, UserError
 
 ComponentConfig = dict[str, Any]  # {"name": key in a table of components, **fields}
@@ -33,14 +34,18 @@ class Duration:
     examples: int | None
 
     def in_steps(self, *, batch_size: int, num_examples: int) -> int | None:
-        """Convert to steps, rounded to nearest and at least 1; None if no unit is set."""
+        """Convert to steps, rounded to nearest; None if no unit is set.
+
+        Only a length of 0 is 0 steps; any other is at least 1.
+        """
         if self.steps is not None:
             return self.steps
+        examples = self.examples
         if self.epochs is not None:
-            return max(1, round(self.epochs * num_examples / batch_size))
-        if self.examples is not None:
-            return max(1, round(self.examples / batch_size))
-        return None
+            examples = self.epochs * num_examples
+        if not examples:
+            return None if examples is None else 0
+        return max(1, round(examples / batch_size))
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,8 @@ class DataConfig:
     choice of length changes no result.
 
     The run ends if more than the fraction `max_bad_fraction` of its records is unreadable. This is
-    checked after the first `max_bad_fraction_after` records.
+    checked after the first `max_bad_fraction_after` records, or after the first epoch if it is
+    shorter.
     """
 
     source: ComponentConfig
@@ -211,14 +217,23 @@ def parse_config(config: Any) -> Config:
     type; no value is out of range or contradicts another. Raises UserError listing all errors of
     the first check that fails.
     """
+    parsed = _parse_config(config)
+    _raise_errors(config_values.value_errors(parsed.to_dict()))
+    return parsed
+
+
+def _parse_config(config: Any) -> Config:
+    """Parse a config without a check of its values."""
     tree = _to_builtins(config)
     errors = list(config_history.rename_errors(tree)) if isinstance(tree, Mapping) else []
     parsed: Any = None if errors else _parse(Config, config, "config", errors)
-    if not errors:
-        errors = list(_value_errors(parsed))
-    if errors:
-        raise UserError("config is not valid:\n  " + "\n  ".join(errors))
+    _raise_errors(errors)
     return parsed
+
+
+def _raise_errors(errors: Iterable[str]) -> None:
+    if lines := list(errors):
+        raise UserError("config is not valid:\n  " + "\n  ".join(lines))
 
 
 def _parse(kind: Any, value: Any, path: str, errors: list[str]) -> Any:
@@ -285,41 +300,6 @@ def _to_builtins(value: Any) -> Any:
     return value
 
 
-def _value_errors(config: Config) -> Iterable[str]:
-    """Yield an error for each value that is out of range or contradicts another."""
-    durations = {
-        "total": config.total,
-        "eval_every": config.eval_every,
-        "checkpoint.every": config.checkpoint.every,
-        "optim.warmup": config.optim.warmup,
-        "optim.cooldown": config.optim.cooldown,
-        "optim.timescale": config.optim.timescale,
-    }
-    for name, duration in durations.items():
-        lengths = {k: v for k, v in dataclasses.asdict(duration).items() if v is not None}
-        if len(lengths) > 1:
-            yield (
-                f"config.{name} = {lengths}; expected one unit; set one of steps, epochs, "
-                f"examples, and the others to None"
-            )
-        if any(v < 0 for v in lengths.values()):
-            yield f"config.{name} = {lengths}; expected 0 or more, since a duration is not negative"
-    if all(v is None for v in dataclasses.asdict(config.total).values()):
-        yield "config.total has no length; set one of steps, epochs, examples"
-    if config.batch_size < 1 or config.accumulation < 1 or config.batch_size % config.accumulation:
-        yield (
-            f"config.batch_size = {config.batch_size} does not divide into config.accumulation = "
-            f"{config.accumulation} microbatches; set it to a multiple"
-        )
-    if (mode := config.checkpoint.best_mode) not in (None, "max", "min"):
-        yield f"config.checkpoint.best_mode = {mode!r}; expected 'max', 'min' or None"
-    if not config.objectives:
-        yield "config.objectives is empty; name at least one, e.g. dict(softmax=dict(weight=1.0))"
-    for key in ("image_views", "text_views"):
-        if (views := getattr(config.cache, key)) < 0:
-            yield f"config.cache.{key} = {views}; expected 0 or more, since a count is not negative"
-
-
 def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
     """Return {dotted key: (value in a, value in b)} of all values that differ."""
     flat_a, flat_b = flatten_config(a.to_dict()), flatten_config(b.to_dict())
@@ -359,4 +339,4 @@ def load_config(path: str | Path) -> Config:
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is not a saved config: {error}; restore a backup") from error
     config_history.upgrade(saved)
-    return parse_config(saved)
+    return _parse_config(saved)  # the version that saved it has checked its values

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from imgtune_jax.config import LockConfig
 from imgtune_jax.errors import UserError
+from imgtune_jax.param_tree import compile_pattern
 from imgtune_jax.types import MODALITIES
 
 # Modules after the layers, in every tower and in the decoder. All others outside the layers come
@@ -126,10 +127,16 @@ def frozen_paths(cfg: LockConfig, paths: Sequence[str]) -> dict[str, bool]:
                 f"config.lock.{modality}_unlocked_layers = {num_unlocked} needs "
                 f"config.lock.{modality} = True; set it, or set the number to 0"
             )
+    if cfg.logit_scale and "logit_scale" not in paths:
+        raise UserError(
+            "config.lock.logit_scale = True, but a model without a text tower has no logit scale; "
+            "set it to False"
+        )
     if cfg.logit_scale:
         frozen |= {p for p in paths if p in ("logit_scale", "logit_bias")}
     for pattern in cfg.patterns:
-        matching = {p for p in paths if re.fullmatch(pattern, p)}
+        compiled = compile_pattern(pattern, "config.lock.patterns")
+        matching = {p for p in paths if compiled.fullmatch(p)}
         if not matching:
             raise UserError(
                 f"config.lock.patterns has {pattern!r}, which matches no parameter; correct or "
@@ -142,6 +149,10 @@ def frozen_paths(cfg: LockConfig, paths: Sequence[str]) -> dict[str, bool]:
 def _frozen_tower_paths(paths: Sequence[str], modality: str, num_unlocked: int) -> set[str]:
     """Return the paths of a locked tower before its last `num_unlocked` layers (0: all paths)."""
     in_tower = tower_paths(paths, modality)
+    if not in_tower:
+        raise UserError(
+            f"config.lock.{modality} = True, but the model has no {modality} tower; set it to False"
+        )
     count = num_layers(in_tower)
     if num_unlocked and not 0 < num_unlocked <= count:
         raise UserError(

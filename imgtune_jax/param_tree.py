@@ -63,6 +63,16 @@ def map_with_path(f: Callable[[str, Any], Any], params: Params) -> Params:
     return unflatten({path: f(path, leaf) for path, leaf in flatten(params).items()})
 
 
+def compile_pattern(pattern: str, key: str) -> re.Pattern[str]:
+    """Compile a regular expression. Raises UserError that names `key`, the config key of it."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(
+            f"{key} has {pattern!r}, which is not a regular expression ({error}); correct it"
+        ) from error
+
+
 def match_rules(rules: Sequence[tuple[str, V]], paths: Iterable[str], key: str) -> dict[str, V]:
     """Return {path: value of the first rule that matches it}.
 
@@ -70,7 +80,7 @@ def match_rules(rules: Sequence[tuple[str, V]], paths: Iterable[str], key: str) 
     UserError listing the paths that no rule matches and the rules, other than '.*', that match no
     path. The error names `key`, the config key of the rules.
     """
-    compiled = [(re.compile(pattern), value) for pattern, value in rules]
+    compiled = [(compile_pattern(pattern, key), value) for pattern, value in rules]
     values: dict[str, V] = {}
     unmatched, used = [], set()
     for path in paths:

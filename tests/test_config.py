@@ -187,11 +187,9 @@ def test_error_names_all_invalid_keys():
         (lambda c: c["total"].update(epochs=None), "config.total has no length"),
         (lambda c: c.update(accumulation=7), "does not divide"),
         (lambda c: c.update(objectives={}), "objectives is empty"),
-        (lambda c: c["cache"].update(image_views=-1), "cache.image_views = -1; .* not negative"),
-        (lambda c: c["optim"]["warmup"].update(steps=-1), "not negative"),
     ],
 )
-def test_contradictory_or_out_of_range_value_is_an_error(change, message):
+def test_contradictory_value_is_an_error(change, message):
     raw = base().to_dict()
     change(raw)
     with pytest.raises(ValueError, match=message):
@@ -205,6 +203,10 @@ def test_contradictory_or_out_of_range_value_is_an_error(change, message):
         (config.Duration(None, 2.0, None), 25),
         (config.Duration(None, None, 800), 100),
         (config.Duration(None, None, 1), 1),
+        (config.Duration(0, None, None), 0),
+        (config.Duration(None, 0.0, None), 0),
+        (config.Duration(None, 0.01, None), 1),
+        (config.Duration(None, None, 0), 0),
         (config.Duration(None, None, None), None),
     ],
 )

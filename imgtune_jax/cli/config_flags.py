@@ -189,7 +189,7 @@ def _one_line(error: Exception, path: Path) -> str:
     if "has no attribute 'get_config'" in str(error):
         return f"{path} has no function get_config; expected one that returns a ConfigDict"
     if "Error whilst parsing config file" in str(error):  # followed by a traceback
-        return f"{path}: {str(error).strip().split('\n')[-1]}"
+        return f"{path}: " + str(error).strip().split("\n")[-1]
     cause = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
     message = f"no setting {cause.args[0]}" if isinstance(cause, KeyError) else str(error)
     return " ".join(message.split())

@@ -31,6 +31,7 @@ from imgtune_jax.data.transforms import (
     Compose,
     Transform,
     build_transform,
+    output_shape,
 )
 from imgtune_jax.data.webdataset import WebDataset
 
@@ -68,6 +69,7 @@ __all__ = [
     "evenly_spaced",
     "listing_fingerprint",
     "load_tokenizer",
+    "output_shape",
     "read_metadata",
     "train_tokenizer",
 ]

@@ -9,6 +9,7 @@ another number of threads, worker processes or hosts. A bad record keeps its row
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,11 +25,12 @@ from imgtune_jax.data.feature_store import FeatureStore
 from imgtune_jax.data.record import BadRecordCounter, Fault, Source
 from imgtune_jax.data.rows import PADDING_INDEX, Collator, RowBuilder
 from imgtune_jax.data.tokenizer import Tokenizer
-from imgtune_jax.data.transforms import Compose
+from imgtune_jax.data.transforms import Compose, output_shape
 from imgtune_jax.errors import UserError
 
 NumpyBatch = dict[str, np.ndarray]
 NO_END = 1 << 40  # a number of batches that no run reaches
+MAX_CHECKED_RECORDS = 1000  # a check reads at most so many records to find a usable one
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -147,9 +149,9 @@ class Pipeline:
 
     @cached_property
     def _counter(self) -> BadRecordCounter:
-        return BadRecordCounter.from_summary(
-            self.counted, self.max_bad_fraction, self.max_bad_fraction_after
-        )
+        # After an epoch, the fraction is exact, however few records the source has.
+        after = min(self.max_bad_fraction_after, len(self.source))
+        return BadRecordCounter.from_summary(self.counted, self.max_bad_fraction, after)
 
     def bad_records(self) -> dict[str, int]:
         """Return {"seen": number of records so far, cause: number of bad ones, …} on this host."""
@@ -189,20 +191,28 @@ class Pipeline:
 
         Raises UserError if the shape of the transformed images depends on the image.
         """
-        return Collator(self, one_pass, self._image_shape())
+        image_shape = None if self.transform is None else output_shape(self.transform)
+        return Collator(self, one_pass, image_shape)
 
-    def _image_shape(self) -> tuple[int, ...] | None:
-        """Return the shape of transformed images, measured on two blank images."""
-        if self.transform is None:
-            return None
-        blanks = np.zeros((48, 64, 3), np.uint8), np.zeros((80, 40, 3), np.uint8)
-        first, second = (self.transform(b, np.random.default_rng(0)).shape for b in blanks)
-        if first != second:
-            raise UserError(
-                f"the transforms return images of different sizes ({first}, {second}); end them "
-                "with a resize (squash or longest) or a crop"
-            )
-        return first
+    def check_records(self) -> None:
+        """Check that training can use a record, and that it can be tokenized.
+
+        Reads records in the order of training until one is usable. Raises UserError if none of the
+        first MAX_CHECKED_RECORDS is.
+        """
+        build_row, faults = self.row_builder(), []
+        for position in range(min(len(self.source), MAX_CHECKED_RECORDS)):
+            row = build_row(position)
+            if row["fault"] is None:
+                self.collator()([row])
+                return
+            faults.append(row["fault"])
+        causes = collections.Counter(fault.cause for fault in faults)
+        raise UserError(
+            f"none of the first {len(faults)} records can be used: "
+            f"{', '.join(f'{n} {cause}' for cause, n in causes.items())}; "
+            f"for example {faults[0].key}: {faults[0].detail}; correct config.data, or the files"
+        )
 
     def _iterate(self, start: int, stop: int, *, one_pass: bool) -> Iterator[NumpyBatch]:
         size = self.local_batch_size

@@ -60,6 +60,12 @@ def parse_captions(value: Any) -> tuple[str, ...]:
     """
     if value is None:
         return ()
+    if isinstance(value, Mapping):
+        raise BadRecord(
+            FaultCause.BAD_METADATA,
+            f"the caption is a group with the fields {', '.join(map(str, value))}; expected a "
+            "string or a list of strings: add one of these fields to the path of the captions",
+        )
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, Sequence) or not all(isinstance(v, str) for v in values):
         raise BadRecord(

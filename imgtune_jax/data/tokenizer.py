@@ -67,6 +67,11 @@ class Tokenizer:
     def __post_init__(self) -> None:
         if self.cleaning not in CLEANINGS:
             raise UserError(f"cleaning = {self.cleaning!r}; known: {', '.join(CLEANINGS)}")
+        if self.pad_id < 0 or self.backend.id_to_token(self.pad_id) is None:
+            raise UserError(
+                f"pad_id = {self.pad_id}, but the tokenizer has no token with this id; its ids are "
+                f"0 to {self.vocab_size - 1}"
+            )
         added = self.backend.num_special_tokens_to_add(False)
         if self.length <= added:
             raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,28 +56,55 @@ def load_tokenizer(path: str | Path, **settings: Any) -> Tokenizer:
     return tokenizer
 
 
+def _with_begin_token(tokenizer: Tokenizer, token: str) -> Tokenizer:
+    """Return a tokenizer that also puts `token` before each text.
+
+    Raises UserError if there is no such token, or if the tokenizer adds another begin token.
+    """
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    begin_id = backend.token_to_id(token)
+    if tokenizer.bos_ids == (begin_id,):  # as in the copy that a run saves
+        return tokenizer
+    if begin_id is None or tokenizer.bos_ids:
+        own = [backend.id_to_token(i) for i in tokenizer.bos_ids]
+        raise UserError(
+            f"begin_token = {token!r}; expected a token of a tokenizer that adds no begin token "
+            f"itself, but this one {f'adds {own}' if own else 'has no such token'}; set "
+            "begin_token to None, or to a token of the tokenizer"
+        )
+    pieces = [token, "$A", *(backend.id_to_token(i) for i in tokenizer.eos_ids)]
+    ids = {piece: backend.token_to_id(piece) for piece in pieces if piece != "$A"}
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=pieces, special_tokens=list(ids.items())
+    )
+    return replace(tokenizer, backend=backend)
+
+
 def build_tokenizer(config: Mapping[str, Any]) -> Tokenizer:
     """Build a tokenizer from `{"path": …, "length": 64}` or `{"package": …, "length": 64}`.
 
     With `package`, the name of an installed pip package, the tokenizer is the only file of that
     package that matches the glob `path` (by default "*tokenizer.json"). Other keys are the settings
-    of `load_tokenizer`.
+    of `load_tokenizer`. `begin_token` is put before every text, for a decoder whose tokenizer adds
+    no begin token; T5's decoders begin with "<pad>".
     """
     settings = dict(config)
     package, path = settings.pop("package", None), settings.pop("path", None)
+    begin_token = settings.pop("begin_token", None)
     known = ("length", "pad_id", "cleaning")
     if unknown := set(settings) - set(known):
         raise UserError(
-            f"the tokenizer has no settings {sorted(unknown)}; it has path, package, "
+            f"the tokenizer has no settings {sorted(unknown)}; it has path, package, begin_token, "
             f"{', '.join(known)}"
         )
     if package is not None:
-        return load_tokenizer(package_file(package, path or "*tokenizer.json"), **settings)
-    if not path:
+        path = package_file(package, path or "*tokenizer.json")
+    elif not path:
         raise UserError(
             "the tokenizer has no path; set it to a local folder that contains tokenizer.json"
         )
-    return load_tokenizer(path, **settings)
+    tokenizer = load_tokenizer(path, **settings)
+    return tokenizer if begin_token is None else _with_begin_token(tokenizer, begin_token)
 
 
 def _load_backend(path: Path) -> tuple[tokenizers.Tokenizer, Path]:

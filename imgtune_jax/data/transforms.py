@@ -172,6 +172,21 @@ def build_transform(configs: Iterable[Mapping[str, Any]]) -> Compose:
     return Compose(tuple(_build_one_transform(config) for config in configs))
 
 
+def output_shape(transform: Compose) -> tuple[int, ...]:
+    """Return the shape of transformed images, measured on two blank images.
+
+    Raises UserError if the shape depends on the image.
+    """
+    blanks = np.zeros((48, 64, 3), np.uint8), np.zeros((80, 40, 3), np.uint8)
+    first, second = (transform(b, np.random.default_rng(0)).shape for b in blanks)
+    if first != second:
+        raise UserError(
+            f"the transforms return images of different sizes ({first}, {second}); end them "
+            "with a resize (squash or longest) or a crop"
+        )
+    return first
+
+
 def _build_one_transform(config: Mapping[str, Any]) -> Transform:
     settings = dict(config)
     name = settings.pop("name", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -36,9 +37,13 @@ class BeamSearch:
     exhaustive: bool = False
 
     def __post_init__(self) -> None:
-        """Raise UserError unless 1 <= n <= width."""
+        """Raise UserError unless 1 <= n <= width and the length penalty is finite."""
         if not 1 <= self.n <= self.width:
             raise UserError(f"beam: n = {self.n}, width = {self.width}; expected 1 <= n <= width")
+        if not math.isfinite(self.length_penalty):
+            raise UserError(
+                f"beam: length_penalty = {self.length_penalty}; expected a finite number"
+            )
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,15 @@ def build_evaluators(
     errors = [error for key, fields in cfg.items() for error in _field_errors(key, fields)]
     if errors:
         raise UserError("config.evals is not valid:\n  " + "\n  ".join(errors))
-    return {key: _build_evaluator(fields, mesh) for key, fields in cfg.items()}
+    built = {}
+    for key, fields in cfg.items():
+        try:
+            built[key] = _build_evaluator(fields, mesh)
+        except UserError as error:
+            errors.append(f"{key}: {error}")
+    if errors:
+        raise UserError("config.evals is not valid:\n  " + "\n  ".join(errors))
+    return built
 
 
 def _build_evaluator(fields: Mapping[str, Any], mesh: Mesh | None) -> Evaluator:

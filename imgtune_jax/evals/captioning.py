@@ -12,11 +12,14 @@ import numpy as np
 from jaxtyping import Bool
 
 from imgtune_jax import decoding
-from imgtune_jax.data import Source, Subset, evenly_spaced, read_metadata
+from imgtune_jax.data import Source, Subset, Tokenizer, evenly_spaced, read_metadata
 from imgtune_jax.errors import UserError
 from imgtune_jax.evals import caption_metrics
 from imgtune_jax.evals.caption_metrics.tokens import normalize_text
+from imgtune_jax.evals.captioner import Captioner
+from imgtune_jax.evals.checks import check_captions, check_images, no_captions_error
 from imgtune_jax.evals.protocol import GeneratedCaption, Predictor
+from imgtune_jax.models import ImageTextModel
 
 log = logging.getLogger("imgtune_jax.evals")
 
@@ -80,6 +83,20 @@ class Captioning:
         metrics |= _repetition([(p,) for p in predictions], [references[i] for i in readable])
         return metrics | {"num_images": float(len(readable)), "num_broken": float((~valid).sum())}
 
+    def metric_names(self) -> tuple[str, ...]:
+        """Return the names of all metrics that a call may return."""
+        perplexity = ("perplexity",) if "perplexity" in self.metrics else ()
+        text_metrics = caption_metrics.metric_names(self._text_metrics)
+        repetition = ("same_caption", "same_reference")
+        return (*text_metrics, *perplexity, *repetition, "num_images", "num_broken")
+
+    def check(self, model: ImageTextModel, tokenizer: Tokenizer) -> None:
+        """Raise UserError if the settings do not fit the source, the model or the tokenizer."""
+        prompt_length = len(tokenizer.prompt_ids(self.prefix))
+        Captioner.build(model, tokenizer, prompt_length=prompt_length, settings=self.decoding)
+        check_captions(self.source, self.caption_set)
+        check_images(self.source)
+
     def selected_images(self, *, ignore_limit: bool = False) -> Subset:
         """Return the images that have a reference, at most `limit` of them, evenly spaced.
 
@@ -87,11 +104,8 @@ class Captioning:
         """
         captioned = [i for i in range(len(self.source)) if self.references(self.source, i)]
         if not captioned:
-            raise UserError(
-                f"none of the {len(self.source)} records has a caption in the set "
-                f"{self.caption_set!r}; the first record has the sets "
-                f"{sorted(read_metadata(self.source, 0).captions)}; set caption_set to one of them"
-            )
+            records = f"{len(self.source)} records"
+            raise no_captions_error(self.source, self.caption_set, records=records)
         limit = None if ignore_limit else self.limit
         return Subset(
             self.source, tuple(captioned[i] for i in evenly_spaced(len(captioned), limit))

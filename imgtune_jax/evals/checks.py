@@ -8,8 +8,18 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from imgtune_jax.data import Source, class_names, read_metadata
+from imgtune_jax.data import (
+    BadRecord,
+    Source,
+    class_names,
+    decode_image,
+    evenly_spaced,
+    read_metadata,
+)
 from imgtune_jax.errors import UserError
+from imgtune_jax.models import ImageTextModel
+
+MAX_CHECKED_IMAGES, MAX_CHECKED_LABELS = 16, 64
 
 
 def check_finite(rows: Float[np.ndarray, "n d"], name: str) -> None:
@@ -69,3 +79,67 @@ def _labels_of(names: Sequence[str]) -> dict[str, set[int]]:
         key = " ".join(re.split(r"[\W_]+", name.casefold())).strip()
         labels.setdefault(key or name, set()).add(label)
     return labels
+
+
+def check_has(model: ImageTextModel, component: str) -> None:
+    """Raise UserError if the model lacks a component: "text" or "decoder"."""
+    if getattr(model, component) is None:
+        needs = {"text": "a text tower, to embed texts", "decoder": "a decoder, to score captions"}
+        raise UserError(
+            f"the evaluator needs {needs[component]}; set config.model.{component}, or remove the "
+            "evaluator"
+        )
+
+
+def check_images(source: Source) -> None:
+    """Raise UserError if none of up to MAX_CHECKED_IMAGES evenly spaced images can be read."""
+    faults = []
+    for i in evenly_spaced(len(source), MAX_CHECKED_IMAGES):
+        if (fault := _image_fault(source, i)) is None:
+            return
+        faults.append(fault)
+    raise UserError(
+        f"none of {len(faults)} images of the source can be read; the first: {faults[0]}; check "
+        "the source's files"
+    )
+
+
+def check_captions(source: Source, caption_set: str) -> None:
+    """Raise UserError if no record of the source has a caption in the set.
+
+    Reads the metadata of records until one has a caption.
+    """
+    if not any(read_metadata(source, i).captions.get(caption_set) for i in range(len(source))):
+        raise no_captions_error(source, caption_set, records=f"{len(source)} records")
+
+
+def no_captions_error(source: Source, caption_set: str, *, records: str) -> UserError:
+    """Return the error for `records`, such as "5 records", none of which has such a caption."""
+    return UserError(
+        f"none of the {records} has a caption in the set {caption_set!r}; the first record has the "
+        f"sets {sorted(read_metadata(source, 0).captions)}; set caption_set to one of them"
+    )
+
+
+def check_labels(source: Source, num_classes: int) -> None:
+    """Raise UserError if a readable one of a few records has no label below `num_classes`."""
+    for i in evenly_spaced(len(source), MAX_CHECKED_LABELS):
+        record = read_metadata(source, i)
+        has_label = record.label is not None and 0 <= record.label < num_classes
+        if not has_label and _image_fault(source, i) is None:
+            raise UserError(
+                f"record {record.key} has the label {record.faults.get('label', record.label)}; "
+                f"expected labels from 0 to {num_classes - 1}: set the source's label, or the "
+                "number of classes"
+            )
+
+
+def _image_fault(source: Source, index: int) -> BadRecord | None:
+    """Return the reason that an image cannot be read, or None if it can."""
+    record = source[index]
+    try:
+        record.check("image")
+        decode_image(record.image)
+    except BadRecord as bad:
+        return bad
+    return None

@@ -9,13 +9,14 @@ from typing import ClassVar
 import numpy as np
 from jaxtyping import Float, Int
 
-from imgtune_jax.data import Source, class_names
+from imgtune_jax.data import Source, Tokenizer, class_names
 from imgtune_jax.errors import UserError
-from imgtune_jax.evals.checks import check_finite, check_label_order
+from imgtune_jax.evals.checks import check_finite, check_images, check_label_order, check_labels
 from imgtune_jax.evals.linear_probe import labeled_features
 from imgtune_jax.evals.normalize import column_scales
 from imgtune_jax.evals.protocol import Predictor
 from imgtune_jax.evals.ridge import Ridge
+from imgtune_jax.models import ImageTextModel
 
 BIAS = 100.0  # value of the constant feature; so large that its weight is barely regularized
 
@@ -103,3 +104,15 @@ class FewShot:
             metrics[f"{shots}shot_acc1"] = float(np.mean(accuracy))
             metrics |= {f"{shots}shot_acc1_seed{s}": a for s, a in enumerate(accuracy)}
         return metrics
+
+    def metric_names(self) -> tuple[str, ...]:
+        """Return the names of all metrics that a call may return."""
+        means = [f"{shots}shot_acc1" for shots in self.shots]
+        return (*means, *(f"{name}_seed{s}" for name in means for s in range(self.seeds)))
+
+    def check(self, model: ImageTextModel, tokenizer: Tokenizer) -> None:
+        """Raise UserError if the settings do not fit the sources."""
+        del model, tokenizer
+        for source in (self.train_source, self.source):
+            check_labels(source, self.num_classes)
+            check_images(source)

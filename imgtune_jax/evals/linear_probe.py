@@ -14,12 +14,23 @@ import numpy as np
 import scipy.optimize
 from jaxtyping import Array, Float, Int
 
-from imgtune_jax.data import Source, class_names
+from imgtune_jax.data import Source, Tokenizer, class_names
 from imgtune_jax.errors import UserError
-from imgtune_jax.evals.checks import check_finite, check_label_order, checked_labels
+from imgtune_jax.evals.checks import (
+    check_finite,
+    check_images,
+    check_label_order,
+    check_labels,
+    checked_labels,
+)
 from imgtune_jax.evals.normalize import column_scales, normalize_rows
 from imgtune_jax.evals.protocol import Predictor
-from imgtune_jax.evals.zeroshot import classification_metrics, true_class_ranks
+from imgtune_jax.evals.zeroshot import (
+    classification_metric_names,
+    classification_metrics,
+    true_class_ranks,
+)
+from imgtune_jax.models import ImageTextModel
 
 
 class Logistic(NamedTuple):
@@ -124,6 +135,10 @@ class Scaling(enum.StrEnum):
     NONE = "none"
     UNIT = "unit"
     STANDARD = "standard"
+
+    @classmethod
+    def _missing_(cls, value: object) -> Scaling:
+        raise UserError(f"scaling = {value!r}; expected one of {', '.join(cls)}")
 
 
 def scale_features(
@@ -234,6 +249,20 @@ class LinearProbe:
             "num_train": float(len(train_and_val[0])),
             "num_images": float(len(x_test)),
         }
+
+    def metric_names(self) -> tuple[str, ...]:
+        """Return the names of all metrics that a call may return."""
+        names = classification_metric_names(self.num_classes)
+        others = ("l2", "val_acc1", "converged", "num_train", "num_images")
+        return (*(f"lp_{name}" for name in names), *others)
+
+    def check(self, model: ImageTextModel, tokenizer: Tokenizer) -> None:
+        """Raise UserError if the settings do not fit the sources."""
+        del model, tokenizer
+        for source in (self.train_source, self.val_source, self.source):
+            if source is not None:
+                check_labels(source, self.num_classes)
+                check_images(source)
 
 
 def labeled_features(

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float
 
-from imgtune_jax.data import Source
+from imgtune_jax.data import Source, Tokenizer
+from imgtune_jax.models import ImageTextModel
 from imgtune_jax.types import TokenScores
 
 T = TypeVar("T")
@@ -135,4 +136,15 @@ class Evaluator(Protocol):
 
     def __call__(self, predictor: Predictor, /) -> dict[str, float]:
         """Return metrics by name, without those that are undefined for the data."""
+        ...
+
+    def metric_names(self) -> tuple[str, ...]:
+        """Return the names of all metrics that a call may return."""
+        ...
+
+    def check(self, model: ImageTextModel, tokenizer: Tokenizer, /) -> None:
+        """Raise UserError if the settings do not fit the sources, the model or the tokenizer.
+
+        It is called before training starts, so it reads few records.
+        """
         ...

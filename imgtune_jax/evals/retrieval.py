@@ -11,11 +11,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
-from imgtune_jax.data import Source, read_metadata
+from imgtune_jax.data import Source, Tokenizer, read_metadata
 from imgtune_jax.errors import UserError
+from imgtune_jax.evals.checks import check_captions, check_has, check_images, no_captions_error
 from imgtune_jax.evals.per_class import METRIC_NAME
 from imgtune_jax.evals.protocol import Predictor
 from imgtune_jax.evals.ranks import retrieval_ranks
+from imgtune_jax.models import ImageTextModel
 
 
 def retrieval_metrics(
@@ -42,6 +44,19 @@ def retrieval_metrics(
         **_rank_summary("image_retrieval", ranks.text_to_image, ks, candidates=len(image_emb)),
         **_rank_summary("text_retrieval", ranks.image_to_text, ks, candidates=len(text_emb)),
     }
+
+
+def retrieval_metric_names(ks: Sequence[int], *, num_images: int) -> tuple[str, ...]:
+    """Return the names of the metrics of `num_images` images; more texts than images may exist."""
+    names = {
+        "image_retrieval": [f"recall@{k}" for k in ks if k <= num_images],
+        "text_retrieval": [f"recall@{k}" for k in ks],
+    }
+    return tuple(
+        f"{direction}_{name}"
+        for direction, recalls in names.items()
+        for name in (*recalls, "median_rank", "mean_rank")
+    )
 
 
 def curve_names(metrics: Mapping[str, float], *, prefix: str = "val/") -> dict[str, float]:
@@ -123,6 +138,23 @@ class Retrieval:
         }
         return metrics | {name: float(size) for name, size in sizes.items()}
 
+    def metric_names(self) -> tuple[str, ...]:
+        """Return the names of all metrics that a call may return."""
+        sizes = ("num_images", "num_texts", "num_broken")
+        return (*retrieval_metric_names(self.ks, num_images=len(self.source)), *sizes)
+
+    def check(self, model: ImageTextModel, tokenizer: Tokenizer) -> None:
+        """Raise UserError if the settings do not fit the source or the model."""
+        del tokenizer
+        check_has(model, "text")
+        check_captions(self.source, self.caption_set)
+        check_images(self.source)
+        if self.use_groups and not getattr(self.source, "has_group", True):
+            raise UserError(
+                "use_groups is set, but the records have no group; set the source's group, or set "
+                "use_groups to False"
+            )
+
     def captions_and_groups(
         self, valid: Bool[np.ndarray, " n"]
     ) -> tuple[list[str], Int[np.ndarray, " m"], Int[np.ndarray, " n"] | None]:
@@ -140,11 +172,8 @@ class Retrieval:
             image_of_text += [image] * len(texts)
             groups.append(record.group)
         if not captions:
-            existing = sorted(read_metadata(self.source, 0).captions)
-            raise UserError(
-                f"none of the {len(groups)} readable records has a caption in the set "
-                f"{self.caption_set!r}; the first record has the sets {existing}; set caption_set "
-                "to one of them"
+            raise no_captions_error(
+                self.source, self.caption_set, records=f"{len(groups)} readable records"
             )
         return captions, np.asarray(image_of_text), _group_numbers(groups, self.use_groups)
 

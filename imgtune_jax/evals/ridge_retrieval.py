@@ -8,11 +8,13 @@ from typing import ClassVar
 import numpy as np
 from jax.sharding import Mesh
 
-from imgtune_jax.data import Source
+from imgtune_jax.data import Source, Tokenizer
+from imgtune_jax.evals.checks import check_captions, check_has, check_images
 from imgtune_jax.evals.normalize import normalize_rows
 from imgtune_jax.evals.protocol import Predictor
-from imgtune_jax.evals.retrieval import Retrieval
+from imgtune_jax.evals.retrieval import Retrieval, retrieval_metric_names
 from imgtune_jax.evals.ridge import Ridge, ridge_baseline
+from imgtune_jax.models import ImageTextModel
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,19 @@ class RidgeRetrieval:
             ridge, x / std, y, self.lambdas, image_of_text=image_of_text, mesh=self.mesh
         )
         return baseline.metrics | {"best_lambda": baseline.best_lambda}
+
+    def metric_names(self) -> tuple[str, ...]:
+        """Return the names of all metrics that a call may return."""
+        names = retrieval_metric_names((1, 5, 10), num_images=len(self.source))
+        return (*names, "best_lambda")
+
+    def check(self, model: ImageTextModel, tokenizer: Tokenizer) -> None:
+        """Raise UserError if the settings do not fit the sources or the model."""
+        del tokenizer
+        check_has(model, "text")
+        for source in (self.train_source, self.source):
+            check_captions(source, self.caption_set)
+            check_images(source)
 
     def _fit(self, predictor: Predictor) -> tuple[np.ndarray, Ridge]:
         """Return the divisors of the image features, and the regression."""

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from imgtune_jax.evals.checks import check_finite, checked_labels
+from imgtune_jax.data import Tokenizer
+from imgtune_jax.evals.checks import check_finite, check_has, checked_labels
 from imgtune_jax.evals.protocol import Predictor
 from imgtune_jax.evals.zeroshot import Templates, ZeroShot, class_prompts, ranks_from_scores
+from imgtune_jax.models import ImageTextModel
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,12 @@ class ScoringClassifier(ZeroShot):
             [log_mean_prob(scores[valid][:, [column_of[p] for p in row]]) for row in prompts], 1
         )
         return self.metrics(*ranks_from_scores(class_scores, labels), labels, valid)
+
+    def check(self, model: ImageTextModel, tokenizer: Tokenizer) -> None:
+        """Raise UserError if the settings do not fit the source, the model or the tokenizer."""
+        check_has(model, "decoder")
+        tokenizer.prompt_ids(self.prefix)
+        self.check_classes()
 
 
 def log_mean_prob(scores: Float[np.ndarray, "n p"]) -> Float[np.ndarray, " n"]:

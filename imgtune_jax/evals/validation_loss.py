@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from imgtune_jax.data import Source, read_metadata
+from imgtune_jax.data import Source, Tokenizer, read_metadata
 from imgtune_jax.errors import UserError
+from imgtune_jax.evals.checks import check_captions, check_images
 from imgtune_jax.evals.protocol import CaptionScores, Predictor
+from imgtune_jax.models import ImageTextModel
 from imgtune_jax.objectives import Objective
-from imgtune_jax.types import Batch, ExpMean, Metric, Outputs, metric_value
+from imgtune_jax.types import Batch, ExpMean, Metric, Metrics, Outputs, TokenScores, metric_value
 
 
 def evaluation_loss(
@@ -86,6 +88,35 @@ def _add_metrics(total: Metric | None, metric: Metric) -> Metric:
     return ExpMean(*pair) if isinstance(metric, ExpMean) else (pair[0], pair[1])
 
 
+def _abstract_metrics(
+    objective: Objective, *, embeddings: bool, captions: bool, bias: bool, group: bool
+) -> Metrics:
+    """Return the metrics of an objective on outputs that a model with these parts has, as shapes.
+
+    Raises the errors that the objective raises for outputs that it cannot use.
+    """
+    abstract: Any = jax.ShapeDtypeStruct
+    rows, length = 2, 3
+    emb = abstract((rows, 4), jnp.float32) if embeddings else None
+    scalar = abstract((), jnp.float32)
+    scores = TokenScores(*[abstract((rows, length - 1), jnp.float32)] * 4) if captions else None
+    outputs = Outputs(
+        image_emb=emb,
+        text_emb=emb,
+        logit_scale=scalar if embeddings else None,
+        logit_bias=scalar if bias else None,
+        token_scores=scores,
+    )
+    mask = abstract((rows, length), jnp.bool_)
+    batch = Batch(
+        example_mask=abstract((rows,), jnp.bool_),
+        text_mask=mask,
+        target_mask=mask,
+        group=abstract((rows,), jnp.int32) if group else None,
+    )
+    return jax.eval_shape(objective, outputs, batch)[1]
+
+
 @dataclass(frozen=True)
 class ValidationLoss:
     """The training objective on a source. An image's text is its first caption in `caption_set`.
@@ -130,3 +161,21 @@ class ValidationLoss:
             batch_size=self.batch_size,
         )
         return metrics | {"num_examples": float(valid.sum()), "num_masked": float((~valid).sum())}
+
+    def metric_names(self) -> tuple[str, ...]:
+        """Return the names of all metrics that a call may return."""
+        parts = dict(embeddings=True, captions=True, bias=False, group=True)
+        return ("loss", *_abstract_metrics(self.objective, **parts), "num_examples", "num_masked")
+
+    def check(self, model: ImageTextModel, tokenizer: Tokenizer) -> None:
+        """Raise UserError if the settings do not fit the source, the model or the tokenizer."""
+        tokenizer.prompt_ids(self.prefix)
+        check_captions(self.source, self.caption_set)
+        check_images(self.source)
+        _abstract_metrics(
+            self.objective,
+            embeddings=model.text is not None,
+            captions=model.decoder is not None,
+            bias=model.logit_bias_init is not None,
+            group=getattr(self.source, "has_group", True),
+        )

@@ -9,13 +9,21 @@ from typing import ClassVar
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from imgtune_jax.data import Source
+from imgtune_jax.data import Source, Tokenizer
 from imgtune_jax.errors import UserError
-from imgtune_jax.evals.checks import check_finite, check_label_order, checked_labels
+from imgtune_jax.evals.checks import (
+    check_finite,
+    check_has,
+    check_images,
+    check_label_order,
+    check_labels,
+    checked_labels,
+)
 from imgtune_jax.evals.normalize import normalize_rows
 from imgtune_jax.evals.per_class import per_class_metrics, per_class_scores
 from imgtune_jax.evals.protocol import Predictor
 from imgtune_jax.evals.templates import CLASSNAMES, TEMPLATES, fill_template
+from imgtune_jax.models import ImageTextModel
 
 Templates = Sequence[str] | Mapping[str, Sequence[str]]
 
@@ -102,6 +110,12 @@ def classification_metrics(
     }
 
 
+def classification_metric_names(num_classes: int) -> tuple[str, ...]:
+    """Return the names of `classification_metrics`."""
+    one = np.zeros(1, np.int64)
+    return tuple(classification_metrics(one, one, one, num_classes=num_classes))
+
+
 @dataclass(frozen=True)
 class ZeroShot:
     """Zero-shot classification of a labeled source.
@@ -152,6 +166,24 @@ class ZeroShot:
         class_emb = class_embeddings(predictor, self.names, self.resolved_templates)
         predicted, ranks = true_class_ranks(image_emb[valid], class_emb, labels)
         return self.metrics(predicted, ranks, labels, valid)
+
+    def metric_names(self) -> tuple[str, ...]:
+        """Return the names of all metrics that a call may return."""
+        one = np.zeros(1, np.int64)  # the names do not depend on the images
+        return tuple(self.metrics(one, one, one, np.ones(1, bool)))
+
+    def check(self, model: ImageTextModel, tokenizer: Tokenizer) -> None:
+        """Raise UserError if the settings do not fit the source, the model or the tokenizer."""
+        del tokenizer
+        check_has(model, "text")
+        self.check_classes()
+
+    def check_classes(self) -> None:
+        """Raise UserError for a class without prompts, and if labels or images cannot be used."""
+        for name in self.names:
+            class_prompts(name, self.resolved_templates)
+        check_labels(self.source, len(self.names))
+        check_images(self.source)
 
     def metrics(
         self,

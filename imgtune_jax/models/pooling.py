@@ -16,6 +16,10 @@ from imgtune_jax.models import initializers, layers
 from imgtune_jax.models.attention import Attention
 from imgtune_jax.models.block import MlpBlock
 
+# Values of `pool` of the text towers that read the output of one token, and that token, which the
+# tokenizer must add to every text. Without it, an empty text would be pooled at its padding.
+POOLED_TOKENS = {"eot": "end", "first": "begin", "cls": "begin"}
+
 
 class TowerOutput(NamedTuple):
     """The output of a tower: one vector per example, and a sequence of tokens of width e."""

@@ -28,6 +28,10 @@ class Positives(enum.StrEnum):
     PAIR = "pair"
     GROUP = "group"
 
+    @classmethod
+    def _missing_(cls, value: object) -> Positives:
+        raise UserError(f"positives = {value!r}; expected {' or '.join(cls)}")
+
 
 class PairEmbeddings(NamedTuple):
     """The embeddings of images, or of texts, with the ids and masks that define the pairs."""

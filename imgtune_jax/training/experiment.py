@@ -182,23 +182,6 @@ class Experiment:
             compiler_options=xla_cpu.compiler_options(self.partitioner.mesh),
         )
 
-    def build_all(self, *, with_baselines: bool) -> None:
-        """Build all parts of training, so that an invalid config fails before anything is written.
-
-        Raises UserError if parts of the config do not fit each other or the data.
-        """
-        config = self.config
-        if all(self.is_frozen.values()):
-            raise UserError(
-                "config.lock freezes every parameter, so there is nothing to train; unlock at "
-                "least one"
-            )
-        _check_patch_dropout(self.model)
-        self.partitioner.check_batch_size(config.batch_size // config.accumulation, "microbatch")
-        _ = self.pipeline, self.evaluators, self.train_step
-        if with_baselines:
-            _ = self.baselines
-
     def evaluates_after(self, step: int) -> bool:
         """Whether the evaluators run after this step."""
         steps = self.step_counts
@@ -209,11 +192,17 @@ class Experiment:
         prefixes = ("image/", "image_pooler/")
         return all(frozen for path, frozen in self.is_frozen.items() if path.startswith(prefixes))
 
-    def init_params(self) -> Params:
-        """Initialize all parameters on the mesh, or load them if a tower is pretrained."""
+    def load_pretrained(self) -> dict[str, Params]:
+        """Load the pretrained towers of config.weights, as NumPy arrays by tower."""
         pretrained = {}
         for modality in MODALITIES:
             weights: Mapping[str, Any] = getattr(self.config.weights, modality)
+            if weights and getattr(self.model, modality) is None:
+                raise UserError(
+                    f"config.weights.{modality} = {dict(weights)}, but the model has no "
+                    f"{modality} tower; set config.weights.{modality} to {{}}, or add "
+                    f"config.model.{modality}"
+                )
             if weights:
                 model_cfg = self.config.model
                 pretrained[modality] = interop.load_tower(
@@ -224,6 +213,15 @@ class Experiment:
                     image_std=model_cfg["image_std"],
                     preprocess=self.config.preprocess,
                 )
+        return pretrained
+
+    def init_params(self, pretrained: Mapping[str, Params] | None = None) -> Params:
+        """Initialize all parameters on the mesh.
+
+        `pretrained` is the result of `load_pretrained`, which is called if it is None.
+        """
+        if pretrained is None:
+            pretrained = self.load_pretrained()
         key = jax.random.fold_in(self.key, INIT_KEY)
         return state.init_params(self.model.init, key, self.partitioner, pretrained)
 
@@ -290,8 +288,8 @@ def build_experiment(config: Config, *, tokenizer_dir: Path | None = None) -> Ex
     if model.decoder is not None and not tokenizer.bos_ids:
         raise UserError(
             "config.tokenizer has no begin token, which config.model.decoder needs to predict the "
-            "first token of a caption; use a tokenizer that has one, such as those that "
-            "data.train_tokenizer trains"
+            "first token of a caption; use a tokenizer that has one, or set config.tokenizer."
+            "begin_token, for T5's tokenizers to '<pad>'"
         )
     if config.data.length_buckets and depends_on_padding(model.text):
         raise UserError(
@@ -307,17 +305,6 @@ def build_experiment(config: Config, *, tokenizer_dir: Path | None = None) -> Ex
         preprocess=data.build_transform(config.preprocess),
         tokenizer=tokenizer,
     )
-
-
-def _check_patch_dropout(model: models.ImageTextModel) -> None:
-    """Raise UserError if patches should be dropped before layers that are frozen."""
-    rate = getattr(model.image, "patch_dropout", 0.0)
-    if rate and model.frozen_prefix("image") is not None:
-        raise UserError(
-            f"config.model.image.patch_dropout = {rate}, but config.lock freezes the first layers "
-            "of the image tower, which run in evaluation mode, on all patches; set "
-            "patch_dropout=0, or unlock the tower"
-        )
 
 
 def depends_on_padding(text_tower: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from imgtune_jax.training import (
     data_check,
     feature_cache,
     metric_logger,
+    preflight,
     workdir_files,
     workdir_lock,
 )
@@ -108,7 +109,7 @@ def open_run(
     config, workdir = experiment.config, workdir.absolute()  # Orbax needs an absolute path
     workdir_files.check_writable(workdir)
     is_new = not checkpoint.saved_steps(workdir)
-    experiment.build_all(with_baselines=is_new)
+    pretrained = preflight.check_experiment(experiment, is_new=is_new)
     if config.wandb_project is not None:
         metric_logger.import_wandb()
     if is_new:
@@ -118,7 +119,7 @@ def open_run(
     with workdir_lock.hold_lock(workdir):
         workdir_files.delete_temporary_files(workdir)
         try:
-            run = _build_run(experiment, workdir, allow_changed_data=allow_changed_data)
+            run = _build_run(experiment, workdir, pretrained, allow_changed_data=allow_changed_data)
             with contextlib.closing(run):
                 yield run
         finally:
@@ -126,13 +127,19 @@ def open_run(
                 workdir_files.delete_temporary_files(workdir)
 
 
-def _build_run(experiment: Experiment, workdir: Path, *, allow_changed_data: bool) -> Run:
-    """Build a run at step 0, or at a checkpoint."""
+def _build_run(
+    experiment: Experiment,
+    workdir: Path,
+    pretrained: Mapping[str, Params],
+    *,
+    allow_changed_data: bool,
+) -> Run:
+    """Build a run at step 0, from the pretrained towers, or at a checkpoint."""
     saved = checkpoint.restore_newest(workdir, experiment.abstract_state)
     if saved is None:
         workdir_files.delete_unsaved_run(workdir)
         workdir_files.write_config(experiment.config, workdir)
-        run = _new_run(experiment, workdir)
+        run = _new_run(experiment, workdir, pretrained)
     else:
         saved_data = saved.record.get("data")
         data_check.check_same_data(experiment, saved_data, allow_changed=allow_changed_data)
@@ -143,9 +150,9 @@ def _build_run(experiment: Experiment, workdir: Path, *, allow_changed_data: boo
     return run
 
 
-def _new_run(experiment: Experiment, workdir: Path) -> Run:
+def _new_run(experiment: Experiment, workdir: Path, pretrained: Mapping[str, Params]) -> Run:
     """Initialize parameters and state; save the frozen parameters and the tokenizer."""
-    params = experiment.init_params()
+    params = experiment.init_params(pretrained)
     _, frozen = experiment.split_params(params)
     batch_source = feature_cache.build_batch_source(experiment, frozen)
     batches = with_counts(batch_source.batches(0), batch_source.pipeline)

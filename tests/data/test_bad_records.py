@@ -138,8 +138,37 @@ def test_a_batch_with_only_bad_records_has_the_usual_shape(make_bad_pipeline, tm
     files = {f"{i}.png": b"no image" for i in range(4)}
     files |= {f"{i}.json": b'{"name": "x", "group": 1}' for i in range(4)}
     source = build_tar_source(write_tar(tmp_path / "a.tar", files))
-    (batch,) = itertools.islice(make_bad_pipeline(source=source, batch_size=4).batches(0), 1)
+    pipeline = make_bad_pipeline(source=source, batch_size=4, max_bad_fraction=1.0)
+    (batch,) = itertools.islice(pipeline.batches(0), 1)
     assert batch["image"].shape == (4, 12, 12, 3) and not batch["example_mask"].any()
+
+
+def build_source_of_broken_images(path, *, good=0):
+    """Return a source of four broken images after `good` valid records."""
+    files = valid_files(good)
+    files |= {f"{900 + i}.png": b"no image" for i in range(4)}
+    files |= {f"{900 + i}.json": b'{"name": "x", "group": 1}' for i in range(4)}
+    return build_tar_source(write_tar(path, files))
+
+
+def test_source_without_a_usable_record_is_an_error_that_names_the_causes(
+    make_bad_pipeline, tmp_path
+):
+    broken = build_source_of_broken_images(tmp_path / "broken.tar")
+    message = r"none of the first 4 records can be used: 4 not_an_image; for example broken.tar:90"
+    with pytest.raises(ValueError, match=message):
+        make_bad_pipeline(source=broken, batch_size=4).check_records()
+    mixed = build_source_of_broken_images(tmp_path / "mixed.tar", good=1)
+    make_bad_pipeline(source=mixed, batch_size=4).check_records()  # one record is usable
+
+
+def test_limit_is_checked_after_one_epoch_of_a_small_source(make_bad_pipeline, tmp_path):
+    source = build_source_of_broken_images(tmp_path / "a.tar", good=4)
+    pipeline = make_bad_pipeline(source=source, batch_size=4, max_bad_fraction=0.4)
+    batches = pipeline.batches(0)
+    next(batches)
+    with pytest.raises(TooManyBadRecordsError, match="4 of 8 records are bad"):
+        next(batches)
 
 
 def test_counter_logs_five_keys_and_waits_for_enough_records(caplog):
@@ -171,3 +200,11 @@ def test_a_source_may_raise_bad_record_for_a_whole_record(make_bad_pipeline, sou
     (batch,) = itertools.islice(pipeline.batches(0), 1)
     assert batch["example_mask"].tolist() == [True, True, False, True]
     assert pipeline.bad_records() == {"seen": 4, "unreadable_file": 1}
+
+
+def test_caption_path_that_ends_in_a_group_is_a_fault_that_lists_its_fields(tmp_path):
+    files = {"0.png": encode(0), "0.json": b'{"name": {"en": "a fox", "de": "ein Fuchs"}}'}
+    source = build_tar_source(write_tar(tmp_path / "a.tar", files))
+    record = source[0]
+    assert "a group with the fields en, de" in str(record.faults["captions"])
+    assert not record.captions

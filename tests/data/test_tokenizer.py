@@ -321,3 +321,53 @@ def test_do_lower_case_must_agree_with_the_tokenizer(tmp_path):
     for agrees in (dict(lower_case=True, normalizer=lowercase),
                    dict(lower_case=False, normalizer=None)):  # fmt: skip
         load_tokenizer(hugging_face_folder(tmp_path, **agrees), length=8)
+
+
+@pytest.fixture(scope="module")
+def t5_folder(tmp_path_factory):
+    """The folder of a tokenizer with the special tokens of T5: an end token, but no begin token."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0)]
+    pieces += [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=2))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    backend.decoder = tokenizers.decoders.Metaspace()
+    backend.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    folder = tmp_path_factory.mktemp("t5")
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_begin_token_is_added_before_every_text_and_nothing_else_changes(t5_folder, tmp_path):
+    config = dict(path=str(t5_folder), length=8, pad_id=0)
+    plain, tokenizer = build_tokenizer(config), build_tokenizer(config | dict(begin_token="<pad>"))
+    assert plain.bos_ids == () and tokenizer.bos_ids == (0,) and tokenizer.eos_ids == (1,)
+    texts = ["a fox", "", "a very long text"]
+    (ids, mask), (plain_ids, plain_mask) = tokenizer(texts), plain(texts)
+    assert (ids[:, 0] == 0).all() and mask[:, 0].all()
+    np.testing.assert_array_equal(ids[:2, 1:], plain_ids[:2, :-1])
+    np.testing.assert_array_equal(mask[:2, 1:], plain_mask[:2, :-1])
+    assert mask[2].all() and ids[2, -1] == 1  # truncation preserves the end token
+    assert tokenizer.decode([ids[0][mask[0]]]) == ["a fox"]
+    saved = dict(config, path=str(tokenizer.save(tmp_path)), begin_token="<pad>")
+    np.testing.assert_array_equal(build_tokenizer(saved)(texts)[0], ids)
+
+
+@pytest.mark.parametrize(
+    ("path", "token", "message"),
+    [("t5", "<bos>", "this one has no such token"), ("clip", "!", "adds .'<start_of_text>'.")],
+)
+def test_begin_token_that_a_tokenizer_lacks_or_does_not_need_is_an_error(
+    t5_folder, path, token, message
+):
+    path = {"t5": t5_folder, "clip": VOCABULARY}[path]
+    with pytest.raises(ValueError, match=message):
+        build_tokenizer(dict(path=str(path), length=8, pad_id=0, begin_token=token))
+
+
+@pytest.mark.parametrize("pad_id", [-1, 49408])
+def test_pad_id_that_the_tokenizer_lacks_is_an_error(pad_id):
+    with pytest.raises(ValueError, match=f"pad_id = {pad_id}, .* its ids are 0 to 49407"):
+        load_tokenizer(VOCABULARY, pad_id=pad_id)

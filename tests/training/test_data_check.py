@@ -87,9 +87,8 @@ def trained(original):
 
 def resume(data, workdir, **options):
     """Build the resumed run, without training; return its experiment."""
-    resumed = run.build_run(build_experiment(config(data)), workdir, **options)
-    resumed.close()
-    return resumed.experiment
+    with run.open_run(build_experiment(config(data)), workdir, **options) as resumed:
+        return resumed.experiment
 
 
 def test_resuming_on_a_grown_table_is_refused_unless_allowed(trained, caplog):
@@ -175,11 +174,12 @@ def test_limit_of_bad_records_applies_to_the_total(trained):
     for i in range(10, 40):
         (data / f"{i}.bmp").write_bytes(b"no image")
     experiment = build_experiment(config(data))
-    resumed = run.build_run(experiment, workdir, allow_changed_data=True)
     message = r"^39 of 120 records are bad \(32\.5%, allowed 30\.0%\): 39 not_an_image \(such as "
-    with pytest.raises(UserError, match=message):
+    with (
+        run.open_run(experiment, workdir, allow_changed_data=True) as resumed,
+        pytest.raises(UserError, match=message),
+    ):
         next(resumed.batches)
-    resumed.close()
 
 
 def test_limit_can_be_exceeded_by_records_of_an_earlier_process_only():
@@ -193,8 +193,7 @@ def test_records_that_calibration_reads_ahead_are_not_counted(tmp_path, monkeypa
     save_records(tmp_path / "data")
     changes = {"model.image_head": dict(name="linear", standardize=True)}
     experiment = build_experiment(config(tmp_path / "data", **changes))
-    new = run.build_run(experiment, tmp_path / "run")
-    for step in (1, 2, 3, 4):
-        counts = next(new.batches).bad_records
-        assert counts == {"seen": 40 * step, "not_an_image": 3 * step}
-    new.close()
+    with run.open_run(experiment, tmp_path / "run") as new:
+        for step in (1, 2, 3, 4):
+            counts = next(new.batches).bad_records
+            assert counts == {"seen": 40 * step, "not_an_image": 3 * step}

@@ -187,8 +187,8 @@ def test_accumulated_steps_around_a_resume_equal_those_of_the_cited_optimizer(pa
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
-    restored, _ = checkpointer.restore(start + 1, target)
     checkpointer.close()
+    restored = checkpoint.restore_newest(tmp_path, target).state
     jax.tree.map(np.testing.assert_array_equal, restored, state)
     state, _ = step(restored, {}, batches[1])
 
