@@ -131,9 +131,12 @@ def write_classes(folder, records, draw):
 
 
 def write_separated(folder, records, draw):
-    separator, quoting = draw(st.sampled_from([(",", csv.QUOTE_MINIMAL), (";", csv.QUOTE_ALL)]))
+    # The writer puts quotes around a cell if it contains a character of `lineterminator`.
+    separator, quoting, line_end = draw(
+        st.sampled_from([(",", csv.QUOTE_MINIMAL, "\r\n"), (";", csv.QUOTE_ALL, "\n")])
+    )
     out = io.StringIO(newline="")
-    writer = csv.writer(out, delimiter=separator, quoting=quoting, lineterminator="\n")
+    writer = csv.writer(out, delimiter=separator, quoting=quoting, lineterminator=line_end)
     writer.writerow(("filepath", "title", "label", "group"))
     for draft, name in image_names(folder, records):
         writer.writerow((name, draft.caption, draft.label, draft.group))
