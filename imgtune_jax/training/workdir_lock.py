@@ -76,6 +76,8 @@ def _acquire(path: Path, owner: Owner) -> None:
     except FileExistsError:
         other = _read_owner(path) or Owner("another host", 0, "")
         _check_ended(other, path, owner.host)
+    except OSError:  # some file systems, such as those of object stores, have no links
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 

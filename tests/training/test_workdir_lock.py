@@ -33,6 +33,16 @@ def test_lock_names_this_process_and_is_released(tmp_path):
     assert not list(workdir.iterdir())
 
 
+def test_lock_needs_no_links(tmp_path, monkeypatch):
+    def fail(*_):
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(os, "link", fail)
+    with hold_lock(tmp_path):
+        assert json.loads((tmp_path / "train.lock").read_text())["pid"] == os.getpid()
+    assert not list(tmp_path.iterdir())
+
+
 def test_lock_is_released_after_an_exception(tmp_path):
     with pytest.raises(SystemExit), hold_lock(tmp_path):
         raise SystemExit(130)
