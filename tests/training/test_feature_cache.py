@@ -188,6 +188,8 @@ def test_second_run_decodes_no_image_and_runs_no_frozen_prefix(tmp_path, monkeyp
     def fail(*args, **kwargs):
         raise AssertionError("computed features that are in the cache")
 
+    # The check before training decodes images, to find one that is usable.
+    monkeypatch.setattr("imgtune_jax.data.Pipeline.check_records", lambda self: None)
     monkeypatch.setattr("imgtune_jax.data.image.open_image", fail)
     monkeypatch.setattr("imgtune_jax.training.batch_source.BatchSource._compute_features", fail)
     changes["optim.lr"] = 0.5  # another run, the same key
