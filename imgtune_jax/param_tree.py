@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from flax import traverse_util
+from jax.experimental import multihost_utils
 
 from imgtune_jax.errors import UserError
 from imgtune_jax.types import Params
@@ -130,10 +131,20 @@ def _is_finite(leaf: Any) -> bool:
 
 
 def params_digest(params: Params) -> str:
-    """Return the SHA-256 of paths, shapes, dtypes and values; it does not depend on sharding."""
+    """Return the SHA-256 of paths, shapes, dtypes and values; it does not depend on sharding.
+
+    All hosts return the same digest. Those that share an array gather it, one array at a time.
+    """
     digest = hashlib.sha256()
     for path, leaf in sorted(flatten(params).items()):
-        array = np.asarray(jax.device_get(leaf))
+        array = np.asarray(_gather(leaf))
         digest.update(f"{path} {array.shape} {array.dtype}\n".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
+
+
+def _gather(leaf: Any) -> Any:
+    """Return the whole of an array, of which this host may hold only some shards."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return multihost_utils.process_allgather(leaf, tiled=True)
+    return leaf

@@ -10,11 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Bool
 
 from imgtune_jax import config as config_lib
 from imgtune_jax.errors import UserError
@@ -116,14 +118,56 @@ class Partitioner:
             lambda path, x: self._param_sharding(path_str(path), x.shape), abstract
         )
 
+    @cached_property
+    def _hosts_of_shards(self) -> list[list[int]]:
+        """The hosts whose devices hold each shard of a batch, increasing."""
+        devices = self.mesh.devices.reshape(self.num_batch_shards, -1)
+        return [sorted({device.process_index for device in row}) for row in devices]
+
+    @cached_property
+    def _host_shards(self) -> list[int]:
+        """The shards of a batch that devices of this host hold, increasing."""
+        host = jax.process_index()
+        return [i for i, hosts in enumerate(self._hosts_of_shards) if host in hosts]
+
+    def host_rows(self, batch_size: int) -> tuple[int, ...] | None:
+        """Return the rows of a batch that devices of this host hold; None if they hold all.
+
+        Hosts that share a `tensor` group have the same rows. Raises UserError unless `batch_size`
+        is a multiple of the number of batch shards.
+        """
+        if not self.mesh.is_multi_process:
+            return None
+        self.check_batch_size(batch_size)
+        size = batch_size // self.num_batch_shards
+        return tuple(i * size + row for i in self._host_shards for row in range(size))
+
+    def written_rows(self, num_rows: int) -> Bool[np.ndarray, " n"]:
+        """Return which of this host's rows it writes to disk: each row is written by one host."""
+        host, size = jax.process_index(), num_rows // len(self._host_shards)
+        return np.repeat([self._hosts_of_shards[i][0] == host for i in self._host_shards], size)
+
     def put_batch(self, local: Mapping[str, np.ndarray]) -> Batch:
         """Make the global, sharded Batch from this host's rows; drop keys that Batch lacks."""
         arrays = {
-            name: jax.make_array_from_process_local_data(self.batch_sharding, np.asarray(value))
+            name: self._put_rows(np.asarray(value))
             for name, value in local.items()
             if name in Batch.__dataclass_fields__
         }
         return Batch(**arrays)
+
+    def _put_rows(self, local: np.ndarray) -> jax.Array:
+        """Make a global array with `batch_sharding` from this host's rows."""
+        if not self.mesh.is_multi_process:
+            return jax.device_put(local, self.batch_sharding)
+        size = len(local) // len(self._host_shards)
+
+        def read(index: Any) -> np.ndarray:
+            start = self._host_shards.index((index[0].start or 0) // size) * size
+            return local[start : start + size]
+
+        shape = (size * self.num_batch_shards, *local.shape[1:])
+        return jax.make_array_from_callback(shape, self.batch_sharding, read)
 
     def local_rows(self, x: jax.Array) -> np.ndarray:
         """Return this host's rows of an array with `batch_sharding`: the inverse of `put_batch`."""

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "imgtune_jax"
 # Levels, lowest first. A package or module imports from lower levels and from itself only.
 LEVELS = (
     {"types", "errors", "paths", "config_history", "config_values"},
-    {"config", "disk_space", "json_lines", "param_tree", "package_files", "xla_cpu"},
+    {"config", "disk_space", "distributed", "json_lines", "param_tree", "package_files", "xla_cpu"},
     {"partition", "locking"},
     {"models", "objectives", "data", "decoding"},
     {"evals", "interop"},

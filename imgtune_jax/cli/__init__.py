@@ -76,6 +76,9 @@ def _add_eval(commands: Any) -> None:
         type=int,
         help="a saved step (default: the newest); for an older one, the report is not rewritten",
     )
+    parser.add_argument("--coordinator", help="HOST:PORT of process 0, if several processes run")
+    parser.add_argument("--processes", type=int, help="the number of processes")
+    parser.add_argument("--process", type=int, help="the number of this process, from 0")
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="run only these evaluators of the config"
     )

@@ -29,6 +29,12 @@ Train a model. If DIR already contains this run, resume it from its newest check
   --config.KEY=VALUE     change a setting: --config.batch_size=64 --config.lock.image=False
                          (configs/base.py lists all keys with their defaults)
 
+A program of several processes, one per host, needs these flags in each of them:
+
+  --coordinator=HOST:PORT  the address at which process 0 listens
+  --processes=N            the number of processes
+  --process=I              the number of this process, from 0
+
 VALUE None unsets a setting or empties a group: --config.cache.path=None --config.evals=None.
 A length has one unit, so a new one replaces the others: --config.total.steps=10 or
 --config.total.epochs=2. Relative paths are relative to the current folder.
@@ -80,6 +86,7 @@ def run_with_config(arguments: list[str], command: Command) -> None:
     def main(remaining: Sequence[str]) -> None:
         configure_process()
         with report_user_errors():
+            _connect(flags.FLAGS)
             if len(remaining) > 1:
                 raise UserError(
                     f"unknown arguments {remaining[1:]}; write a setting as --config.seed=1"
@@ -87,6 +94,12 @@ def run_with_config(arguments: list[str], command: Command) -> None:
             command.run(flags.FLAGS)
 
     app.run(main, argv=arguments, flags_parser=parse)
+
+
+def _connect(flags: Any) -> None:
+    from imgtune_jax import distributed
+
+    distributed.initialize(flags.coordinator, flags.processes, flags.process)
 
 
 def _parse_or_exit(values: Any, arguments: list[str], **options: Any) -> list[str]:

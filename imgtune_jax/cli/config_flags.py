@@ -55,6 +55,9 @@ def parse_flags(
     config_help = "the experiment, such as configs/lit_emoji.py"
     config_flags.DEFINE_config_file("config", None, config_help, flag_values=values, sys_argv=kept)
     flags.DEFINE_string("workdir", None, "the run's folder; a run in it is resumed", values)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0", values)
+    flags.DEFINE_integer("processes", None, "number of processes", values)
+    flags.DEFINE_integer("process", None, "number of this process, from 0", values)
     for name in switches:
         flags.DEFINE_bool(name, False, "see the command's --help", values)
     flags.mark_flags_as_required(list(required), values)

@@ -19,9 +19,12 @@ if TYPE_CHECKING:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Evaluate a run's model on the full test sets, and rewrite the run's report."""
-    from imgtune_jax import api, evals, report
+    import jax
+
+    from imgtune_jax import api, distributed, evals, report
     from imgtune_jax.training.checkpoint import saved_steps
 
+    distributed.initialize(options.coordinator, options.processes, options.process)
     workdir = options.workdir
     model = api.load(workdir, step=options.step, use_memo=True)
     config = model.experiment.config
@@ -34,13 +37,15 @@ def evaluate(options: argparse.Namespace) -> None:
         record = evals.run_evaluator(
             name, evaluator, model.predictor, model=config.name, step=model.step
         )
-        evals.append_result(workdir / "results.jsonl", record)
-    print(report.summary(workdir, step=options.step))
+        if jax.process_index() == 0:
+            evals.append_result(workdir / "results.jsonl", record)
     if model.step < max(saved_steps(workdir), default=model.step):
-        print(f"\nReport: not rewritten, since step {model.step} is not the newest")
+        outcome = f"not rewritten, since step {model.step} is not the newest"
     else:
-        print(f"\nReport: {report.write_run_report(workdir, model.predictor)}")
-    report.check_evaluations(workdir)
+        outcome = str(report.write_run_report(workdir, model.predictor))
+    if jax.process_index() == 0:
+        print(f"{report.summary(workdir, step=options.step)}\n\nReport: {outcome}")
+        report.check_evaluations(workdir)
 
 
 def embed(options: argparse.Namespace) -> None:

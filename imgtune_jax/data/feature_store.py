@@ -207,12 +207,14 @@ class FeatureStore:
         values: Float[np.ndarray, "k ..."],
         valid: Bool[np.ndarray, " k"],
         *,
+        written: Bool[np.ndarray, " k"] | None = None,
         seconds: float = 0.0,
     ) -> Float[np.ndarray, "k ..."]:
         """Add rows, and return them as `read` will return them: rounded, and 0 for bad records.
 
-        `valid` is False for bad records; `seconds` is how long computing the rows took. The rows
-        are on disk after `flush`. Rows that the store already has are not written again.
+        `valid` is False for bad records, and `written` for rows that another process adds;
+        `seconds` is how long computing the rows took. The rows are on disk after `flush`. Rows that
+        the store already has are not written again.
 
         Raises UserError if a row that is not of a bad record is not finite.
         """
@@ -223,6 +225,8 @@ class FeatureStore:
         self._check_finite(decoded, indices)  # bfloat16 rounds the largest numbers to infinity
         ids, positions = np.unique(views * self.num_records + indices, return_index=True)
         new = self._state[ids] == MISSING
+        if written is not None:
+            new &= written[positions]
         for row_id, i in zip(ids[new].tolist(), positions[new].tolist(), strict=True):
             self._pending.append((row_id, rows[i] if valid[i] else b""))
             self._pending_bytes += len(rows[i])

@@ -10,7 +10,8 @@ another number of threads, worker processes or hosts. A bad record keeps its row
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Mapping
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -70,8 +71,7 @@ class Pipeline:
     length_buckets: tuple[int, ...] = ()
     seed: int = 0
     shuffle: bool = False
-    host_index: int = 0
-    host_count: int = 1
+    rows: tuple[int, ...] | None = None  # the rows of a batch that this host has; None: all
     num_threads: int = 4
     num_workers: int = 0
     prefetch: int = 4
@@ -86,16 +86,13 @@ class Pipeline:
         n = len(self.source)
         if n == 0:
             raise UserError("the source has no records; expected at least one")
-        if self.batch_size < 1 or self.batch_size % self.host_count:
-            divisible = max(1, self.batch_size // self.host_count) * self.host_count
+        if self.batch_size < 1:
+            raise UserError(f"batch_size = {self.batch_size}; expected 1 or more")
+        rows = self.local_rows
+        if not rows or [*rows] != sorted({*rows}) or not 0 <= rows[0] <= rows[-1] < self.batch_size:
             raise UserError(
-                f"batch_size = {self.batch_size}; expected a positive multiple of the number of "
-                f"hosts, {self.host_count}, such as {divisible}"
-            )
-        if not 0 <= self.host_index < self.host_count:
-            raise UserError(
-                f"host_index = {self.host_index} with host_count = {self.host_count}; expected "
-                "0 <= host_index < host_count"
+                f"rows = {reprlib.repr(rows)}; expected increasing numbers from 0 to "
+                f"{self.batch_size - 1}"
             )
         for modality, store in self.stores.items():
             if store.num_records != n:
@@ -118,11 +115,11 @@ class Pipeline:
                 f"length_buckets = {buckets}; expected increasing lengths of at least 1, all below "
                 f"the tokenizer's length, {length}"
             )
-        if self.host_count > 1:
+        if len(self.local_rows) < self.batch_size:
             raise UserError(
-                f"length_buckets = {buckets} with {self.host_count} hosts: each host knows only "
-                "its own texts, so the hosts would not agree on a length; set length_buckets=() "
-                "and a smaller tokenizer.length"
+                f"length_buckets = {buckets} with several hosts: each host knows only its own "
+                "texts, so the hosts would not agree on a length; set length_buckets=() and a "
+                "smaller tokenizer.length"
             )
         if "text" in self.stores:
             raise UserError(
@@ -145,7 +142,12 @@ class Pipeline:
     @property
     def local_batch_size(self) -> int:
         """Number of rows of a batch on this host."""
-        return self.batch_size // self.host_count
+        return len(self.local_rows)
+
+    @cached_property
+    def local_rows(self) -> Sequence[int]:
+        """The rows of a batch that this host has, increasing."""
+        return range(self.batch_size) if self.rows is None else self.rows
 
     @cached_property
     def _counter(self) -> BadRecordCounter:

@@ -54,7 +54,7 @@ class RowBuilder:
         pipeline = self.pipeline
         size = pipeline.local_batch_size
         step, row = divmod(local_position, size)
-        position = step * pipeline.batch_size + pipeline.host_index * size + row
+        position = step * pipeline.batch_size + pipeline.local_rows[row]
         epoch, index = divmod(position, len(pipeline.source))
         if self.one_pass:
             return (0, PADDING_INDEX) if epoch else (0, index)

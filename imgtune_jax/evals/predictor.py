@@ -278,8 +278,7 @@ class ModelPredictor:
             source=source,
             transform=self.preprocess,
             batch_size=self._batch_size,
-            host_index=jax.process_index(),
-            host_count=jax.process_count(),
+            rows=self.partitioner.host_rows(self._batch_size),
             max_bad_fraction=1.0,  # unreadable images are masked; they do not stop an evaluation
         )
         for host_batch in pipeline.one_pass():

@@ -92,4 +92,5 @@ class BatchSource:
         start_time = time.perf_counter()
         values = self.experiment.partitioner.local_rows(self.prefix_fns[tower](batch))
         seconds = time.perf_counter() - start_time
-        return store.write(views, indices, values, valid, seconds=seconds)
+        written = self.experiment.partitioner.written_rows(len(valid))
+        return store.write(views, indices, values, valid, written=written, seconds=seconds)

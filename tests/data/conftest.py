@@ -85,6 +85,12 @@ def make_pipeline(source, tokenizer, augment):
     return build
 
 
+def host_rows(host, hosts):
+    """Return the rows of a batch on one of several hosts that share it equally."""
+    size = BATCH_SIZE // hosts
+    return tuple(range(host * size, (host + 1) * size))
+
+
 def take(pipeline, start, count):
     """Return the batches start, …, start + count - 1."""
     iterator = pipeline.batches(start)

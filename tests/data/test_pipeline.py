@@ -17,7 +17,7 @@ from imgtune_jax.data import (
     build_transform,
     decode_image,
 )
-from tests.data.conftest import BATCH_SIZE, assert_batches_equal, take
+from tests.data.conftest import BATCH_SIZE, assert_batches_equal, host_rows, take
 
 
 def test_keys_dtypes_and_shapes_of_a_batch(make_pipeline):
@@ -52,7 +52,7 @@ def test_resumed_batches_equal_uninterrupted_ones(make_pipeline):
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_concatenated_slices_of_all_hosts_equal_the_batch_of_a_single_host(make_pipeline, hosts):
     expected = take(make_pipeline(), 0, 7)
-    per_host = [take(make_pipeline(host_index=h, host_count=hosts), 0, 7) for h in range(hosts)]
+    per_host = [take(make_pipeline(rows=host_rows(h, hosts)), 0, 7) for h in range(hosts)]
     concatenated = [
         {key: np.concatenate([batches[t][key] for batches in per_host]) for key in expected[t]}
         for t in range(7)
@@ -126,7 +126,7 @@ def test_one_pass_yields_every_record_in_order_and_pads_the_last_batch(make_pipe
 
 def test_concatenated_one_pass_batches_of_all_hosts_equal_those_of_a_single_host(make_pipeline):
     expected = list(make_pipeline().one_pass())
-    per_host = [list(make_pipeline(host_index=h, host_count=2).one_pass()) for h in range(2)]
+    per_host = [list(make_pipeline(rows=host_rows(h, 2)).one_pass()) for h in range(2)]
     concatenated = [
         {k: np.concatenate([batches[t][k] for batches in per_host]) for k in expected[t]}
         for t in range(len(expected))
@@ -181,7 +181,7 @@ def test_buckets_that_are_not_increasing_lengths_are_rejected(make_pipeline, buc
 
 def test_buckets_are_rejected_if_all_batches_must_have_one_length(make_pipeline, tmp_path):
     with pytest.raises(ValueError, match="would not agree on a length"):
-        make_pipeline(length_buckets=(7,), host_count=2)
+        make_pipeline(length_buckets=(7,), rows=host_rows(0, 2))
     store = FeatureStore.open(
         tmp_path, views=1, num_records=37, shape=(12, 4), dtype="float32", key={}
     )
@@ -189,11 +189,18 @@ def test_buckets_are_rejected_if_all_batches_must_have_one_length(make_pipeline,
         make_pipeline(length_buckets=(7,), stores={"text": store})
 
 
+def test_a_host_may_have_rows_that_are_not_adjacent(make_pipeline):
+    rows = (0, 1, BATCH_SIZE - 1)
+    expected = [
+        {k: v[list(rows)] for k, v in batch.items()} for batch in take(make_pipeline(), 3, 9)
+    ]
+    assert_batches_equal(take(make_pipeline(rows=rows), 3, 9), expected)
+
+
 def test_contradictory_fields_are_rejected(make_pipeline, source):
-    with pytest.raises(ValueError, match=r"batch_size = 9; .* of hosts, 2, such as 8"):
-        make_pipeline(batch_size=9, host_count=2)
-    with pytest.raises(ValueError, match="host_index = 2 with host_count = 2"):
-        make_pipeline(host_index=2, host_count=2)
+    for rows in ((), (0, 0), (1, 0), (-1, 0), (0, BATCH_SIZE)):
+        with pytest.raises(ValueError, match=rf"increasing numbers from 0 to {BATCH_SIZE - 1}"):
+            make_pipeline(rows=rows)
     smaller_store = FeatureStore(Path("x"), views=1, num_records=36, shape=(2,), dtype="float32")
     with pytest.raises(ValueError, match="image features of 36 records, but the source has 37"):
         make_pipeline(stores={"image": smaller_store})

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from imgtune_jax.data import FeatureStore
-from tests.data.conftest import BATCH_SIZE, take
+from tests.data.conftest import BATCH_SIZE, host_rows, take
 
 
 def filled_store(folder, values, valid=None):
@@ -48,9 +48,7 @@ def test_stored_features_replace_decoding(make_pipeline, monkeypatch, tmp_path):
             np.testing.assert_array_equal(batch[key], expected[key])
         epochs = (t * BATCH_SIZE + np.arange(BATCH_SIZE)) // 37
         np.testing.assert_array_equal(batch["image_features"], features[epochs % 2, batch["index"]])
-    per_host = [
-        take(make_pipeline(stores=stores, host_index=h, host_count=2), 0, 15) for h in range(2)
-    ]
+    per_host = [take(make_pipeline(stores=stores, rows=host_rows(h, 2)), 0, 15) for h in range(2)]
     for t in range(15):
         concatenated = np.concatenate([host[t]["image_features"] for host in per_host])
         np.testing.assert_array_equal(concatenated, batches[t]["image_features"])
