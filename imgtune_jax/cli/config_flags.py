@@ -56,8 +56,8 @@ def parse_flags(
     config_flags.DEFINE_config_file("config", None, config_help, flag_values=values, sys_argv=kept)
     flags.DEFINE_string("workdir", None, "the run's folder; a run in it is resumed", values)
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0", values)
-    flags.DEFINE_integer("processes", None, "number of processes", values)
-    flags.DEFINE_integer("process", None, "number of this process, from 0", values)
+    flags.DEFINE_integer("processes", None, "number of processes", flag_values=values)
+    flags.DEFINE_integer("process", None, "its number, from 0", flag_values=values)
     for name in switches:
         flags.DEFINE_bool(name, False, "see the command's --help", values)
     flags.mark_flags_as_required(list(required), values)
